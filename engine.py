@@ -1,0 +1,617 @@
+"""DeepSpeed's ``initialize()`` in plain PyTorch: a model and a config become an engine that trains.
+
+    import engine as deepspeed
+    model_engine, optimizer, data_loader, lr_scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+    for inputs, targets in data_loader:
+        loss = loss_function(model_engine(inputs), targets)
+        model_engine.backward(loss)
+        model_engine.step()
+
+One optimizer step, from the loss to the updated weights, with these phases in this order:
+
+    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd add to ``p.grad``
+    step()           count       a micro-batch that does not end its accumulation window: nothing more to do
+                     reduce      make every gradient the mean over all ranks
+                     clip        take the global norm, and scale the gradients down to ``gradient_clipping``
+                     update      ``optimizer.step()``, then ``lr_scheduler.step()``
+                     clear       drop the gradients
+
+So with a loss that is the mean over its micro-batch, the gradient is the mean over the whole batch:
+``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
+
+The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
+data, the engine, ``initialize``. A single process needs no launcher; it runs no collective.
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+import schedulers
+
+logger = logging.getLogger("engine")
+
+
+# --- The config -------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """A config that can't be meant: the message names the key, what was given and what is allowed."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The ``optimizer`` section."""
+    type: str                                    # "Adam", "AdamW" or any other class of torch.optim
+    params: dict = field(default_factory=dict)   # its keyword arguments, such as lr
+
+
+@dataclass
+class SchedulerConfig:
+    """The ``scheduler`` section."""
+    type: str                                    # a class of schedulers.py or torch.optim.lr_scheduler
+    params: dict = field(default_factory=dict)   # its keyword arguments
+
+
+@dataclass
+class Config:
+    """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
+    train_batch_size: int | None = None                # per optimizer step, over all ranks and micro-batches
+    train_micro_batch_size_per_gpu: int | None = None  # per rank and backward pass
+    gradient_accumulation_steps: int | None = None     # micro-batches per optimizer step; 1 unless the sizes say more
+    gradient_clipping: float = 1.0                     # largest global gradient norm (2-norm); 0 does not clip
+    steps_per_print: int | None = None                 # optimizer steps between progress lines; none prints nothing
+    dataloader_drop_last: bool = False                 # drop an epoch's last micro-batch when it is smaller
+    zero_allow_untested_optimizer: bool = False        # no effect: every optimizer of torch.optim is welcome
+    optimizer: OptimizerConfig | None = None
+    scheduler: SchedulerConfig | None = None
+
+    SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+    def __post_init__(self) -> None:
+        for key in (*self.SIZES, "steps_per_print"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; allowed: a whole number from 1 up")
+        if not 0 <= self.gradient_clipping < float("inf"):
+            raise ConfigError(f"gradient_clipping is {self.gradient_clipping}; allowed: a number from 0 (no clipping)")
+
+    def settle_batch_sizes(self, world_size: int) -> None:
+        """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
+        train, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
+        steps = self.gradient_accumulation_steps
+        if train is None and micro is None:
+            raise ConfigError("train_batch_size and train_micro_batch_size_per_gpu are missing; needed: at least one")
+        if steps is None:
+            steps = max(1, train // (micro * world_size)) if train and micro else 1
+        if micro is None:
+            micro = max(1, train // (steps * world_size))
+        if train is None:
+            train = micro * steps * world_size
+        if train != micro * steps * world_size:
+            given = [f"{key} {getattr(self, key)}" for key in self.SIZES if getattr(self, key) is not None]
+            raise ConfigError(f"{' * '.join(self.SIZES[1:])} * world size must be {self.SIZES[0]}, but {micro} * "
+                              f"{steps} * {world_size} != {train} (given: {', '.join(given)}; world size {world_size})")
+        for key, value in zip(self.SIZES, (train, micro, steps)):
+            setattr(self, key, value)
+
+
+# Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
+NOT_YET = {"fp16", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
+           "gradient_predivide_factor", "gradient_allreduce_op", "sparse_gradients", "zero_optimization",
+           "activation_checkpointing", "checkpoint", "managed_gradient_accumulation", "wall_clock_breakdown",
+           "comms_logger", "dump_state", "zero_force_ds_cpu_optimizer"}
+NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
+            "data_efficiency", "disable_allgather", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine",
+            "memory_breakdown", "nebula", "pipeline", "progressive_layer_drop", "quantize_training",
+            "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "tensor_parallel",
+            "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization"}
+
+
+def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
+    """A checked Config, from a dictionary or from the path of a JSON file."""
+    if isinstance(config, (str, os.PathLike)):
+        path = Path(config)
+        try:
+            config = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
+        except OSError as error:
+            raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the config file {path} is not JSON: {error}") from error
+    return _parse(Config, config, "")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"the key {key!r} stands twice in the config file")
+    return dict(pairs)
+
+
+def _parse(cls: type, raw: Any, path: str) -> Any:
+    """An instance of the dataclass ``cls`` from the JSON object ``raw``, which stands at ``path`` in the config."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path or 'the config'} is {raw!r}; allowed: an object, such as a dict")
+    known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
+    for key in raw:
+        if key in known:
+            continue
+        if cls is Config and key in NOT_YET | NOT_HERE:
+            why = "is not implemented yet" if key in NOT_YET else "belongs to a part of DeepSpeed that is not covered"
+            raise ConfigError(f"{key} {why}; take it out of the config")
+        near = _nearest(key, [*known, *(NOT_YET if cls is Config else ())])
+        raise ConfigError(f"unknown key {path}{key}, set to {raw[key]!r}{near} (known: {', '.join(known)})")
+    for f in fields(cls):
+        if f.name not in raw and f.default is f.default_factory:  # both are MISSING: the key has no default
+            raise ConfigError(f"{path}{f.name} is missing")
+    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in raw.items()})
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    """The part of an error message that suggests a name like the wrong one, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as what the annotation ``hint`` says: a number, text, a section, or one of these or None."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    kind = options[0]
+    if is_dataclass(kind):
+        return _parse(kind, value, f"{path}.")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and abs(value) < float("inf") and value == int(value):
+        return int(value)  # JSON files like to write 5e8
+    if kind in (bool, str, dict) and isinstance(value, kind):
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+    raise ConfigError(f"{path} is {value!r}; allowed: {names[kind]}" + (" or null" if len(options) > 1 else ""))
+
+
+# --- Optimizers by name -----------------------------------------------------------------------------------------------
+
+
+def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torch.device) -> Optimizer:
+    """The optimizer that ``section`` names, over ``parameters`` (tensors or param groups).
+
+    ``Adam`` and ``AdamW`` mean what they mean in DeepSpeed. Both decay weights the decoupled way (AdamW, arXiv
+    1711.05101), unless ``Adam`` has ``adam_w_mode: false``. Both decay by 0 unless told more; with ``torch_adam: true``
+    PyTorch's default holds, which is 0.01 for AdamW. Any other name is a class of ``torch.optim``. PyTorch's fused
+    implementation is used where there is one and ``params`` doesn't choose another.
+    """
+    known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
+             and cls not in (Optimizer, torch.optim.LBFGS)}  # LBFGS needs a closure, which step() has not
+    name, params = section.type, dict(section.params)
+    if name.lower() in ("adam", "adamw"):
+        name = "AdamW" if params.pop("adam_w_mode", True) or name.lower() == "adamw" else "Adam"
+        if not params.pop("torch_adam", False):
+            params.setdefault("weight_decay", 0.0)
+        if not params.pop("bias_correction", True):
+            raise ConfigError("optimizer.params.bias_correction is false; allowed: true, as PyTorch always corrects")
+    if name not in known:
+        raise ConfigError(f"optimizer.type is {section.type!r}{_nearest(name, known)} "
+                          f"(allowed: {', '.join(sorted(known))})")
+    cls = known[name]
+    allowed = list(inspect.signature(cls).parameters)[1:]
+    for key in params:
+        if key not in allowed:
+            raise ConfigError(f"unknown key optimizer.params.{key}{_nearest(key, allowed)} "
+                              f"({name} takes: {', '.join(allowed)})")
+    runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
+    if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
+        params["fused"] = True
+    try:
+        return cls(parameters, **params)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer.params {section.params} for {name}: {error}") from error
+
+
+# --- The process group ------------------------------------------------------------------------------------------------
+
+
+def _own_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU on a machine without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start_process_group(device: torch.device, port: int, required: bool | None) -> bool:
+    """Start the default process group unless there is one; True when it was started here.
+
+    The launcher's variables say who is in it. Without a launcher, this process is a group of its own.
+    """
+    if dist.is_initialized():
+        return False
+    if required is False:
+        raise ConfigError("dist_init_required is False, but torch.distributed is not initialized")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return True
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
+                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
+    os.environ.setdefault("MASTER_PORT", str(port))
+    dist.init_process_group(backend)
+    return True
+
+
+@torch.no_grad()
+def _broadcast_model(model: nn.Module) -> None:
+    """Make every parameter and buffer what it is on rank 0."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.numel():
+            dense = tensor.contiguous()  # collectives want it so; the same tensor in nearly all cases
+            dist.broadcast(dense, src=0)
+            if dense is not tensor:
+                tensor.copy_(dense)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to_device(item, device) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(_to_device(item, device) for item in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+class ShardedLoader:
+    """This rank's share of a dataset in micro-batches on its device; a new shuffle every epoch.
+
+    The order comes from rank 0's PyTorch seed, so that ``torch.manual_seed`` fixes it. Ranks get equally many samples:
+    where the count does not divide, some are given twice (PyTorch's DistributedSampler).
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
+                 drop_last: bool):
+        if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
+            raise ValueError("training_data is an IterableDataset, which can't be shared out among "
+                             f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
+                             "If yours shards itself, put it in a DataLoader of your own")
+        seed = torch.tensor(torch.initial_seed() % 2**62, device=device)
+        if dist.get_world_size() > 1:
+            dist.broadcast(seed, src=0)
+        self.sampler = None if isinstance(dataset, IterableDataset) else DistributedSampler(
+            dataset, shuffle=True, seed=int(seed), drop_last=False)
+        self.loader = DataLoader(dataset, batch_size=batch_size, sampler=self.sampler, collate_fn=collate_fn,
+                                 drop_last=drop_last, pin_memory=device.type == "cuda")
+        self.device = device
+        self.epoch = 0  # how many epochs have begun
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.epoch)
+        self.epoch += 1
+        for batch in self.loader:
+            yield _to_device(batch, self.device)
+
+
+# --- The engine -------------------------------------------------------------------------------------------------------
+
+
+class Engine(nn.Module):
+    """A model with everything that trains it. Call it as you would call the model.
+
+    module           the model, on ``device``, the same on every rank
+    optimizer        a torch optimizer, or None for an engine that only evaluates
+    lr_scheduler     stepped by ``step()``, or None
+    global_steps     optimizer steps taken; ``skipped_steps`` of them changed nothing
+    global_samples   samples they used, over all ranks
+    micro_steps      calls of ``step()``: micro-batches on this rank
+    """
+
+    def __init__(self, model: nn.Module, config: Config, device: torch.device, local_rank: int,
+                 started_process_group: bool):
+        super().__init__()
+        self.module = model
+        self.config = config
+        self.device = device
+        self.local_rank = local_rank
+        self.global_rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.optimizer: Optimizer | None = None
+        self.lr_scheduler: Any = None
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self._started_process_group = started_process_group
+        self._in_no_sync = False
+        self._grad_norm: Tensor | float = 0.0
+        self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
+
+    # What the config says.
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self.config.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and backward pass."""
+        return self.config.train_micro_batch_size_per_gpu
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.config.gradient_accumulation_steps
+
+    def gradient_clipping(self) -> float:
+        """The largest global gradient norm; 0 for no clipping."""
+        return self.config.gradient_clipping
+
+    # Where training is.
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch at hand is the last of its accumulation window, so that ``step()`` will update."""
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def get_lr(self) -> list[float]:
+        """The rate in force in each param group."""
+        return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
+
+    def get_global_grad_norm(self) -> float:
+        """The 2-norm of the last update's whole averaged gradient, before clipping; 0.0 before the first update."""
+        return float(self._grad_norm)
+
+    # One step, phase by phase (see the top of this file).
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; tensors among the arguments are moved to its device."""
+        if self.device.type != "cpu":
+            args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Divide ``loss``, a scalar, by the accumulation steps, add its gradient to ``p.grad``, and return it.
+
+        ``scale_wrt_gas=False`` leaves out the division.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
+        if self._progress:
+            self._progress.add_loss(loss.detach())
+        if scale_wrt_gas:
+            loss = loss / self.gradient_accumulation_steps()
+        loss.backward(retain_graph=retain_graph)
+        return loss
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
+
+        ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau.
+        """
+        optimizer = self._require_optimizer("step()")
+        if self._in_no_sync:
+            raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
+        if self.is_gradient_accumulation_boundary():
+            parameters = self._reduce(optimizer)
+            self._clip(parameters)
+            optimizer.step()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.zero_grad()
+            self.global_steps += 1
+            self.global_samples += self.train_batch_size()
+            if self._progress:
+                self._progress.after_step()
+        self.micro_steps += 1
+
+    def _reduce(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Make every gradient the mean over all ranks; returns the parameters that have one.
+
+        A parameter may be unused on some ranks: there it counts as zero. Unused on all, it keeps having none.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(used)
+        reduced = [p for p, ranks in zip(parameters, used.tolist()) if ranks > 0]
+        if not reduced:
+            raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
+                               "depends on parameters of the optimizer")
+        for p in reduced if self.world_size > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            if p.numel():
+                dist.all_reduce(p.grad)
+                p.grad /= self.world_size
+        return reduced
+
+    def _clip(self, parameters: list[nn.Parameter]) -> None:
+        """Take the global norm, and scale the gradients so that it is at most ``gradient_clipping``."""
+        self._grad_norm = get_total_norm([p.grad for p in parameters])
+        if self.gradient_clipping():
+            clip_grads_with_norm_(parameters, self.gradient_clipping(), self._grad_norm)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside add up on this rank alone; the next ``step()``, outside, takes the mean over ranks."""
+        self._in_no_sync = True
+        try:
+            yield
+        finally:
+            self._in_no_sync = False
+
+    def destroy(self) -> None:
+        """Let go of the process group, if this engine started it; the engine can't train after that."""
+        if self._started_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _require_optimizer(self, caller: str) -> Optimizer:
+        if self.optimizer is None:
+            raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
+        return self.optimizer
+
+
+class _Progress:
+    """Prints a line on rank 0 every ``every`` optimizer steps: step, mean loss, rate, samples/s since the last line."""
+
+    def __init__(self, every: int, engine: Engine):
+        self.every = every
+        self.engine = engine
+        self.loss_sum: Tensor | float = 0.0
+        self.losses = 0
+        self.since = time.perf_counter()
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss_sum = self.loss_sum + loss.float()
+        self.losses += 1
+
+    def after_step(self) -> None:
+        engine = self.engine
+        if engine.global_steps % self.every:
+            return
+        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)
+        if engine.world_size > 1:
+            dist.all_reduce(mean)
+        now = time.perf_counter()
+        if engine.global_rank == 0:
+            rates = ", ".join(f"{rate:.4g}" for rate in engine.get_lr())
+            print(f"step {engine.global_steps}: loss {float(mean) / engine.world_size:.4f}, lr {rates}, "
+                  f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s", flush=True)
+        self.loss_sum, self.losses, self.since = 0.0, 0, now
+
+
+# --- initialize() -----------------------------------------------------------------------------------------------------
+
+
+def initialize(args: Any = None, model: nn.Module | None = None,
+               optimizer: Optimizer | Callable[[Iterable], Optimizer] | None = None,
+               model_parameters: Iterable | None = None, training_data: Dataset | None = None,
+               lr_scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+               distributed_port: int = 29500, mpu: Any = None, dist_init_required: bool | None = None,
+               collate_fn: Callable | None = None, config: dict | str | os.PathLike | None = None,
+               config_params: dict | str | os.PathLike | None = None, mesh_param: Any = None,
+               ) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
+    """Make an engine out of ``model`` and a config; DeepSpeed's signature and return value.
+
+    args                may carry ``deepspeed_config``, the path of the config, and ``local_rank``
+    model               an ``nn.Module``; moved to this rank's device and made equal to rank 0's
+    optimizer           an optimizer over the model's parameters, or a callable that makes one from them; wins over the
+                        config's ``optimizer`` section
+    model_parameters    what the config's optimizer is built over: parameters or param groups; default: all
+    training_data       a dataset, of which each rank gets a share in micro-batches
+    lr_scheduler        a scheduler, or a callable that makes one from the optimizer; wins over the config's
+    distributed_port    the port of the process group when MASTER_PORT is not set
+    dist_init_required  False: insist that the process group is already there
+    collate_fn          how samples become a batch; default: PyTorch's
+    config              a dict, or the path of a JSON file; ``config_params`` is its old name
+    mpu, mesh_param     model parallelism, which is not covered: refused
+
+    Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for a config
+    that can't be meant, and ValueError for other bad arguments.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}; allowed: an nn.Module")
+    if mpu is not None or mesh_param is not None:
+        raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError("the model has tensors on the meta device, without values; materialize it first")
+    settings = load_config(_only_config(args, config, config_params))
+
+    local_rank = int(os.environ.get("LOCAL_RANK", max(0, getattr(args, "local_rank", None) or 0)))
+    device = _own_device(local_rank)
+    started = _start_process_group(device, distributed_port, dist_init_required)
+    settings.settle_batch_sizes(dist.get_world_size())
+    engine = Engine(model, settings, device, local_rank, started)
+    model.to(device)
+    if engine.world_size > 1:
+        _broadcast_model(model)
+
+    engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+    engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
+    loader = None if training_data is None else ShardedLoader(
+        training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn, settings.dataloader_drop_last)
+    return engine, engine.optimizer, loader, engine.lr_scheduler
+
+
+def _only_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The one config among the three places where it may be given."""
+    given = {"config": config, "config_params": config_params,
+             "args.deepspeed_config": getattr(args, "deepspeed_config", None)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"the config is given {' and '.join(given) or 'nowhere'}; needed: one of config (a dict or a "
+                          "path), config_params (its old name) and args.deepspeed_config (a path)")
+    return next(iter(given.values()))
+
+
+def _choose_optimizer(client: Any, section: OptimizerConfig | None, model: nn.Module, model_parameters: Iterable | None,
+                      device: torch.device) -> Optimizer | None:
+    """The caller's optimizer, or what the caller's callable makes, or the config's, or none."""
+    parameters = list(model.parameters() if model_parameters is None else model_parameters)
+    if client is None:
+        return None if section is None else _checked(build_optimizer(section, parameters, device), model)
+    optimizer = client if isinstance(client, Optimizer) else client(parameters) if callable(client) else None
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer is, or makes, {client if optimizer is None else optimizer!r}; "
+                         "allowed: a torch.optim.Optimizer, or a callable that makes one")
+    if section is not None and section.type.lower() != type(optimizer).__name__.lower():
+        logger.warning("the %s given to initialize() is used; the config's optimizer section (%s) is not",
+                       type(optimizer).__name__, section.type)
+    return _checked(optimizer, model)
+
+
+def _checked(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    """Refuse an optimizer over tensors that the model doesn't have: it would train something else, or nothing."""
+    own = {id(p) for p in model.parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in own:
+                raise ValueError(f"the optimizer's param group {index} holds a tensor of shape {tuple(p.shape)} that "
+                                 "is no parameter of the model; make the optimizer from this very model's parameters")
+    return optimizer
+
+
+def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: Optimizer | None) -> Any:
+    """The caller's scheduler, or what the caller's callable makes, or the config's, or none."""
+    if (client is not None or section is not None) and optimizer is None:
+        raise ConfigError("a scheduler needs an optimizer; give initialize() one, or its config an optimizer section")
+    if client is None:
+        try:
+            return None if section is None else schedulers.build(optimizer, section.type, section.params)
+        except ValueError as error:
+            raise ConfigError(f"scheduler: {error}") from error
+    scheduler = client(optimizer) if callable(client) else client
+    if not hasattr(scheduler, "step"):
+        raise ValueError(f"lr_scheduler is, or makes, {scheduler!r}; allowed: an object with step(), or a callable "
+                         "that makes one from the optimizer")
+    if section is not None and section.type != type(scheduler).__name__:
+        logger.warning("the %s given to initialize() is used; the config's scheduler section (%s) is not",
+                       type(scheduler).__name__, section.type)
+    return scheduler

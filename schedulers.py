@@ -1,0 +1,587 @@
+"""Learning-rate (and momentum) schedules, with DeepSpeed's names, parameters and numbers.
+
+A schedule here is a pure function of one integer ``t``: how often it has been stepped. Nothing is accumulated on the
+way, so ``t`` is all there is to save, resuming is exact, and a schedule can be looked at without training.
+
+When does a rate apply? The constructor puts ``rate(0)`` in force, the n-th ``step()`` puts ``rate(n)`` in force.
+Training calls ``optimizer.step()`` and then ``scheduler.step()``, so optimizer step n, counted from 0, runs at
+``rate(n)``. DeepSpeed counts the same events from -1: iteration -1 after construction, 0 after the first step; and its
+warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that two optimizer steps see.
+
+    CURVES      how a rate goes from one value to another: linear, cosine, log, exponential
+    Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
+    DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
+    Beside them: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
+    build       a schedule by its name; every class of ``torch.optim.lr_scheduler`` has one too
+    preview     the rates of a schedule without training
+
+Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. A wrong value raises a
+``ValueError`` that names the parameter, what was given and what is allowed.
+
+    python schedulers.py --output schedules.png                       draw them all
+    python schedulers.py ds_config.json --steps 2000 --output lr.png  draw the one in a config file
+"""
+
+import argparse
+import copy
+import difflib
+import inspect
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+Rates = float | Sequence[float]  # one value for all param groups, or one for each
+
+
+# --- Curves: the value k steps into a stretch of n steps that leads from start to end; 0 <= k <= n, 1 <= n ------------
+
+
+def _linear(start: float, end: float, k: int, n: int) -> float:
+    return start + (end - start) * (k / n)
+
+
+def _cosine(start: float, end: float, k: int, n: int) -> float:
+    """Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts)."""
+    return end + (start - end) * (1 + math.cos(math.pi * k / n)) / 2
+
+
+def _log(start: float, end: float, k: int, n: int) -> float:
+    """Fast at first, then ever slower."""
+    return start + (end - start) * (math.log(1 + k) / math.log(1 + n))
+
+
+def _exponential(start: float, end: float, k: int, n: int) -> float:
+    """The same factor at every step, so both ends must be above 0."""
+    return start * (end / start) ** (k / n)
+
+
+CURVES: dict[str, Callable[[float, float, int, int], float]] = {
+    "linear": _linear, "cosine": _cosine, "log": _log, "exponential": _exponential}
+
+
+# --- Checks of what the user gave -------------------------------------------------------------------------------------
+
+
+def _number(name: str, value: Any, low: float = 0.0, high: float = sys.float_info.max, whole: bool = False) -> Any:
+    """``value`` itself when it is a number from ``low`` to ``high``; as an int when it has to be whole (1e3 is)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high \
+            or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        upper = "finite" if high == sys.float_info.max else f"at most {high:g}"
+        raise ValueError(f"{name} is {value!r}; allowed: a {kind}, at least {low:g}, {upper}")
+    return int(value) if whole else value
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        raise ValueError(f"{name} is {value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                         + f" (allowed: {', '.join(map(str, allowed))})")
+    return value
+
+
+def _per_group(optimizer: Optimizer, name: str, value: Any, high: float = sys.float_info.max) -> list[float]:
+    """One checked number per param group of ``optimizer``."""
+    groups = len(optimizer.param_groups)
+    if not isinstance(value, (list, tuple)):
+        return [_number(name, value, high=high)] * groups
+    if len(value) != groups:
+        raise ValueError(f"{name} has {len(value)} values, but the optimizer has {groups} param group(s)")
+    return [_number(f"{name}[{i}]", v, high=high) for i, v in enumerate(value)]
+
+
+def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high: Rates,
+           limit: float = sys.float_info.max) -> tuple[list[float], list[float]]:
+    """A lower and an upper value per param group. One rate for groups that had different ones is worth a warning."""
+    lows, highs = _per_group(optimizer, low_name, low, limit), _per_group(optimizer, high_name, high, limit)
+    if any(a > b for a, b in zip(lows, highs)):
+        raise ValueError(f"{high_name} is {high}; allowed: at least {low_name}, which is {low}")
+    if high_name.endswith("_lr") and not isinstance(high, (list, tuple)) and \
+            len({float(group["lr"]) for group in optimizer.param_groups}) > 1:
+        warnings.warn(f"{high_name} is {high} for every param group, although the optimizer gives them different "
+                      f"rates; a list gives each group its own", stacklevel=4)
+    return lows, highs
+
+
+def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> int:
+    """DeepSpeed only warns of a schedule that ends before its warm-up does."""
+    return _number("total_num_steps", total_num_steps, whole=True,
+                   low=max(1, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)))
+
+
+# --- The base class ---------------------------------------------------------------------------------------------------
+
+
+class Schedule(LRScheduler):
+    """A schedule in closed form: a subclass checks its parameters, calls this constructor, and defines ``rate``.
+
+    ``last_batch_iteration`` is DeepSpeed's: -1 starts afresh, n starts as if n + 1 steps had been taken.
+    """
+
+    def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1):
+        start = _number("last_batch_iteration", last_batch_iteration, low=-1, whole=True)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # LRScheduler insists on it when it starts in the middle
+        super().__init__(optimizer, start)
+
+    def rate(self, t: int, group: int) -> float:
+        """The learning rate of param group number ``group`` after ``t`` steps of the schedule."""
+        raise NotImplementedError
+
+    def momentum(self, t: int, group: int) -> float | None:
+        """The same for momentum; None where the schedule leaves it alone."""
+        return None
+
+    def get_lr(self) -> list[float]:
+        """The rates at the current position, one per param group."""
+        return [self.rate(self.last_epoch, group) for group in range(len(self.base_lrs))]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on by one step, and put its rates, and momenta if it has any, in force."""
+        super().step(epoch)
+        for index, group in enumerate(self.optimizer.param_groups[:len(self.base_lrs)]):
+            momentum = self.momentum(self.last_epoch, index)
+            if momentum is not None and "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            elif momentum is not None:
+                group["momentum"] = momentum
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the rates the optimizer had; everything else comes from the constructor."""
+        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a saved position, and put its rates in force at once."""
+        if len(state_dict["base_lrs"]) != len(self.base_lrs):
+            raise ValueError(f"the saved schedule has {len(state_dict['base_lrs'])} param group(s), "
+                             f"this one {len(self.base_lrs)}")
+        self.base_lrs = list(state_dict["base_lrs"])
+        self.last_epoch = self._step_count = state_dict["last_epoch"] - 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch misses an optimizer step before this one
+            self.step()
+
+
+# --- DeepSpeed's five -------------------------------------------------------------------------------------------------
+
+
+class _WarmUp:
+    """The way up that the three ``Warmup*`` schedules share, as a fraction from 0 to 1."""
+
+    def __init__(self, warmup_num_steps: Any, warmup_type: Any):
+        # As DeepSpeed: 0 is refused, and 1 is taken for 2, for which the log curve is defined.
+        self.steps = max(2, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True))
+        self.type = _one_of("warmup_type", warmup_type, ("log", "linear"))
+
+    def lasts(self, t: int) -> bool:
+        return t - 1 < self.steps
+
+    def at(self, t: int) -> float:
+        k = min(max(t - 1, 0), self.steps)
+        if self.type == "linear":
+            return _linear(0.0, 1.0, k, self.steps)
+        return _log(0.0, 1.0, min(k, self.steps - 1), self.steps - 1)  # DeepSpeed's log curve arrives one step earlier
+
+
+class WarmupLR(Schedule):
+    """From ``warmup_min_lr`` to ``warmup_max_lr`` (default: the optimizer's own rates) in ``warmup_num_steps`` steps.
+
+    ``warmup_type`` is "log" or "linear". Afterwards the rate stays where it is.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_min_lr: Rates = 0.0, warmup_max_lr: Rates | None = None,
+                 warmup_num_steps: int = 1000, warmup_type: str = "log", last_batch_iteration: int = -1):
+        if warmup_max_lr is None:
+            warmup_max_lr = [float(group["lr"]) for group in optimizer.param_groups]
+        self.min_lrs, self.max_lrs = _range(optimizer, "warmup_min_lr", warmup_min_lr, "warmup_max_lr", warmup_max_lr)
+        self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
+        super().__init__(optimizer, last_batch_iteration)
+
+    def height(self, t: int) -> float:
+        """Where between the lowest (0) and the highest rate (1) the schedule is after ``t`` steps."""
+        return self.warm_up.at(t)
+
+    def rate(self, t: int, group: int) -> float:
+        low, high = self.min_lrs[group], self.max_lrs[group]
+        return low + (high - low) * self.height(t)
+
+
+class WarmupDecayLR(WarmupLR):
+    """WarmupLR, then a straight line down to ``warmup_min_lr`` at step ``total_num_steps``, and there it stays."""
+
+    def __init__(self, optimizer: Optimizer, total_num_steps: int, warmup_min_lr: Rates = 0.0,
+                 warmup_max_lr: Rates | None = 0.001, warmup_num_steps: int = 1000, warmup_type: str = "log",
+                 last_batch_iteration: int = -1):
+        self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
+        super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
+
+    def height(self, t: int) -> float:
+        if self.warm_up.lasts(t):
+            return self.warm_up.at(t)
+        return max(0.0, (self.total_num_steps - (t - 1)) / max(1, self.total_num_steps - self.warm_up.steps))
+
+
+class WarmupCosineLR(Schedule):
+    """Warm-up, then half a cosine wave down, in multiples of each param group's own rate.
+
+    From ``warmup_min_ratio`` to 1 in ``warmup_num_steps`` steps, then to ``cos_min_ratio`` at step ``total_num_steps``,
+    and there it stays. As in DeepSpeed, the first optimizer step runs at rate 0 whatever ``warmup_min_ratio`` says.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_num_steps: int, warmup_min_ratio: float = 0.0,
+                 warmup_num_steps: int = 1000, cos_min_ratio: float = 0.0001, warmup_type: str = "log",
+                 last_batch_iteration: int = -1):
+        self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
+        self.warmup_min_ratio = _number("warmup_min_ratio", warmup_min_ratio, high=1.0)
+        self.cos_min_ratio = _number("cos_min_ratio", cos_min_ratio, high=1.0)
+        self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
+        super().__init__(optimizer, last_batch_iteration)
+
+    def rate(self, t: int, group: int) -> float:
+        return self.base_lrs[group] * self.ratio(t)
+
+    def ratio(self, t: int) -> float:
+        """The rate after ``t`` steps as a multiple of the optimizer's own."""
+        if t == 0:
+            return 0.0
+        if self.warm_up.lasts(t):
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self.warm_up.at(t)
+        if t >= self.total_num_steps:
+            return self.cos_min_ratio
+        return _cosine(1.0, self.cos_min_ratio, t - self.warm_up.steps, self.total_num_steps - self.warm_up.steps)
+
+
+class OneCycle(Schedule):
+    """Up and down once, then a slow decay, with momentum going the other way (1cycle, arXiv 1803.09820, section 4).
+
+    Up from ``cycle_min_lr`` to ``cycle_max_lr`` in ``cycle_first_step_size`` steps, and down in
+    ``cycle_second_step_size`` (default: as many), each in so many flat stairs (0: smoothly). After that, k steps
+    further, ``cycle_min_lr / (1 + decay_lr_rate * k / decay_step_size)``; a ``decay_step_size`` of 0 means no decay.
+    Momentum (``betas[0]``, or ``momentum`` where the optimizer uses one) goes from ``cycle_max_mom`` to
+    ``cycle_min_mom`` and back, then times ``1 + decay_mom_rate * k / decay_step_size``. As in DeepSpeed, the first
+    optimizer step runs at ``cycle_min_mom``.
+    """
+
+    def __init__(self, optimizer: Optimizer, cycle_min_lr: Rates, cycle_max_lr: Rates, decay_lr_rate: float = 0.0,
+                 cycle_first_step_size: int = 2000, cycle_second_step_size: int | None = None,
+                 cycle_first_stair_count: int = 0, cycle_second_stair_count: int | None = None,
+                 decay_step_size: int = 0, cycle_momentum: bool = True, cycle_min_mom: Rates = 0.8,
+                 cycle_max_mom: Rates = 0.9, decay_mom_rate: float = 0.0, last_batch_iteration: int = -1):
+        if cycle_second_step_size is None:
+            cycle_second_step_size = cycle_first_step_size
+        if cycle_second_stair_count is None:
+            cycle_second_stair_count = cycle_first_stair_count
+        self.min_lrs, self.max_lrs = _range(optimizer, "cycle_min_lr", cycle_min_lr, "cycle_max_lr", cycle_max_lr)
+        self.first_size = _number("cycle_first_step_size", cycle_first_step_size, low=1, whole=True)
+        self.second_size = _number("cycle_second_step_size", cycle_second_step_size, low=1, whole=True)
+        self.first_stairs = _number("cycle_first_stair_count", cycle_first_stair_count, whole=True)
+        self.second_stairs = _number("cycle_second_stair_count", cycle_second_stair_count, whole=True)
+        self.decay_step_size = _number("decay_step_size", decay_step_size, whole=True)
+        self.decay_lr_rate = _number("decay_lr_rate", decay_lr_rate)
+        self.decay_mom_rate = _number("decay_mom_rate", decay_mom_rate)
+        if not self.decay_step_size and (self.decay_lr_rate or self.decay_mom_rate):
+            warnings.warn("OneCycle: decay_lr_rate and decay_mom_rate have no effect while decay_step_size is 0")
+        self.min_moms, self.max_moms = _range(optimizer, "cycle_min_mom", cycle_min_mom, "cycle_max_mom", cycle_max_mom,
+                                              limit=math.nextafter(1.0, 0.0))
+        _one_of("cycle_momentum", cycle_momentum, (True, False))
+        self.moves_momentum = [cycle_momentum and ("betas" in group or bool(group.get("momentum")))
+                               for group in optimizer.param_groups]
+        if cycle_momentum and not any(self.moves_momentum):
+            warnings.warn(f"OneCycle: this {type(optimizer).__name__} has no momentum, so only the rate is cycled")
+        super().__init__(optimizer, last_batch_iteration)
+
+    def height(self, t: int) -> float:
+        """0 at both ends of the cycle, 1 at its top; in integers as long as possible, so that no stair wobbles."""
+        rising = t <= self.first_size
+        k, n = (t, self.first_size) if rising else (self.first_size + self.second_size - t, self.second_size)
+        stairs = self.first_stairs if rising else self.second_stairs
+        return (k * stairs // n) / stairs if stairs else k / n
+
+    def decay(self, t: int) -> float | None:
+        """How many decay intervals lie behind ``t``; None as long as the cycle lasts."""
+        k = t - self.first_size - self.second_size
+        return None if k <= 0 else k / self.decay_step_size if self.decay_step_size else 0.0
+
+    def rate(self, t: int, group: int) -> float:
+        low, high, decay = self.min_lrs[group], self.max_lrs[group], self.decay(t)
+        return low + (high - low) * self.height(t) if decay is None else low / (1 + self.decay_lr_rate * decay)
+
+    def momentum(self, t: int, group: int) -> float | None:
+        low, high, decay = self.min_moms[group], self.max_moms[group], self.decay(t)
+        if not self.moves_momentum[group]:
+            return None
+        if decay is None:
+            return high - (high - low) * self.height(t) if t else low
+        return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},",
+                       high * (1 + self.decay_mom_rate * decay), high=math.nextafter(1.0, 0.0))
+
+
+class LRRangeTest(Schedule):
+    """A rate that grows without end, to find the largest one that still trains (arXiv 1506.01186, section 3.3).
+
+    ``lr_range_test_min_lr * (1 + lr_range_test_step_rate * t / lr_range_test_step_size)``, or, with
+    ``lr_range_test_staircase``, the same in jumps of ``lr_range_test_step_size`` steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, lr_range_test_min_lr: Rates = 0.001, lr_range_test_step_size: int = 2000,
+                 lr_range_test_step_rate: float = 1.0, lr_range_test_staircase: bool = False,
+                 last_batch_iteration: int = -1):
+        self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
+        self.step_size = _number("lr_range_test_step_size", lr_range_test_step_size, low=1, whole=True)
+        self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
+        self.staircase = _one_of("lr_range_test_staircase", lr_range_test_staircase, (True, False))
+        super().__init__(optimizer, last_batch_iteration)
+
+    def rate(self, t: int, group: int) -> float:
+        intervals = t // self.step_size if self.staircase else t / self.step_size
+        return self.min_lrs[group] * (1 + self.step_rate * intervals)
+
+
+# --- Phases: one after the other, or one alone ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a MultiPhaseLR, for one param group."""
+    type: str                        # "constant", a name in CURVES, or "step"
+    steps: int | None = None         # its length; a last phase that is constant or step may go on for ever
+    start_lr: float | None = None    # default: where the phase before ended, and at the very start the optimizer's rate
+    end_lr: float | None = None      # a curve leads there
+    step_size: int | None = None     # step: every so many steps ...
+    decay_rate: float | None = None  # step: ... the rate is multiplied by this
+
+    NEEDS = {"constant": ("steps",), "step": ("steps", "step_size", "decay_rate"),
+             **{curve: ("steps", "end_lr") for curve in CURVES}}
+
+    @classmethod
+    def checked(cls, name: str, raw: Any, is_last: bool) -> "Phase":
+        """The phase that the config section ``raw``, called ``name``, describes."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"{name} is {raw!r}; allowed: a section such as "
+                             '{"type": "linear", "steps": 100, "end_lr": 0.001}')
+        needs = cls.NEEDS[_one_of(f"{name}.type", raw.get("type"), tuple(cls.NEEDS))]
+        phase = cls(**{_one_of(f"{name}: a key", key, [f.name for f in fields(cls)]): v for key, v in raw.items()})
+        for field in fields(cls)[1:]:
+            value, key = getattr(phase, field.name), f"{name}.{field.name}"
+            endless = field.name == "steps" and is_last and "end_lr" not in needs
+            if value is None and field.name in needs and not endless:
+                raise ValueError(f"{key} is missing; a {phase.type} phase needs {', '.join(needs)}")
+            if value is not None and field.name not in (*needs, "start_lr"):
+                raise ValueError(f"{key} is {value!r}; allowed for a {phase.type} phase: {', '.join(needs)}, start_lr")
+            if value is not None:
+                counts = field.name in ("steps", "step_size")
+                _number(key, value, low=1 if counts else 0, whole=counts)
+        return phase
+
+    def at(self, k: int, start: float) -> float:
+        """The rate ``k`` steps into this phase, entered at rate ``start``."""
+        start = start if self.start_lr is None else self.start_lr
+        if self.type == "constant":
+            return start
+        if self.type == "step":
+            return start * self.decay_rate ** (k // self.step_size)
+        if self.type == "exponential" and 0 in (start, self.end_lr):
+            raise ValueError(f"an exponential phase leads from {start} to {self.end_lr}; allowed: rates above 0")
+        return self.end_lr if k == self.steps else CURVES[self.type](start, self.end_lr, k, self.steps)
+
+
+class MultiPhaseLR(Schedule):
+    """Phases one after the other, each with its own behaviour (see Phase); after the last, its final rate stays.
+
+    Each begins where the one before ended, unless it has a ``start_lr``. Warm-up, stable, decay is three lines:
+
+        "phases": [{"type": "linear", "steps": 100, "start_lr": 0.0, "end_lr": 0.001},
+                   {"type": "constant", "steps": 800},
+                   {"type": "cosine", "steps": 100, "end_lr": 0.0}]
+    """
+
+    def __init__(self, optimizer: Optimizer, phases: Sequence[dict[str, Any]], last_batch_iteration: int = -1):
+        if not isinstance(phases, (list, tuple)) or not phases:
+            raise ValueError(f"phases is {phases!r}; allowed: a list of one phase or more")
+        groups, last = range(len(optimizer.param_groups)), len(phases) - 1
+        self.phases = [[Phase.checked(f"phases[{i}]", _of_group(raw, f"phases[{i}]", group, len(groups)), i == last)
+                        for i, raw in enumerate(phases)] for group in groups]
+        super().__init__(optimizer, last_batch_iteration)
+        for group in groups:  # through all borders once: a curve that can't be drawn is refused now, not mid-training
+            self.rate(sum(phase.steps or 0 for phase in self.phases[group]), group)
+
+    def rate(self, t: int, group: int) -> float:
+        value = self.base_lrs[group]
+        for phase in self.phases[group]:
+            if phase.steps is None or t < phase.steps:
+                return phase.at(t, value)
+            value = phase.at(phase.steps, value)
+            t -= phase.steps
+        return value
+
+
+def _of_group(raw: Any, name: str, group: int, groups: int) -> Any:
+    """A phase's section with every list replaced by its entry for one param group."""
+    if not isinstance(raw, dict):
+        return raw
+    for key, value in raw.items():
+        if isinstance(value, (list, tuple)) and len(value) != groups:
+            raise ValueError(f"{name}.{key} has {len(value)} values, but the optimizer has {groups} param group(s)")
+    return {key: value[group] if isinstance(value, (list, tuple)) else value for key, value in raw.items()}
+
+
+class LinearDecayLR(MultiPhaseLR):
+    """A straight line from ``start_lr`` (default: the optimizer's rate) to ``end_lr`` at step ``total_num_steps``."""
+
+    def __init__(self, optimizer: Optimizer, total_num_steps: int, end_lr: Rates = 0.0, start_lr: Rates | None = None,
+                 last_batch_iteration: int = -1):
+        phase = {"type": "linear", "steps": total_num_steps, "start_lr": start_lr, "end_lr": end_lr}
+        super().__init__(optimizer, [phase], last_batch_iteration)
+
+
+class CosineDecayLR(MultiPhaseLR):
+    """Half a cosine from ``start_lr`` (default: the optimizer's rate) to ``end_lr`` at step ``total_num_steps``."""
+
+    def __init__(self, optimizer: Optimizer, total_num_steps: int, end_lr: Rates = 0.0, start_lr: Rates | None = None,
+                 last_batch_iteration: int = -1):
+        phase = {"type": "cosine", "steps": total_num_steps, "start_lr": start_lr, "end_lr": end_lr}
+        super().__init__(optimizer, [phase], last_batch_iteration)
+
+
+class StepDecayLR(MultiPhaseLR):
+    """``start_lr`` (default: the optimizer's rate), times ``decay_rate`` after every ``step_size`` steps, for ever."""
+
+    def __init__(self, optimizer: Optimizer, step_size: int, decay_rate: float = 0.1, start_lr: Rates | None = None,
+                 last_batch_iteration: int = -1):
+        phase = {"type": "step", "step_size": step_size, "decay_rate": decay_rate, "start_lr": start_lr}
+        super().__init__(optimizer, [phase], last_batch_iteration)
+
+
+# --- By name, and without training ------------------------------------------------------------------------------------
+
+
+SCHEDULES: dict[str, type[LRScheduler]] = {c.__name__: c for c in (
+    WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, LinearDecayLR, CosineDecayLR, StepDecayLR,
+    MultiPhaseLR)}
+NOT_BY_NAME = {  # these have to be made by hand
+    "ReduceLROnPlateau": "it wants a metric at every step", "LRScheduler": "it is only a base class",
+    "SequentialLR": "it is made of other schedulers; MultiPhaseLR joins phases",
+    "ChainedScheduler": "it is made of other schedulers; MultiPhaseLR joins phases"}
+
+
+def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None) -> LRScheduler:
+    """The schedule ``name`` (of SCHEDULES, or a class of ``torch.optim.lr_scheduler``) with ``params``."""
+    if isinstance(name, str) and name in NOT_BY_NAME:
+        raise ValueError(f"scheduler type {name!r} can't be named: {NOT_BY_NAME[name]}. Pass an object instead")
+    known = SCHEDULES | {n: c for n, c in vars(torch.optim.lr_scheduler).items() if n not in SCHEDULES
+                         and n not in NOT_BY_NAME and inspect.isclass(c) and issubclass(c, LRScheduler) and n[0] != "_"}
+    cls = known[_one_of("scheduler type", name, tuple(known))]
+    params = {} if params is None else params
+    for key in params:
+        _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
+    try:
+        return cls(optimizer, **params)
+    except (TypeError, AttributeError, IndexError) as error:  # how PyTorch's own classes meet bad parameters
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[list[dict[str, Any]]]:
+    """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are."""
+    real = source.optimizer if isinstance(source, LRScheduler) else None
+    section = {} if real else source.get("scheduler", source)
+    lr = lr if real else source.get("optimizer", {}).get("params", {}).get("lr", lr)
+    groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
+                                             for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
+    stand_in = torch.optim.SGD([{**group, "params": [torch.zeros(())]} for group in groups])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch misses the optimizer's steps
+        # The memo makes the stand-in the copy of the optimizer, also for schedulers inside the scheduler.
+        schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
+            build(stand_in, section.get("type"), section.get("params"))
+        seen = []
+        for _ in range(steps):
+            seen.append([dict(group) for group in stand_in.param_groups])
+            schedule.step()
+    return seen
+
+
+def preview(config_or_scheduler: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.001) -> list[list[float]]:
+    """The rates of the next ``steps`` optimizer steps: one row per step, one column per param group.
+
+    A config is a DeepSpeed config or its scheduler section; it is followed from its first step, over an optimizer with
+    the config's rate, else ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
+    and neither it nor its optimizer is touched.
+    """
+    steps = _number("steps", steps, whole=True)
+    return [[float(group["lr"]) for group in groups] for groups in _walk(config_or_scheduler, steps, lr)]
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at an optimizer's rate of 0.01
+    ("WarmupLR", {"warmup_num_steps": 200}),
+    ("WarmupDecayLR", {"warmup_num_steps": 200, "warmup_max_lr": 0.01, "total_num_steps": 1000,
+                       "warmup_type": "linear"}),
+    ("WarmupCosineLR", {"warmup_num_steps": 200, "total_num_steps": 1000}),
+    ("OneCycle", {"cycle_min_lr": 0.001, "cycle_max_lr": 0.01, "cycle_first_step_size": 300, "decay_step_size": 100,
+                  "decay_lr_rate": 1.0}),
+    ("LRRangeTest", {"lr_range_test_step_size": 100}),
+    ("LinearDecayLR", {"total_num_steps": 1000}),
+    ("CosineDecayLR", {"total_num_steps": 1000}),
+    ("StepDecayLR", {"step_size": 250, "decay_rate": 0.5}),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 150, "start_lr": 0.0, "end_lr": 0.01},
+                                 {"type": "constant", "steps": 500}, {"type": "cosine", "steps": 350, "end_lr": 0.0}]})]
+
+
+def draw(configs: Sequence[dict[str, Any]], steps: int, output: str, lr: Rates = 0.01) -> None:
+    """Draw each config over ``steps`` steps, a panel each: rates as lines, momentum dashed where it moves."""
+    import matplotlib.figure  # here, so that training does not wait for it
+
+    columns = min(3, len(configs))
+    rows = -(-len(configs) // columns)
+    figure = matplotlib.figure.Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    for position, config in enumerate(configs, 1):
+        seen = _walk(config, steps, lr)
+        axis = figure.add_subplot(rows, columns, position)
+        axis.plot([[group["lr"] for group in groups] for groups in seen], linewidth=2)
+        axis.set(title=config.get("scheduler", config)["type"], xlabel="optimizer step", ylabel="learning rate",
+                 ylim=(0, None))
+        axis.grid(alpha=0.3)
+        if len(seen[0]) > 1:
+            axis.legend([f"group {i}" for i in range(len(seen[0]))])
+        momenta = [groups[0]["betas"][0] for groups in seen]
+        if len(set(momenta)) > 1:
+            twin = axis.twinx()
+            twin.plot(momenta, color="black", linestyle="--", linewidth=1)
+            twin.set_ylabel("momentum (dashed)")
+    figure.savefig(output, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(description="Draw learning-rate schedules: one of each, or the one in a config.")
+    parser.add_argument("config", nargs="?", help="a JSON file with a DeepSpeed config, or its scheduler section")
+    parser.add_argument("--output", default="schedules.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps to draw (default: %(default)s)")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.01], metavar="RATE",
+                        help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
+    options = parser.parse_args(argv)
+    try:
+        _number("--steps", options.steps, low=1)
+        config = json.loads(Path(options.config).read_text()) if options.config else None
+        if options.config and not isinstance(config, dict):
+            raise ValueError(f"{options.config} must hold a JSON object, a DeepSpeed config or its scheduler section")
+        gallery = [{"type": name, "params": params} for name, params in GALLERY]
+        draw([config] if options.config else gallery, options.steps, options.output, options.lr)
+    except (OSError, ValueError) as error:
+        sys.exit(f"schedulers.py: error: {error}")
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
