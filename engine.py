@@ -267,11 +267,19 @@ def _start_process_group(device: torch.device, port: int, required: bool | None)
 def _broadcast_model(model: nn.Module) -> None:
     """Make every parameter and buffer what it is on rank 0."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.numel():
-            dense = tensor.contiguous()  # collectives want it so; the same tensor in nearly all cases
-            dist.broadcast(dense, src=0)
-            if dense is not tensor:
-                tensor.copy_(dense)
+        _collective(dist.broadcast, tensor, src=0)
+
+
+def _collective(operation: Callable, tensor: Tensor, **kwargs: Any) -> None:
+    """Run a collective in place on ``tensor``, which may be empty, or laid out in an order of its own.
+
+    The layout has to stay: fused optimizers walk a parameter and its gradient as they lie in memory.
+    """
+    if tensor.numel():
+        dense = tensor.contiguous()  # what collectives want; in nearly all cases this is ``tensor`` itself
+        operation(dense, **kwargs)
+        if dense is not tensor:
+            tensor.copy_(dense)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -446,10 +454,10 @@ class Engine(nn.Module):
             raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
                                "depends on parameters of the optimizer")
         for p in reduced if self.world_size > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-            if p.numel():
-                dist.all_reduce(p.grad)
-                p.grad /= self.world_size
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            _collective(dist.all_reduce, p.grad)
+            p.grad /= self.world_size
         return reduced
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:

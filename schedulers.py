@@ -51,7 +51,7 @@ def _linear(start: float, end: float, k: int, n: int) -> float:
 
 def _cosine(start: float, end: float, k: int, n: int) -> float:
     """Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts)."""
-    return end + (start - end) * (1 + math.cos(math.pi * k / n)) / 2
+    return start + (end - start) * (1 - math.cos(math.pi * k / n)) / 2
 
 
 def _log(start: float, end: float, k: int, n: int) -> float:
@@ -481,18 +481,28 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
                          and n not in NOT_BY_NAME and inspect.isclass(c) and issubclass(c, LRScheduler) and n[0] != "_"}
     cls = known[_one_of("scheduler type", name, tuple(known))]
     params = {} if params is None else params
+    if not isinstance(params, dict):
+        raise ValueError(f"{name}: params is {params!r}; allowed: an object")
     for key in params:
         _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
     try:
         return cls(optimizer, **params)
-    except (TypeError, AttributeError, IndexError) as error:  # how PyTorch's own classes meet bad parameters
+    except (TypeError, AttributeError) as error:  # how PyTorch's own classes meet bad parameters
         raise ValueError(f"{name}: {error}") from error
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler section of a config, which may be the section itself."""
+    section = config.get("scheduler", config)
+    if not isinstance(section, dict):
+        raise ValueError(f"scheduler is {section!r}; allowed: an object with a type and params")
+    return section
 
 
 def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[list[dict[str, Any]]]:
     """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are."""
     real = source.optimizer if isinstance(source, LRScheduler) else None
-    section = {} if real else source.get("scheduler", source)
+    section = {} if real else _section(source)
     lr = lr if real else source.get("optimizer", {}).get("params", {}).get("lr", lr)
     groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
                                              for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
@@ -549,7 +559,7 @@ def draw(configs: Sequence[dict[str, Any]], steps: int, output: str, lr: Rates =
         seen = _walk(config, steps, lr)
         axis = figure.add_subplot(rows, columns, position)
         axis.plot([[group["lr"] for group in groups] for groups in seen], linewidth=2)
-        axis.set(title=config.get("scheduler", config)["type"], xlabel="optimizer step", ylabel="learning rate",
+        axis.set(title=_section(config)["type"], xlabel="optimizer step", ylabel="learning rate",
                  ylim=(0, None))
         axis.grid(alpha=0.3)
         if len(seen[0]) > 1:

@@ -1,0 +1,442 @@
+"""The engine against plain PyTorch on the whole batch, and against bad input.
+
+    .venv/bin/python -m pytest -q tests/test_engine.py
+"""
+
+import argparse
+import json
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import engine as deepspeed
+from engine import ConfigError
+
+BATCH = 18  # divisible by every ranks * accumulation below
+
+
+class Net(nn.Module):
+    """Two layers, a buffer, a layer that only some samples use, a frozen and a non-contiguous parameter."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.first, self.second, self.rare = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+            self.turned = nn.Parameter(torch.randn(3, 7).t())
+            self.frozen = nn.Parameter(torch.randn(7), requires_grad=False)
+        self.register_buffer("shift", torch.full((7,), float(seed)))
+        self.never = nn.Parameter(torch.ones(2))
+
+    def forward(self, x, rare=False):
+        hidden = torch.tanh(self.first(x)) + self.frozen + self.shift
+        return self.second(hidden) + hidden @ self.turned + (self.rare(hidden) if rare else 0)
+
+
+def batches(steps: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x, y = torch.randn(BATCH, 5, generator=generator), 3 * torch.randn(BATCH, 3, generator=generator)
+        yield x.to(dtype), y.to(dtype)
+
+
+def plain_training(steps: int, clip: float, dtype, name: str, params: dict, rare_rows: int = 0):
+    """Plain PyTorch on whole batches: [(loss, norm, rate)] per step, and the weights."""
+    model = Net().to(dtype)
+    optimizer = getattr(torch.optim, name)(model.parameters(), **params)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    seen = []
+    for x, y in batches(steps, dtype):
+        out = model(x)
+        if rare_rows:
+            out = torch.cat([model(x[:rare_rows], rare=True), out[rare_rows:]])
+        loss = (out - y).square().mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+        seen.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return seen, [p.detach() for p in model.parameters()]
+
+
+def engine_training(steps: int, accumulation: int, clip: float, dtype, name: str, params: dict,
+                    rare_rank: bool = False):
+    """The same through the engine. Ranks start from different weights: rank 0's must win."""
+    model = Net(seed=dist.get_rank()).to(dtype)
+    config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": clip,
+              "optimizer": {"type": name, "params": params},
+              "scheduler": {"type": "ExponentialLR", "params": {"gamma": 0.9}}}
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
+    world, rank, seen = dist.get_world_size(), dist.get_rank(), []
+    for x, y in batches(steps, dtype):
+        total, rate = torch.zeros((), dtype=dtype), engine.get_lr()[0]
+        rows = BATCH // world
+        mine = slice(rank * rows, (rank + 1) * rows)
+        for part_x, part_y in zip(x[mine].chunk(accumulation), y[mine].chunk(accumulation)):
+            loss = (engine(part_x, rare=rare_rank and rank == 0) - part_y).square().mean()
+            total += engine.backward(loss).detach()
+            assert engine.is_gradient_accumulation_boundary() == ((engine.micro_steps + 1) % accumulation == 0)
+            engine.step()
+        dist.all_reduce(total)
+        seen.append((float(total) / world, engine.get_global_grad_norm(), rate))
+    assert (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps) == \
+        (steps, steps * BATCH, steps * accumulation, 0)
+    assert all(p.grad is None for p in model.parameters())
+    return seen, [p.detach() for p in model.parameters()]
+
+
+def assert_same_training(mine, reference, tolerance: float):
+    (seen, weights), (expected, expected_weights) = mine, reference
+    for step, (got, wanted) in enumerate(zip(seen, expected, strict=True)):
+        for what, a, b in zip(("loss", "norm", "rate"), got, wanted):
+            assert a == pytest.approx(b, rel=tolerance), f"step {step}: {what}"
+    for (name, _), a, b in zip(Net().named_parameters(), weights, expected_weights, strict=True):
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), \
+            f"after step {len(seen) - 1}: {name}: largest difference {float((a - b).abs().max()):.3g}"
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_equals_plain_pytorch_on_the_whole_batch(run_ranks, world_size, accumulation, clip):
+    for name, params in (("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.01, "weight_decay": 0.1})):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+            if dtype == torch.float32 and name == "AdamW":
+                tolerance = 1e-5  # Adam divides by its own small second moment, which magnifies rounding
+            reference = plain_training(5, clip, dtype, name, params)
+            for mine in run_ranks(engine_training, world_size, 5, accumulation, clip, dtype, name, params):
+                assert_same_training(mine, reference, tolerance)
+
+
+def test_a_layer_that_only_one_rank_uses_counts_as_zero_on_the_others(run_ranks):
+    arguments = (0.5, torch.float64, "AdamW", {"lr": 0.01, "weight_decay": 0.1})
+    reference = plain_training(3, *arguments, rare_rows=BATCH // 2)
+    for mine in run_ranks(engine_training, 2, 3, 1, *arguments, True):
+        assert_same_training(mine, reference, 1e-12)
+
+
+def test_clipping_is_at_1_when_the_config_does_not_say(run_ranks):
+    reference = plain_training(3, 1.0, torch.float64, "SGD", {"lr": 0.1})
+    assert reference[0][0][1] > 1.0, "else nothing is clipped"
+    config = {"train_batch_size": BATCH, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+              "scheduler": {"type": "ExponentialLR", "params": {"gamma": 0.9}}}
+    for weights in run_ranks(final_weights, 2, config):
+        for name, a, b in zip(dict(Net().named_parameters()), weights, reference[1], strict=True):
+            assert (a - b).abs().max() < 1e-12, name
+
+
+def final_weights(config: dict):
+    model = Net().double()
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    for x, y in batches(3, torch.float64):
+        rows = slice(dist.get_rank(), None, dist.get_world_size())
+        engine.backward((engine(x[rows]) - y[rows]).square().mean())
+        engine.step()
+    return [p.detach() for p in model.parameters()]
+
+
+# --- The engine's calls -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    """A test without any launcher: the engine starts and ends its own group of one."""
+    engines = []
+
+    def make(config=None, model=None, **kwargs):
+        model = model or Net()
+        made = deepspeed.initialize(model=model, config=config or {"train_batch_size": 4, "optimizer": {
+            "type": "Adam", "params": {"lr": 0.01}}}, **kwargs)
+        engines.append(made[0])
+        return made
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_without_a_launcher_a_process_is_a_group_of_its_own(alone):
+    engine, optimizer, loader, schedule = alone()
+    assert (engine.world_size, engine.global_rank, engine.local_rank) == (1, 0, 0)
+    assert isinstance(optimizer, torch.optim.AdamW) and loader is schedule is None
+    assert engine.optimizer is optimizer and isinstance(engine.module, Net)
+    assert engine.train_batch_size() == engine.train_micro_batch_size_per_gpu() == 4
+    assert engine.gradient_accumulation_steps() == 1 and engine.gradient_clipping() == 1.0
+    assert engine.get_global_grad_norm() == 0.0 and engine.get_lr() == [0.01]
+    assert not engine.eval().module.training and engine.train().module.training
+    engine.destroy()
+    assert not dist.is_initialized()
+
+
+def test_config_from_a_file_from_args_and_under_its_old_name(alone, tmp_path):
+    config = {"train_batch_size": 4}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    assert alone(path)[0].optimizer is None
+    for kwargs in ({"config_params": config}, {"args": argparse.Namespace(deepspeed_config=str(path), local_rank=-1)},
+                   {"config": str(path), "args": argparse.Namespace(deepspeed_config=None)}):
+        assert deepspeed.initialize(model=Net(), **kwargs)[0].train_batch_size() == 4
+    with pytest.raises(ConfigError, match="config and config_params; needed: one of"):
+        deepspeed.initialize(model=Net(), config=config, config_params=config)
+    with pytest.raises(ConfigError, match="nowhere"):
+        deepspeed.initialize(model=Net())
+
+
+def test_the_callers_optimizer_and_scheduler_win_as_objects_and_as_callables(alone, caplog):
+    model = Net()
+    mine = torch.optim.SGD(model.parameters(), lr=0.5)
+    with caplog.at_level(logging.WARNING):
+        _, optimizer, _, _ = alone(model=model, optimizer=mine)
+    assert optimizer is mine and "the SGD given to initialize() is used" in caplog.text
+    model, decay = Net(), torch.optim.lr_scheduler.ExponentialLR
+    _, optimizer, _, schedule = alone(model=model, optimizer=lambda params: torch.optim.Adagrad(params, lr=0.3),
+                                      lr_scheduler=lambda optimizer: decay(optimizer, 0.5))
+    assert isinstance(optimizer, torch.optim.Adagrad) and isinstance(schedule, decay)
+    model = Net()
+    mine = torch.optim.SGD(model.parameters(), lr=0.5)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(mine, patience=0)
+    engine, _, _, schedule = alone(model=model, optimizer=mine, lr_scheduler=plateau)
+    for _ in range(3):
+        engine.backward(engine(torch.ones(4, 5)).mean())
+        engine.step(lr_kwargs={"metrics": 1.0})
+    assert schedule is plateau and engine.get_lr() == [pytest.approx(0.005)]
+
+
+def test_param_groups_keep_their_own_rates(alone):
+    model = Net()
+    groups = [{"params": model.first.parameters(), "lr": 0.1}, {"params": [model.turned], "weight_decay": 0.3}]
+    engine, optimizer, _, _ = alone(model=model, model_parameters=groups)
+    assert engine.get_lr() == [0.1, 0.01]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.3]
+
+
+def test_wrong_use_of_the_engine_is_told(alone):
+    engine, *_ = alone({"train_batch_size": 8, "gradient_accumulation_steps": 2,
+                        "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    x = torch.ones(4, 5)
+    with pytest.raises(ValueError, match=r"given: a tensor of shape \(4, 3\)"):
+        engine.backward(engine(x))
+    with pytest.raises(ValueError, match="given: 3.0"):
+        engine.backward(3.0)
+    engine.step()
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        engine.step()
+    with engine.no_sync(), pytest.raises(RuntimeError, match=r"step\(\) inside no_sync"):
+        engine.step()
+    blind, *_ = alone({"train_batch_size": 8})
+    assert blind(x).shape == (4, 3)
+    with pytest.raises(RuntimeError, match=r"step\(\) needs an optimizer"):
+        blind.step()
+
+
+def unsynced_norms():
+    """The averaged gradient's norm, with the first of two passes inside no_sync() and without."""
+    norms = []
+    for inside in (True, False):
+        model = nn.Linear(5, 1).double()
+        nn.init.ones_(model.weight)
+        engine, *_ = deepspeed.initialize(model=model, config={"train_batch_size": dist.get_world_size(), "optimizer": {
+            "type": "SGD", "params": {"lr": 0.1}}})
+        x = torch.full((1, 5), 1.0 + dist.get_rank(), dtype=torch.float64)
+        if inside:
+            with engine.no_sync():
+                engine.backward(engine(x).sum())
+            engine.backward(engine(2 * x).sum())
+        else:
+            engine.backward(engine(torch.cat([x, 2 * x])).sum())
+        engine.step()
+        norms.append(engine.get_global_grad_norm())
+    return norms
+
+
+def test_passes_inside_no_sync_add_up_and_are_averaged_afterwards(run_ranks):
+    for inside, outside in run_ranks(unsynced_norms, 2):
+        assert inside == pytest.approx(outside, rel=1e-12) and inside > 0
+
+
+def test_a_progress_line_every_so_many_steps(alone, capsys):
+    engine, *_ = alone({"train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_print": 2,
+                        "optimizer": {"type": "SGD", "params": {"lr": 0.25}}}, model=nn.Linear(1, 1))
+    nn.init.zeros_(engine.module.bias), nn.init.zeros_(engine.module.weight)
+    for _ in range(10):
+        engine.backward(engine(torch.zeros(4, 1)).mean() * 0 + 3)
+        engine.step()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]
+    assert all("loss 3.0000, lr 0.25, " in line and line.endswith(" samples/s") for line in lines)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def epochs_seen(samples: int, drop_last: bool):
+    torch.manual_seed(7 + dist.get_rank())  # rank 0's seed decides
+    data = TensorDataset(torch.arange(samples), torch.arange(samples) * 10)
+    _, _, loader, _ = deepspeed.initialize(model=Net(), training_data=data, config={
+        "train_micro_batch_size_per_gpu": 2, "dataloader_drop_last": drop_last})
+    return [[(x.tolist(), y.tolist()) for x, y in loader] for _ in range(2)], len(loader)
+
+
+@pytest.mark.parametrize("samples, drop_last, per_rank", [(12, False, [2, 2, 2]), (11, False, [2, 2, 2]),
+                                                          (9, False, [2, 2, 1]), (9, True, [2, 2])])
+def test_ranks_share_the_data_out_in_a_new_order_every_epoch(run_ranks, samples, drop_last, per_rank):
+    shares = run_ranks(epochs_seen, 2, samples, drop_last)
+    orders = []
+    for epoch in range(2):
+        mine = [share[0][epoch] for share in shares]
+        assert [[len(x) for x, _ in batches] for batches in mine] == [per_rank] * 2
+        assert all(y == [10 * v for v in x] for batches in mine for x, y in batches)
+        orders.append([v for batches in mine for x, _ in batches for v in x])
+        if not drop_last:
+            assert set(orders[-1]) == set(range(samples)), "every sample is seen"
+    assert orders[0] != orders[1] and shares[0][1] == len(per_rank)
+    assert shares == run_ranks(epochs_seen, 2, samples, drop_last), "the seed decides"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(4.0))
+
+
+def stream_on_ranks():
+    try:
+        deepspeed.initialize(model=Net(), training_data=Stream(), config={"train_micro_batch_size_per_gpu": 2})
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_stream_is_for_one_rank_only(alone, run_ranks):
+    _, _, loader, _ = alone({"train_batch_size": 2}, training_data=Stream(), collate_fn=lambda samples: {"x": samples})
+    assert [batch["x"] for batch in loader] == [[0, 1], [2, 3]]
+    assert all("can't be shared out among 2 ranks" in told for told in run_ranks(stream_on_ranks, 2))
+
+
+# --- Optimizers by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section, cls, holds", [
+    ({"type": "Adam"}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
+    ({"type": "AdamW"}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
+    ({"type": "Adam", "params": {"adam_w_mode": False}}, torch.optim.Adam, {"weight_decay": 0.0}),
+    ({"type": "AdamW", "params": {"torch_adam": True}}, torch.optim.AdamW, {"weight_decay": 0.01}),
+    ({"type": "adam", "params": {"torch_adam": True, "adam_w_mode": False, "betas": [0.5, 0.6]}}, torch.optim.Adam,
+     {"betas": (0.5, 0.6)}),
+    ({"type": "AdamW", "params": {"foreach": True}}, torch.optim.AdamW, {"foreach": True, "fused": None}),
+    ({"type": "SGD", "params": {"momentum": 0.5}}, torch.optim.SGD, {"momentum": 0.5, "fused": True}),
+    ({"type": "RMSprop"}, torch.optim.RMSprop, {}),
+    ({"type": "Adagrad"}, torch.optim.Adagrad, {"fused": True}),
+])
+def test_optimizers_by_name(section, cls, holds):
+    optimizer = deepspeed.build_optimizer(deepspeed.OptimizerConfig(**section), [nn.Parameter(torch.ones(2))],
+                                          torch.device("cpu"))
+    assert type(optimizer) is cls
+    assert {key: optimizer.param_groups[0][key] for key in holds} == holds
+
+
+# --- The config -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, world_size, settled", [
+    ({"train_batch_size": 8}, 2, (8, 4, 1)),
+    ({"train_micro_batch_size_per_gpu": 3}, 2, (6, 3, 1)),
+    ({"train_batch_size": 12, "gradient_accumulation_steps": 3}, 2, (12, 2, 3)),
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}, 2, (12, 2, 3)),
+    ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 2, (12, 2, 3)),
+    ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 2, (12, 2, 3)),
+    ({"train_batch_size": 8.0}, 1, (8, 8, 1)),
+])
+def test_batch_sizes_give_one_another(given, world_size, settled):
+    config = deepspeed.load_config(given)
+    config.settle_batch_sizes(world_size)
+    assert tuple(getattr(config, key) for key in config.SIZES) == settled
+
+
+@pytest.mark.parametrize("given, told", [
+    ({}, "at least one"),
+    ({"gradient_accumulation_steps": 2}, "at least one"),
+    ({"train_batch_size": 9}, r"4 \* 1 \* 2 != 9 \(given: train_batch_size 9; world size 2\)"),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, r"3 \* 1 \* 2 != 8"),
+    ({"train_batch_size": 1}, r"1 \* 1 \* 2 != 1"),
+    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
+     r"2 \* 3 \* 2 != 8"),
+])
+def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
+    with pytest.raises(ConfigError, match=told):
+        deepspeed.load_config(given).settle_batch_sizes(2)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"gradient_cliping": 1.0}, "unknown key gradient_cliping, set to 1.0; did you mean 'gradient_clipping'"),
+    ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
+    ({"zero_optimization": {"stage": 1}}, "zero_optimization is not implemented yet"),
+    ({"fp16": {"enabled": True}}, "fp16 is not implemented yet"),
+    ({"pipeline": {}}, "pipeline belongs to a part of DeepSpeed that is not covered"),
+    ({"train_batch_size": "8"}, "train_batch_size is '8'; allowed: a whole number or null"),
+    ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),
+    ({"train_batch_size": True}, "train_batch_size is True"),
+    ({"train_batch_size": 0}, "train_batch_size is 0; allowed: a whole number from 1"),
+    ({"gradient_clipping": None}, "gradient_clipping is None; allowed: a number"),
+    ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0"),
+    ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
+    ({"dataloader_drop_last": 1}, "dataloader_drop_last is 1; allowed: true or false"),
+    ({"optimizer": "Adam"}, "optimizer. is 'Adam'; allowed: an object"),
+    ({"optimizer": {"params": {"lr": 0.1}}}, "optimizer.type is missing"),
+    ({"optimizer": {"type": "Adam", "param": {}}}, "unknown key optimizer.param, .* did you mean 'params'"),
+    ({"optimizer": {"type": "Adan"}}, "optimizer.type is 'Adan'; did you mean 'Adam'"),
+    ({"optimizer": {"type": "LBFGS"}}, "optimizer.type is 'LBFGS'"),
+    ({"optimizer": {"type": "Adam", "params": {"learning_rate": 0.1}}}, "unknown key optimizer.params.learning_rate"),
+    ({"optimizer": {"type": "Adam", "params": {"lr": -1.0}}}, "optimizer.params .*Invalid learning rate: -1.0"),
+    ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction is false; allowed: true"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "scheduler: WarmupLR: a parameter"),
+])
+def test_configs_that_cannot_be_meant_are_refused_by_key(alone, change, told):
+    with pytest.raises(ConfigError, match=told):
+        alone({"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **change})
+
+
+def test_config_files_that_cannot_be_read_are_refused(alone, tmp_path):
+    path = tmp_path / "ds.json"
+    with pytest.raises(ConfigError, match="can't be read: No such file"):
+        alone(path)
+    for text, told in (("{", "is not JSON"), ("[]", "the config is \\[\\]"),
+                       ('{"train_batch_size": 1, "train_batch_size": 2}', "'train_batch_size' stands twice")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            alone(path)
+
+
+@pytest.mark.parametrize("kwargs, told", [
+    ({"mpu": object()}, "mpu and mesh_param"),
+    ({"optimizer": 3}, "optimizer is, or makes, 3"),
+    ({"optimizer": lambda params: 4}, "optimizer is, or makes, 4|allowed: a torch.optim.Optimizer"),
+    ({"lr_scheduler": 5}, "lr_scheduler is, or makes, 5"),
+    ({"optimizer": torch.optim.SGD([torch.ones(2, requires_grad=True)])}, r"shape \(2,\) that is no parameter"),
+    ({"dist_init_required": False}, "dist_init_required is False"),
+    ({"model": nn.Linear(2, 2, device="meta")}, "meta device"),
+])
+def test_arguments_that_cannot_be_meant_are_refused(alone, kwargs, told):
+    with pytest.raises(ValueError, match=told):
+        alone(**kwargs)
+
+
+def test_a_model_is_needed():
+    with pytest.raises(ValueError, match="model is None; allowed: an nn.Module"):
+        deepspeed.initialize(config={"train_batch_size": 1})
+
+
+def test_half_of_a_launchers_variables_is_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="but not WORLD_SIZE, MASTER_ADDR"):
+        deepspeed.initialize(model=Net(), config={"train_batch_size": 1})
+
+
+def test_scheduler_without_optimizer_is_refused(alone):
+    with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
+        alone({"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})

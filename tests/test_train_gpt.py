@@ -1,0 +1,53 @@
+"""The training script: it learns, it gives the same on any number of ranks, and it refuses in one line.
+
+    .venv/bin/python -m pytest -q tests/test_train_gpt.py
+"""
+
+import contextlib
+import io
+import re
+import sys
+from unittest import mock
+
+import pytest
+import train_gpt
+
+SMALL = ["--dim=16", "--layers=1", "--heads=2", "--context=16", "--batch=8", "--steps=20", "--report=10", "--sample=8"]
+
+
+def run_script(arguments: list[str]) -> str:
+    """What the script prints."""
+    with mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]), \
+            contextlib.redirect_stdout(io.StringIO()) as out:
+        train_gpt.main()
+    return out.getvalue()
+
+
+def losses(printed: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss (\d+\.\d+)", printed)]
+
+
+def test_it_learns_real_text_the_same_on_one_rank_and_on_two(run_ranks, tmp_path):
+    arguments = [*SMALL, f"--plot={tmp_path / 'loss.png'}"]
+    (alone,) = run_ranks(run_script, 1, arguments)
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    together, silent = run_ranks(run_script, 2, arguments)
+    assert silent == "" and "the model writes:\ndef " in alone
+    assert len(losses(alone)) == 4 and losses(alone)[0] > 5 > losses(alone)[2], "three steps' losses and a held-out one"
+    assert losses(together) == pytest.approx(losses(alone), abs=2e-4)
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--data", "no such file"], "train_gpt.py: error: --data no such file can't be read"),
+    (["--data", "SHORT"], "too little text: 27 bytes to train on and 3 held out"),
+    (["--config", "no such file"], "train_gpt.py: error: the config file no such file can't be read"),
+    (["--heads", "5"], None), (["--steps", "0"], None)])
+def test_bad_input_is_refused(tmp_path, capsys, arguments, told):
+    (tmp_path / "short").write_text("x" * 30)
+    arguments = [str(tmp_path / "short") if a == "SHORT" else a for a in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(arguments)
+    if told:
+        assert told in str(stopped.value)
+    else:  # argparse's own way out
+        assert stopped.value.code == 2 and "train_gpt.py" not in capsys.readouterr().out
