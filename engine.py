@@ -133,7 +133,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
             config = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
         except OSError as error:
             raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the config file {path} is not JSON: {error}") from error
     return _parse(Config, config, "")
 
@@ -149,7 +149,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(cls: type, raw: Any, path: str) -> Any:
     """An instance of the dataclass ``cls`` from the JSON object ``raw``, which stands at ``path`` in the config."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{path or 'the config'} is {raw!r}; allowed: an object, such as a dict")
+        raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
     known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
     for key in raw:
         if key in known:
@@ -193,6 +193,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
 
 
+UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)  # one needs a closure, the other sparse gradients: not covered
+
+
 def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torch.device) -> Optimizer:
     """The optimizer that ``section`` names, over ``parameters`` (tensors or param groups).
 
@@ -202,7 +205,7 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     implementation is used where there is one and ``params`` doesn't choose another.
     """
     known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
-             and cls not in (Optimizer, torch.optim.LBFGS)}  # LBFGS needs a closure, which step() has not
+             and cls not in (Optimizer, *UNFIT)}
     name, params = section.type, dict(section.params)
     if name.lower() in ("adam", "adamw"):
         name = "AdamW" if params.pop("adam_w_mode", True) or name.lower() == "adamw" else "Adam"
@@ -224,7 +227,7 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
         params["fused"] = True
     try:
         return cls(parameters, **params)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"optimizer.params {section.params} for {name}: {error}") from error
 
 
@@ -235,8 +238,9 @@ def _own_device(local_rank: int) -> torch.device:
     """This process's GPU, or the CPU on a machine without any."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # seen by all ranks: all raise, none waits
+    if needed > torch.cuda.device_count():
+        raise ConfigError(f"{needed} processes on this machine need as many GPUs; it has {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -267,19 +271,20 @@ def _start_process_group(device: torch.device, port: int, required: bool | None)
 def _broadcast_model(model: nn.Module) -> None:
     """Make every parameter and buffer what it is on rank 0."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        _collective(dist.broadcast, tensor, src=0)
+        with _dense(tensor) as dense:  # sent as bytes, since backends don't know every dtype
+            dist.broadcast(dense.view(-1).view(torch.uint8), src=0)
 
 
-def _collective(operation: Callable, tensor: Tensor, **kwargs: Any) -> None:
-    """Run a collective in place on ``tensor``, which may be empty, or laid out in an order of its own.
+@contextmanager
+def _dense(tensor: Tensor) -> Iterator[Tensor]:
+    """``tensor`` in the contiguous layout that collectives want, mostly itself; a copy is written back at the end.
 
-    The layout has to stay: fused optimizers walk a parameter and its gradient as they lie in memory.
+    Its own layout has to stay: fused optimizers walk a parameter and its gradient as they lie in memory.
     """
-    if tensor.numel():
-        dense = tensor.contiguous()  # what collectives want; in nearly all cases this is ``tensor`` itself
-        operation(dense, **kwargs)
-        if dense is not tensor:
-            tensor.copy_(dense)
+    dense = tensor.contiguous()
+    yield dense
+    if dense is not tensor:
+        tensor.copy_(dense)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -287,15 +292,15 @@ def _collective(operation: Callable, tensor: Tensor, **kwargs: Any) -> None:
 
 def _to_device(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # tensors, and classes that know how to move themselves
+        return value.to(device)
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_to_device(item, device) for item in value))
     if type(value) in (list, tuple):
         return type(value)(_to_device(item, device) for item in value)
-    return value.to(device) if hasattr(value, "to") else value
+    return value
 
 
 class ShardedLoader:
@@ -311,13 +316,16 @@ class ShardedLoader:
             raise ValueError("training_data is an IterableDataset, which can't be shared out among "
                              f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
                              "If yours shards itself, put it in a DataLoader of your own")
+        if isinstance(dataset, DataLoader) or not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__len__")):
+            raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
+                             "__getitem__, from which the engine makes the loader")
         seed = torch.tensor(torch.initial_seed() % 2**62, device=device)
         if dist.get_world_size() > 1:
             dist.broadcast(seed, src=0)
         self.sampler = None if isinstance(dataset, IterableDataset) else DistributedSampler(
             dataset, shuffle=True, seed=int(seed), drop_last=False)
         self.loader = DataLoader(dataset, batch_size=batch_size, sampler=self.sampler, collate_fn=collate_fn,
-                                 drop_last=drop_last, pin_memory=device.type == "cuda")
+                                 drop_last=drop_last)
         self.device = device
         self.epoch = 0  # how many epochs have begun
 
@@ -446,18 +454,21 @@ class Engine(nn.Module):
         A parameter may be unused on some ranks: there it counts as zero. Unused on all, it keeps having none.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        used = [float(p.grad is not None) for p in parameters]
         if self.world_size > 1:
-            dist.all_reduce(used)
-        reduced = [p for p, ranks in zip(parameters, used.tolist()) if ranks > 0]
+            used_ranks = torch.tensor(used, device=self.device)
+            dist.all_reduce(used_ranks)
+            used = used_ranks.tolist()
+        reduced = [p for p, ranks in zip(parameters, used) if ranks > 0]
         if not reduced:
             raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
                                "depends on parameters of the optimizer")
         for p in reduced if self.world_size > 1 else ():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            _collective(dist.all_reduce, p.grad)
-            p.grad /= self.world_size
+            with _dense(p.grad) as grad:
+                dist.all_reduce(grad)
+                grad /= self.world_size
         return reduced
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
@@ -476,7 +487,7 @@ class Engine(nn.Module):
             self._in_no_sync = False
 
     def destroy(self) -> None:
-        """Let go of the process group, if this engine started it; the engine can't train after that."""
+        """Let go of the process group, if this engine started it; no engine of this process can train after that."""
         if self._started_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -555,8 +566,20 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, getattr(args, "local_rank", None) or 0)))
     device = _own_device(local_rank)
     started = _start_process_group(device, distributed_port, dist_init_required)
-    settings.settle_batch_sizes(dist.get_world_size())
-    engine = Engine(model, settings, device, local_rank, started)
+    try:
+        engine = Engine(model, settings, device, local_rank, started)
+        return _equip(engine, optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
+    except BaseException:
+        if started:  # or the next, corrected call would find a group that no engine lets go
+            dist.destroy_process_group()
+        raise
+
+
+def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, training_data: Dataset | None,
+           lr_scheduler: Any, collate_fn: Callable | None) -> tuple:
+    """Place the model, and give the engine what trains it; the arguments and the result are those of initialize()."""
+    model, settings, device = engine.module, engine.config, engine.device
+    settings.settle_batch_sizes(engine.world_size)
     model.to(device)
     if engine.world_size > 1:
         _broadcast_model(model)
@@ -597,6 +620,9 @@ def _choose_optimizer(client: Any, section: OptimizerConfig | None, model: nn.Mo
 
 def _checked(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """Refuse an optimizer over tensors that the model doesn't have: it would train something else, or nothing."""
+    if isinstance(optimizer, UNFIT):
+        raise ValueError(f"optimizer is a {type(optimizer).__name__}; allowed: any other of torch.optim, as step() "
+                         "gives no closure and sparse gradients are not covered")
     own = {id(p) for p in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -616,6 +642,9 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
         except ValueError as error:
             raise ConfigError(f"scheduler: {error}") from error
     scheduler = client(optimizer) if callable(client) else client
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("lr_scheduler drives another optimizer than the engine's; allowed: one made for the optimizer "
+                         "that initialize() is given, or a callable that makes one from the optimizer")
     if not hasattr(scheduler, "step"):
         raise ValueError(f"lr_scheduler is, or makes, {scheduler!r}; allowed: an object with step(), or a callable "
                          "that makes one from the optimizer")

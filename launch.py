@@ -22,6 +22,8 @@ import engine as deepspeed
 
 
 class SimpleModel(nn.Module):
+    """The document's model: one layer, (batch, 10) to (batch, 1)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(10, 1)
@@ -52,6 +54,9 @@ def documented_example(zero_stage: int | None = None, config_file: str | None = 
 
     model_engine, optimizer, _, lr_scheduler = deepspeed.initialize(
         model=model, optimizer=optimizer, config_params=ds_config)
+
+    if lr_scheduler is None or model_engine.train_batch_size() != 8:  # ours: for configs from the command line
+        raise ValueError("the example needs a config with a scheduler section and a train_batch_size of 8")
 
     inputs = torch.randn(8, 10)
     inputs = inputs[model_engine.global_rank::model_engine.world_size]  # ours: this rank's share; alone, all of it
@@ -109,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.nproc_per_node is not None and options.nproc_per_node < 1:
         parser.error(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up")
+    if len(example) == 2:
+        parser.error(f"--zero_stage changes the example's own config; with --deepspeed_config, put the stage into "
+                     f"{options.deepspeed_config}")
     if options.script and example:
         parser.error(f"{example[0].split('=')[0]} changes the example's config; give {options.script} its own")
     if options.script and not Path(options.script).is_file():

@@ -201,7 +201,8 @@ class WarmupLR(Schedule):
     def __init__(self, optimizer: Optimizer, warmup_min_lr: Rates = 0.0, warmup_max_lr: Rates | None = None,
                  warmup_num_steps: int = 1000, warmup_type: str = "log", last_batch_iteration: int = -1):
         if warmup_max_lr is None:
-            warmup_max_lr = [float(group["lr"]) for group in optimizer.param_groups]
+            # initial_lr: that of an optimizer whose schedule is being resumed, where lr is in the middle of it
+            warmup_max_lr = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.min_lrs, self.max_lrs = _range(optimizer, "warmup_min_lr", warmup_min_lr, "warmup_max_lr", warmup_max_lr)
         self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
         super().__init__(optimizer, last_batch_iteration)
@@ -316,6 +317,7 @@ class OneCycle(Schedule):
         return low + (high - low) * self.height(t) if decay is None else low / (1 + self.decay_lr_rate * decay)
 
     def momentum(self, t: int, group: int) -> float | None:
+        """High where the rate is low; an error once ``decay_mom_rate`` has raised it to 1, where nothing converges."""
         low, high, decay = self.min_moms[group], self.max_moms[group], self.decay(t)
         if not self.moves_momentum[group]:
             return None
@@ -415,6 +417,7 @@ class MultiPhaseLR(Schedule):
             self.rate(sum(phase.steps or 0 for phase in self.phases[group]), group)
 
     def rate(self, t: int, group: int) -> float:
+        """Walk through the phases up to ``t``, handing the rate at which each ends to the next."""
         value = self.base_lrs[group]
         for phase in self.phases[group]:
             if phase.steps is None or t < phase.steps:
@@ -487,7 +490,7 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
         _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
     try:
         return cls(optimizer, **params)
-    except (TypeError, AttributeError) as error:  # how PyTorch's own classes meet bad parameters
+    except (TypeError, AttributeError, LookupError) as error:  # how PyTorch's own classes meet bad parameters
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -503,7 +506,8 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[l
     """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are."""
     real = source.optimizer if isinstance(source, LRScheduler) else None
     section = {} if real else _section(source)
-    lr = lr if real else source.get("optimizer", {}).get("params", {}).get("lr", lr)
+    if not real:
+        lr = ((source.get("optimizer") or {}).get("params") or {}).get("lr", lr)
     groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
                                              for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
     stand_in = torch.optim.SGD([{**group, "params": [torch.zeros(())]} for group in groups])

@@ -8,14 +8,16 @@ median of the ratios of neighbouring steps.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both on the CPU
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]

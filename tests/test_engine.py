@@ -30,6 +30,7 @@ class Net(nn.Module):
             self.turned = nn.Parameter(torch.randn(3, 7).t())
             self.frozen = nn.Parameter(torch.randn(7), requires_grad=False)
         self.register_buffer("shift", torch.full((7,), float(seed)))
+        self.register_buffer("small", torch.full((2,), seed, dtype=torch.int16))  # a dtype gloo doesn't know
         self.never = nn.Parameter(torch.ones(2))
 
     def forward(self, x, rare=False):
@@ -384,11 +385,12 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0"),
     ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
     ({"dataloader_drop_last": 1}, "dataloader_drop_last is 1; allowed: true or false"),
-    ({"optimizer": "Adam"}, "optimizer. is 'Adam'; allowed: an object"),
+    ({"optimizer": "Adam"}, "^optimizer is 'Adam'; allowed: an object"),
     ({"optimizer": {"params": {"lr": 0.1}}}, "optimizer.type is missing"),
     ({"optimizer": {"type": "Adam", "param": {}}}, "unknown key optimizer.param, .* did you mean 'params'"),
     ({"optimizer": {"type": "Adan"}}, "optimizer.type is 'Adan'; did you mean 'Adam'"),
     ({"optimizer": {"type": "LBFGS"}}, "optimizer.type is 'LBFGS'"),
+    ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, "optimizer.params .* for AdamW"),
     ({"optimizer": {"type": "Adam", "params": {"learning_rate": 0.1}}}, "unknown key optimizer.params.learning_rate"),
     ({"optimizer": {"type": "Adam", "params": {"lr": -1.0}}}, "optimizer.params .*Invalid learning rate: -1.0"),
     ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction is false; allowed: true"),
@@ -397,6 +399,7 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
 def test_configs_that_cannot_be_meant_are_refused_by_key(alone, change, told):
     with pytest.raises(ConfigError, match=told):
         alone({"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **change})
+    assert not dist.is_initialized(), "what a refused call has started, it ends"
 
 
 def test_config_files_that_cannot_be_read_are_refused(alone, tmp_path):
@@ -413,9 +416,12 @@ def test_config_files_that_cannot_be_read_are_refused(alone, tmp_path):
 @pytest.mark.parametrize("kwargs, told", [
     ({"mpu": object()}, "mpu and mesh_param"),
     ({"optimizer": 3}, "optimizer is, or makes, 3"),
-    ({"optimizer": lambda params: 4}, "optimizer is, or makes, 4|allowed: a torch.optim.Optimizer"),
+    ({"optimizer": lambda params: 4}, "optimizer is, or makes, .*; allowed: a torch.optim.Optimizer"),
     ({"lr_scheduler": 5}, "lr_scheduler is, or makes, 5"),
     ({"optimizer": torch.optim.SGD([torch.ones(2, requires_grad=True)])}, r"shape \(2,\) that is no parameter"),
+    ({"lr_scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)}, "drives another"),
+    ({"optimizer": torch.optim.LBFGS([torch.ones(1)])}, "optimizer is a LBFGS"),
+    ({"training_data": torch.utils.data.DataLoader([1])}, "training_data is a DataLoader"),
     ({"dist_init_required": False}, "dist_init_required is False"),
     ({"model": nn.Linear(2, 2, device="meta")}, "meta device"),
 ])

@@ -57,6 +57,7 @@ def test_user_errors_take_one_line_and_a_code(tmp_path):
     code, _, err = run_main(["--zero_stage", "2"])
     assert (code, err.count("\n")) == (2, 1) and "zero_optimization is not implemented yet" in err
     for arguments, told in (["--bogus"], "unrecognized arguments"), (["--zero_stage", "4"], "invalid choice: 4"), \
+            (["--zero_stage", "1", "--deepspeed_config", "ds.json"], "put the stage into ds.json"), \
             (["none.py"], "there is no script 'none.py'"), (["--nproc_per_node", "0"], "--nproc_per_node is 0"), \
             (["--zero_stage", "1", __file__], "--zero_stage changes the example's config"):
         code, out, err = run_main(arguments)

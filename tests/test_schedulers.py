@@ -89,13 +89,14 @@ def configs(draw) -> dict:
     low, high = sorted((draw(RATE), draw(RATE)))
     warm, extra = draw(COUNT), draw(st.integers(0, 40))
     kind = draw(st.sampled_from(["log", "linear"]))
+    low, high = (0.0, None) if draw(st.booleans()) else (low, high)
     warm_up = {"warmup_min_lr": low, "warmup_max_lr": high, "warmup_num_steps": warm, "warmup_type": kind}
     params = {
         "WarmupLR": warm_up,
         "WarmupDecayLR": {**warm_up, "total_num_steps": warm + extra},
         "WarmupCosineLR": {"warmup_num_steps": warm, "total_num_steps": warm + extra, "warmup_type": kind,
                            "warmup_min_ratio": draw(st.floats(0, 1)), "cos_min_ratio": draw(st.floats(0, 1))},
-        "OneCycle": {"cycle_min_lr": low, "cycle_max_lr": high, "cycle_first_step_size": warm,
+        "OneCycle": {"cycle_min_lr": low, "cycle_max_lr": high or 0.5, "cycle_first_step_size": warm,
                      "cycle_second_step_size": draw(COUNT), "cycle_first_stair_count": draw(st.integers(0, 5)),
                      "decay_step_size": draw(COUNT), "decay_lr_rate": draw(st.floats(0, 1))},
         "LRRangeTest": {"lr_range_test_min_lr": low, "lr_range_test_step_size": warm,
@@ -114,6 +115,7 @@ def test_resumed_equals_uninterrupted_and_the_rate_is_in_force_at_once(config, b
     straight = rates(whole, schedulers.build(whole, **named(config)), before + after)
     first = schedulers.build(half, **named(config))
     rates(half, first, before)
+    resumed.load_state_dict(half.state_dict())  # as when resuming, where the rate is then in the middle of the schedule
     state = json.loads(json.dumps(first.state_dict()))  # and it is plain data
     second = schedulers.build(resumed, **named(config))
     second.load_state_dict(state)
@@ -144,7 +146,7 @@ def test_rates_are_finite_bounded_and_monotone_where_they_should_be(config):
     params, name = config["params"], config["type"]
     assert all(math.isfinite(rate) and rate >= 0 for rate in seen)
     if name.startswith("Warmup"):
-        low, high = (params["warmup_min_lr"], params["warmup_max_lr"]) if name != "WarmupCosineLR" else (0.0, 0.01)
+        low, high = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr") or 0.01
         top = max(2, params["warmup_num_steps"]) + 1
         assert seen[:top] == sorted(seen[:top])
         assert seen[top:] == sorted(seen[top:], reverse=True)

@@ -78,7 +78,8 @@ def read_text(path: str | None) -> tuple[Tensor, Tensor]:
     """Training text and held-out text, each a 1-D uint8 tensor."""
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts and "test" not in p.parts)
+        files = sorted(p for p in library.rglob("*.py")
+                       if not {"site-packages", "test"} & {*p.relative_to(library).parts})
         texts = [p.read_bytes() for p in files]
         parts = [b"".join(t for i, t in enumerate(texts) if (i % 10 == 9) == held) for held in (False, True)]
     else:
@@ -124,11 +125,13 @@ def mean_over_ranks(value: Tensor) -> float:
 def held_out_loss(engine: deepspeed.Engine, text: Tensor, options: argparse.Namespace) -> float:
     """Nats per byte over evenly spaced stretches of the held-out text, each rank measuring its share."""
     engine.eval()
-    offsets = torch.linspace(0, len(text) - options.context - 1, 8 * options.batch).long()
-    share = offsets[engine.global_rank::engine.world_size]
-    losses = [engine(*batch_at(text, part, options.context)) for part in share.split(options.batch)]
+    offsets = torch.linspace(0, len(text) - options.context - 1, 8 * options.batch, dtype=torch.float64).long()
+    share = offsets[engine.global_rank::engine.world_size]  # perhaps not equally many on every rank, so sums are taken
+    loss_sum = torch.zeros((), device=engine.device)
+    for part in share.split(options.batch):
+        loss_sum += len(part) * engine(*batch_at(text, part, options.context))
     engine.train()
-    return mean_over_ranks(torch.stack(losses).mean())
+    return mean_over_ranks(loss_sum) * engine.world_size / len(offsets)
 
 
 def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: argparse.Namespace) -> tuple[list, list]:
@@ -233,6 +236,8 @@ def main() -> None:
                                           config=options.config or default_config(options))
     except ValueError as error:
         sys.exit(f"train_gpt.py: error: {error}")
+    if engine.optimizer is None:
+        sys.exit(f"train_gpt.py: error: --config {options.config} has no optimizer section: nothing would train")
     if engine.global_rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"{count / 1e6:.2f} M parameters, {len(text) / 1e6:.1f} MB of text, {engine.world_size} process(es), "
