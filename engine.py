@@ -60,7 +60,7 @@ class ConfigError(ValueError):
 @dataclass
 class OptimizerConfig:
     """The ``optimizer`` section."""
-    type: str                                    # "Adam", "AdamW" or any other class of torch.optim
+    type: str                                    # "Adam", "AdamW" or another class of torch.optim
     params: dict = field(default_factory=dict)   # its keyword arguments, such as lr
 
 
@@ -80,7 +80,7 @@ class Config:
     gradient_clipping: float = 1.0                     # largest global gradient norm (2-norm); 0 does not clip
     steps_per_print: int | None = None                 # optimizer steps between progress lines; none prints nothing
     dataloader_drop_last: bool = False                 # drop an epoch's last micro-batch when it is smaller
-    zero_allow_untested_optimizer: bool = False        # no effect: every optimizer of torch.optim is welcome
+    zero_allow_untested_optimizer: bool = False        # no effect: there is no list of tested ones
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
 
@@ -201,8 +201,8 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
 
     ``Adam`` and ``AdamW`` mean what they mean in DeepSpeed. Both decay weights the decoupled way (AdamW, arXiv
     1711.05101), unless ``Adam`` has ``adam_w_mode: false``. Both decay by 0 unless told more; with ``torch_adam: true``
-    PyTorch's default holds, which is 0.01 for AdamW. Any other name is a class of ``torch.optim``. PyTorch's fused
-    implementation is used where there is one and ``params`` doesn't choose another.
+    PyTorch's default holds, which is 0.01 for AdamW. Any other name is a class of ``torch.optim``, UNFIT ones excepted.
+    PyTorch's fused implementation is used where there is one and ``params`` doesn't choose another.
     """
     known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
              and cls not in (Optimizer, *UNFIT)}
@@ -508,10 +508,12 @@ class _Progress:
         self.since = time.perf_counter()
 
     def add_loss(self, loss: Tensor) -> None:
+        """Take note of one micro-batch's loss."""
         self.loss_sum = self.loss_sum + loss.float()
         self.losses += 1
 
     def after_step(self) -> None:
+        """Print when a line is due. Every rank must call it, as the loss is averaged over them."""
         engine = self.engine
         if engine.global_steps % self.every:
             return

@@ -12,7 +12,7 @@ warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that
     Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
     DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
     Beside them: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
-    build       a schedule by its name; every class of ``torch.optim.lr_scheduler`` has one too
+    build       a schedule by its name; most classes of ``torch.optim.lr_scheduler`` go by theirs
     preview     the rates of a schedule without training
 
 Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. A wrong value raises a
