@@ -9,12 +9,11 @@
 
 One optimizer step, from the loss to the updated weights, with these phases in this order:
 
-    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd add to ``p.grad``
+    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd run; as it
+                                 finishes gradients, ``zero.py`` collects them in buckets and adds them up over ranks
     step()           count       a micro-batch that does not end its accumulation window: nothing more to do
-                     reduce      make every gradient the mean over all ranks
                      clip        take the global norm, and scale the gradients down to ``gradient_clipping``
-                     update      ``optimizer.step()``, then ``lr_scheduler.step()``
-                     clear       drop the gradients
+                     update      each rank the weights that its ZeRO stage gives it, then ``lr_scheduler.step()``
 
 So with a loss that is the mean over its micro-batch, the gradient is the mean over the whole batch:
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
@@ -32,20 +31,20 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import schedulers
+import zero
 
 logger = logging.getLogger("engine")
 
@@ -72,6 +71,12 @@ class SchedulerConfig:
 
 
 @dataclass
+class CommsLoggerConfig:
+    """The ``comms_logger`` section."""
+    enabled: bool = False   # print a table of all collectives with every progress line, and at destroy()
+
+
+@dataclass
 class Config:
     """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
     train_batch_size: int | None = None                # per optimizer step, over all ranks and micro-batches
@@ -80,9 +85,12 @@ class Config:
     gradient_clipping: float = 1.0                     # largest global gradient norm (2-norm); 0 does not clip
     steps_per_print: int | None = None                 # optimizer steps between progress lines; none prints nothing
     dataloader_drop_last: bool = False                 # drop an epoch's last micro-batch when it is smaller
-    zero_allow_untested_optimizer: bool = False        # no effect: there is no list of tested ones
+    zero_allow_untested_optimizer: bool = False        # shard an optimizer that is not known to work element by element
+    wall_clock_breakdown: bool = False                 # print what a step's time goes into
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
+    zero_optimization: zero.ZeroConfig = field(default_factory=zero.ZeroConfig)
+    comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -115,14 +123,19 @@ class Config:
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
 NOT_YET = {"fp16", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-           "gradient_predivide_factor", "gradient_allreduce_op", "sparse_gradients", "zero_optimization",
-           "activation_checkpointing", "checkpoint", "managed_gradient_accumulation", "wall_clock_breakdown",
-           "comms_logger", "dump_state", "zero_force_ds_cpu_optimizer"}
+           "gradient_predivide_factor", "gradient_allreduce_op", "sparse_gradients",
+           "activation_checkpointing", "checkpoint", "managed_gradient_accumulation", "dump_state",
+           "zero_force_ds_cpu_optimizer"}
+NOT_YET |= {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
 NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
             "data_efficiency", "disable_allgather", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine",
             "memory_breakdown", "nebula", "pipeline", "progressive_layer_drop", "quantize_training",
             "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "tensor_parallel",
             "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization"}
+NOT_HERE |= {f"zero_optimization.{key}" for key in (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+    "mics_shard_size", "mics_hierarchical_params_gather")}
+NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops", "debug")}
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
@@ -148,21 +161,28 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse(cls: type, raw: Any, path: str) -> Any:
     """An instance of the dataclass ``cls`` from the JSON object ``raw``, which stands at ``path`` in the config."""
+    if cls is zero.ZeroConfig and isinstance(raw, bool):
+        raise ConfigError(f'zero_optimization is {raw}, a form that DeepSpeed gave up; write {{"stage": {int(raw)}}}')
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
     known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
     for key in raw:
         if key in known:
             continue
-        if cls is Config and key in NOT_YET | NOT_HERE:
-            why = "is not implemented yet" if key in NOT_YET else "belongs to a part of DeepSpeed that is not covered"
-            raise ConfigError(f"{key} {why}; take it out of the config")
+        if f"{path}{key}" in NOT_YET | NOT_HERE:
+            why = "is not implemented yet" if f"{path}{key}" in NOT_YET else \
+                "belongs to a part of DeepSpeed that is not covered"
+            raise ConfigError(f"{path}{key} {why}; take it out of the config")
         near = _nearest(key, [*known, *(NOT_YET if cls is Config else ())])
         raise ConfigError(f"unknown key {path}{key}, set to {raw[key]!r}{near} (known: {', '.join(known)})")
     for f in fields(cls):
         if f.name not in raw and f.default is f.default_factory:  # both are MISSING: the key has no default
             raise ConfigError(f"{path}{f.name} is missing")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in raw.items()})
+    values = {key: _convert(hints[key], value, f"{path}{key}") for key, value in raw.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # a section's own checks
+        raise ConfigError(str(error)) from None
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
@@ -172,22 +192,21 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as what the annotation ``hint`` says: a number, text, a section, or one of these or None."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
-    kind = options[0]
-    if is_dataclass(kind):
-        return _parse(kind, value, f"{path}.")
+    """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several of these."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and is_number:
-        return float(value)
-    if kind is int and is_number and abs(value) < float("inf") and value == int(value):
-        return int(value)  # JSON files like to write 5e8
-    if kind in (bool, str, dict) and isinstance(value, kind):
-        return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
-    raise ConfigError(f"{path} is {value!r}; allowed: {names[kind]}" + (" or null" if len(options) > 1 else ""))
+    for kind in kinds:
+        if is_dataclass(kind) and value is not None:
+            return _parse(kind, value, f"{path}.")
+        if kind is float and is_number:
+            return float(value)
+        if kind is int and is_number and abs(value) < float("inf") and value == int(value):
+            return int(value)  # JSON files like to write 5e8
+        if kind in (bool, str, dict, list, types.NoneType) and isinstance(value, kind):
+            return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object",
+             list: "a list", types.NoneType: "null"}
+    raise ConfigError(f"{path} is {value!r}; allowed: {' or '.join(names.get(k, 'an object') for k in kinds)}")
 
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
@@ -223,6 +242,8 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
             raise ConfigError(f"unknown key optimizer.params.{key}{_nearest(key, allowed)} "
                               f"({name} takes: {', '.join(allowed)})")
     runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
+    if cls is torch.optim.SGD and params.get("momentum"):
+        runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later than others
     if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
         params["fused"] = True
     try:
@@ -268,23 +289,21 @@ def _start_process_group(device: torch.device, port: int, required: bool | None)
 
 
 @torch.no_grad()
-def _broadcast_model(model: nn.Module) -> None:
-    """Make every parameter and buffer what it is on rank 0."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        with _dense(tensor) as dense:  # sent as bytes, since backends don't know every dtype
-            dist.broadcast(dense.view(-1).view(torch.uint8), src=0)
+def _broadcast_buffers(model: nn.Module) -> None:
+    """Make every buffer what it is on rank 0; the parameters come with their buckets."""
+    for name, tensor in model.named_buffers():
+        dense = tensor.contiguous()
+        dist.broadcast(dense.view(-1).view(torch.uint8), src=0)  # as bytes, since backends don't know every dtype
+        if dense is not tensor:
+            tensor.copy_(dense)
 
 
-@contextmanager
-def _dense(tensor: Tensor) -> Iterator[Tensor]:
-    """``tensor`` in the contiguous layout that collectives want, mostly itself; a copy is written back at the end.
-
-    Its own layout has to stay: fused optimizers walk a parameter and its gradient as they lie in memory.
-    """
-    dense = tensor.contiguous()
-    yield dense
-    if dense is not tensor:
-        tensor.copy_(dense)
+def _describe(settings: Config, model: nn.Module) -> list[str]:
+    """What all ranks must have in common, a line each."""
+    lines = [f"{key} {value!r} in its config" for key, value in asdict(settings).items()]
+    lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
+              for name, p in model.named_parameters()]
+    return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -350,7 +369,8 @@ class Engine(nn.Module):
     module           the model, on ``device``, the same on every rank
     optimizer        a torch optimizer, or None for an engine that only evaluates
     lr_scheduler     stepped by ``step()``, or None
-    global_steps     optimizer steps taken; ``skipped_steps`` of them changed nothing
+    zero             the sharded model: its buckets, the communication, the update
+    global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
     global_samples   samples they used, over all ranks
     micro_steps      calls of ``step()``: micro-batches on this rank
     """
@@ -369,8 +389,10 @@ class Engine(nn.Module):
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self._started_process_group = started_process_group
         self._in_no_sync = False
-        self._grad_norm: Tensor | float = 0.0
+        self._window = 0  # micro-batches of the accumulation window that are done
+        self._grad_norm = 0.0
         self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
+        self._clock = _Clock(self) if config.wall_clock_breakdown else None
 
     # What the config says.
 
@@ -394,7 +416,7 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last of its accumulation window, so that ``step()`` will update."""
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        return self._window + 1 >= self.gradient_accumulation_steps()
 
     def get_lr(self) -> list[float]:
         """The rate in force in each param group."""
@@ -402,7 +424,7 @@ class Engine(nn.Module):
 
     def get_global_grad_norm(self) -> float:
         """The 2-norm of the last update's whole averaged gradient, before clipping; 0.0 before the first update."""
-        return float(self._grad_norm)
+        return self._grad_norm
 
     # One step, phase by phase (see the top of this file).
 
@@ -410,10 +432,11 @@ class Engine(nn.Module):
         """The model's own forward; tensors among the arguments are moved to its device."""
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
-        return self.module(*args, **kwargs)
+        with self._timed("forward"):
+            return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Divide ``loss``, a scalar, by the accumulation steps, add its gradient to ``p.grad``, and return it.
+        """Divide ``loss``, a scalar, by the accumulation steps, run backward, reduce gradients, and return it.
 
         ``scale_wrt_gas=False`` leaves out the division.
         """
@@ -424,7 +447,9 @@ class Engine(nn.Module):
             self._progress.add_loss(loss.detach())
         if scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
-        loss.backward(retain_graph=retain_graph)
+        with self._timed("backward"):
+            loss.backward(retain_graph=retain_graph)
+            self.zero.finish_backward()
         return loss
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -432,64 +457,85 @@ class Engine(nn.Module):
 
         ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau.
         """
-        optimizer = self._require_optimizer("step()")
+        self._require_optimizer("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
         if self.is_gradient_accumulation_boundary():
-            parameters = self._reduce(optimizer)
-            self._clip(parameters)
-            optimizer.step()
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
-            self.zero_grad()
-            self.global_steps += 1
-            self.global_samples += self.train_batch_size()
-            if self._progress:
-                self._progress.after_step()
+            self._update(lr_kwargs)
+        else:
+            self._window += 1
         self.micro_steps += 1
+        self._tell_boundary()
 
-    def _reduce(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Make every gradient the mean over all ranks; returns the parameters that have one.
+    def flush(self, lr_kwargs: dict[str, Any] | None = None) -> bool:
+        """Update now, with the mean over the micro-batches of a window that is not full; False if it is empty.
 
-        A parameter may be unused on some ranks: there it counts as zero. Unused on all, it keeps having none.
+        For the end of an epoch whose micro-batches the accumulation steps do not divide. Every rank must call it, after
+        equally many micro-batches.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        used = [float(p.grad is not None) for p in parameters]
-        if self.world_size > 1:
-            used_ranks = torch.tensor(used, device=self.device)
-            dist.all_reduce(used_ranks)
-            used = used_ranks.tolist()
-        reduced = [p for p, ranks in zip(parameters, used) if ranks > 0]
-        if not reduced:
-            raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
-                               "depends on parameters of the optimizer")
-        for p in reduced if self.world_size > 1 else ():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            with _dense(p.grad) as grad:
-                dist.all_reduce(grad)
-                grad /= self.world_size
-        return reduced
+        self._require_optimizer("flush()")
+        if not self._window:
+            return False
+        self._update(lr_kwargs, fraction=self._window / self.gradient_accumulation_steps())
+        self._tell_boundary()
+        return True
 
-    def _clip(self, parameters: list[nn.Parameter]) -> None:
-        """Take the global norm, and scale the gradients so that it is at most ``gradient_clipping``."""
-        self._grad_norm = get_total_norm([p.grad for p in parameters])
-        if self.gradient_clipping():
-            clip_grads_with_norm_(parameters, self.gradient_clipping(), self._grad_norm)
+    def _update(self, lr_kwargs: dict[str, Any] | None, fraction: float = 1.0) -> None:
+        """Update the weights with the window's gradients; ``fraction`` is how full it is."""
+        with self._timed("update"):
+            result = self.zero.step(self.gradient_clipping(), divisor=fraction)
+        self._grad_norm = result.norm
+        self._window = 0
+        if result.overflow:
+            self.skipped_steps += 1
+            if self.global_rank == 0:
+                logger.warning("the gradient's norm is %s: this step is skipped, nothing has changed (%d skipped so far)",
+                               result.norm, self.skipped_steps)
+            return
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self.global_steps += 1
+        self.global_samples += round(fraction * self.train_batch_size())
+        if self._clock:
+            self._clock.after_step()
+        if self._progress:
+            self._progress.after_step()
+
+    def _tell_boundary(self) -> None:
+        """Let ``zero`` know whether the next backward pass ends an accumulation window."""
+        self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the window so far."""
+        self.zero.clear_gradients()
+        super().zero_grad(set_to_none)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside add up on this rank alone; the next ``step()``, outside, takes the mean over ranks."""
+        stage = self.config.zero_optimization.stage
+        if stage >= 2:
+            raise RuntimeError(f"no_sync() at stage {stage}: a rank keeps only its shard of the gradients, so every "
+                               "backward() must reduce them. gradient_accumulation_steps needs no no_sync(); to keep "
+                               "gradients local use stage 0 or 1")
         self._in_no_sync = True
+        self._tell_boundary()
         try:
             yield
         finally:
             self._in_no_sync = False
+            self._tell_boundary()
 
     def destroy(self) -> None:
-        """Let go of the process group, if this engine started it; no engine of this process can train after that."""
+        """Let go of the model and of the process group, if this engine started it; this engine can train no more."""
+        if self.config.comms_logger.enabled and self.global_rank == 0:
+            print(self.zero.communicator.table(), flush=True)
+        self.zero.release()
         if self._started_process_group and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _timed(self, phase: str) -> Any:
+        return self._clock.phase(phase) if self._clock else nullcontext()
 
     def _require_optimizer(self, caller: str) -> Optimizer:
         if self.optimizer is None:
@@ -525,7 +571,43 @@ class _Progress:
             rates = ", ".join(f"{rate:.4g}" for rate in engine.get_lr())
             print(f"step {engine.global_steps}: loss {float(mean) / engine.world_size:.4f}, lr {rates}, "
                   f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s", flush=True)
+            if engine.config.comms_logger.enabled:
+                print(engine.zero.communicator.table(), flush=True)
         self.loss_sum, self.losses, self.since = 0.0, 0, now
+
+
+class _Clock:
+    """Prints on rank 0 what each optimizer step's time went into, in ms; on a GPU it waits for each phase to end.
+
+    Communication is the time spent waiting for it and adding up, which the other phases do not include; what overlaps
+    with computation costs no time and is not in it.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.seconds = dict.fromkeys(("forward", "backward", "communication", "update"), 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        communicator = self.engine.zero.communicator
+        began, waited = self._now(), communicator.seconds
+        yield
+        waited = communicator.seconds - waited
+        self.seconds["communication"] += waited
+        self.seconds[name] += self._now() - began - waited
+
+    def _now(self) -> float:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        return time.perf_counter()
+
+    def after_step(self) -> None:
+        """Print, and begin anew."""
+        if self.engine.global_rank == 0:
+            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
+            print(f"step {self.engine.global_steps}: {parts}", flush=True)
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
 
 
 # --- initialize() -----------------------------------------------------------------------------------------------------
@@ -563,12 +645,21 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; materialize it first")
-    settings = load_config(_only_config(args, config, config_params))
+    settings, failure = None, None
+    try:
+        settings = load_config(_only_config(args, config, config_params))
+    except ConfigError as error:  # perhaps on this rank alone: then the others must hear of it
+        failure = error
+        if not dist.is_initialized() and "RANK" not in os.environ:
+            raise
 
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, getattr(args, "local_rank", None) or 0)))
     device = _own_device(local_rank)
     started = _start_process_group(device, distributed_port, dist_init_required)
     try:
+        zero.check_ranks_agree([f"the error: {failure}"] if failure else _describe(settings, model), device)
+        if failure:
+            raise failure
         engine = Engine(model, settings, device, local_rank, started)
         return _equip(engine, optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
     except BaseException:
@@ -584,10 +675,13 @@ def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, tr
     settings.settle_batch_sizes(engine.world_size)
     model.to(device)
     if engine.world_size > 1:
-        _broadcast_model(model)
+        _broadcast_buffers(model)
 
     engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
     engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
+    engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
+                            allow_untested=settings.zero_allow_untested_optimizer)
+    engine._tell_boundary()
     loader = None if training_data is None else ShardedLoader(
         training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn, settings.dataloader_drop_last)
     return engine, engine.optimizer, loader, engine.lr_scheduler

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("short", max_examples=30, deadline=None, derandomize=True, database=None)
+    hypothesis.settings.register_profile("short", max_examples=50, deadline=None, derandomize=True, database=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 

@@ -1,0 +1,831 @@
+"""ZeRO against plain PyTorch: equal, really sharded, and no more traffic than the table says.
+
+    .venv/bin/python -m pytest -q tests/test_zero.py
+    .venv/bin/python -m pytest -q tests/test_zero.py --long     with a thousand drawn models
+"""
+
+import copy
+import gc
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import engine as deepspeed
+import zero
+
+BATCH = 12  # rows; divisible by every ranks * accumulation below
+WIDTH = 6
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
+
+
+# --- Models with everything that is awkward ---------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """A model's output that no container of PyTorch's knows."""
+    value: torch.Tensor
+    extra: dict
+
+
+class Block(nn.Module):
+    """Two layers and a residual, with an odd parameter or two."""
+
+    def __init__(self, odd: bool):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        if odd:
+            self.turned = nn.Parameter(torch.randn(3, WIDTH).t())  # not contiguous
+            self.gain = nn.Parameter(torch.ones(()))               # one element, no dimension
+            self.nothing = nn.Parameter(torch.ones(0, WIDTH))      # no element at all
+            self.side = nn.Linear(WIDTH, WIDTH)                    # used in some steps, on some ranks
+        self.odd = odd
+
+    def forward(self, x, side=False):
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        if self.odd:
+            x = x * self.gain + (x @ self.turned).mean() + (x @ self.nothing.t()).sum()
+            if side:
+                x = x + self.side(x)
+        return x
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head; what ``draw`` names is in it."""
+
+    def __init__(self, draw: dict, seed: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.token, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 7, bias=False)
+            self.blocks = nn.ModuleList(Block(draw["odd"]) for _ in range(draw["layers"]))
+            self.never = nn.Linear(2, 2)
+        if draw["tied"]:
+            self.head.weight = self.token.weight
+        if draw["frozen"]:
+            self.blocks[0].requires_grad_(False)
+        if draw["mixed"]:
+            self.never.to(torch.float16)
+        self.register_buffer("seen", torch.zeros(()))
+        self.draw = draw
+
+    def forward(self, ids, side=False):
+        self.seen += 1
+        x = self.token(ids)
+        for block in self.blocks:
+            x = block(x, side=side)
+        if self.draw["twice"]:
+            x = self.blocks[0](x)
+        logits = self.head(x)
+        return {"tensor": logits, "tuple": (x, logits), "dict": {"a": {"logits": logits}},
+                "dataclass": Answer(logits, {"x": x})}[self.draw["output"]]
+
+
+def logits_of(output):
+    while not isinstance(output, torch.Tensor):
+        output = output[-1] if isinstance(output, tuple) else output.value if isinstance(output, Answer) else \
+            next(iter(output.values()))
+    return output
+
+
+def data(step: int):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 7, (BATCH, 4), generator=generator), torch.randint(0, 7, (BATCH, 4), generator=generator)
+
+
+def loss_of(model, ids, targets, draw: dict, side: bool):
+    logits = logits_of(model(ids, side=side))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def groups_of(model: nn.Module, draw: dict):
+    """Two param groups with their own rate and decay, or one."""
+    parameters = list(model.parameters())
+    if not draw["groups"]:
+        return parameters
+    return [{"params": [p for p in parameters if p.dim() < 2], "lr": 0.003},
+            {"params": [p for p in parameters if p.dim() >= 2]}]
+
+
+def uses_side(draw: dict, step: int, rank: int) -> bool:
+    """In which steps, and for whose rows, the optional layer is used."""
+    return draw["odd"] and step % 2 == 1 and (rank == 0 or not draw["uneven"])
+
+
+def plain(draw: dict, world_size: int, steps: int = 5):
+    """Plain PyTorch on whole batches: the norms, the weights and the optimizer's state, by name."""
+    model = Net(draw, seed=0).to(draw["dtype"])
+    if draw["mixed"]:
+        model.never.to(torch.float16)
+    optimizer = getattr(torch.optim, draw["optimizer"])(groups_of(model, draw), **draw["params"])
+    norms = []
+    for step in range(steps):
+        ids, targets = data(step)
+        rows = BATCH // world_size
+        for rank in range(world_size):
+            mine = slice(rank * rows, (rank + 1) * rows)
+            parts = zip(ids[mine].chunk(draw["accumulation"]), targets[mine].chunk(draw["accumulation"]))
+            for part in parts:
+                loss = loss_of(model, *part, draw, uses_side(draw, step, rank))
+                (loss / draw["accumulation"] / world_size).backward()
+        used = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in used]))
+        if draw["clip"]:
+            for p in used:
+                p.grad.mul_(min(1.0, draw["clip"] / (float(norm) + 1e-6)))
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(norm))
+    state = {name: {k: torch.as_tensor(v).clone() for k, v in optimizer.state.get(p, {}).items()
+                    if k in draw["state"] and p.requires_grad}
+             for name, p in model.named_parameters()}
+    return norms, {name: p.detach().clone() for name, p in model.named_parameters()}, state
+
+
+def config_of(draw: dict, stage: int) -> dict:
+    return {"train_batch_size": BATCH, "gradient_accumulation_steps": draw["accumulation"],
+            "gradient_clipping": draw["clip"], "zero_optimization": {
+                "stage": stage, "reduce_bucket_size": draw["bucket"], "overlap_comm": draw["overlap"],
+                "stage3_param_persistence_threshold": draw["threshold"]}}
+
+
+def start(draw: dict, stage: int):
+    """A model, its engine and the optimizer. Ranks start from different weights: rank 0's must win."""
+    model = Net(draw, seed=dist.get_rank()).to(draw["dtype"])
+    if draw["mixed"]:
+        model.never.to(torch.float16)
+    optimizer = getattr(torch.optim, draw["optimizer"])(groups_of(model, draw), **draw["params"])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(draw, stage))
+    return model, engine
+
+
+def sharded(draw: dict, stage: int, steps: int = 5):
+    """The same through the engine."""
+    model, engine = start(draw, stage)
+    rank, rows, norms = dist.get_rank(), BATCH // dist.get_world_size(), []
+    mine = slice(rank * rows, (rank + 1) * rows)
+    for step in range(steps):
+        ids, targets = data(step)
+        for part in zip(ids[mine].chunk(draw["accumulation"]), targets[mine].chunk(draw["accumulation"])):
+            loss = loss_of(engine, *part, draw, uses_side(draw, step, rank))
+            if draw["split_loss"]:  # several backward calls per micro-batch
+                engine.backward(0.25 * loss, retain_graph=True)
+                engine.backward(0.75 * loss)
+            else:
+                engine.backward(loss)
+            engine.step()
+        norms.append(engine.get_global_grad_norm())
+    weights = {name: zero.safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
+    state = {}
+    for name, p in list(model.named_parameters())[::3]:  # reading takes longer than training
+        state[name] = {}
+        for key in draw["state"] if p.requires_grad else ():
+            try:
+                state[name][key] = zero.safe_get_full_optimizer_state(p, key)
+            except ValueError as error:  # never used, so it has no state
+                assert "has no optimizer state" in str(error)
+    engine.destroy()
+    return norms, weights, state
+
+
+def assert_equal(mine, reference, tolerance: float, what: str):
+    """Norms, weights and state, by step and by name."""
+    (norms, weights, state), (their_norms, their_weights, their_state) = mine, reference
+    for step, (a, b) in enumerate(zip(norms, their_norms, strict=True)):
+        assert abs(a - b) <= tolerance * max(1.0, b), f"{what}, step {step}: norm {a!r}, plain PyTorch {b!r}"
+    for name, b in their_weights.items():
+        assert_close(weights[name], b, tolerance, f"{what}, after step {len(norms) - 1}: {name}")
+        if b.numel() and name in state:
+            assert state[name].keys() == their_state[name].keys(), f"{what}: the optimizer's state for {name}"
+        for key in state.get(name, {}).keys() & their_state[name].keys():
+            assert_close(state[name][key], their_state[name][key], tolerance, f"{what}: state {key} of {name}")
+
+
+def assert_close(a, b, tolerance: float, what: str):
+    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, plain PyTorch {tuple(b.shape)}"
+    difference, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (a - b, b))
+    assert difference <= tolerance * max(1.0, size), f"{what}: largest difference {difference:.3g}"
+
+
+# Where an optimizer divides by a gradient's size, eps keeps it from blowing rounding errors of tiny gradients up.
+OPTIMIZERS = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9}, ["momentum_buffer"]),
+    ("SGD", {"lr": 0.1, "fused": True}, []),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "eps": 1e-3}, ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}, ["exp_avg", "exp_avg_sq", "step"]),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3, "fused": True}, ["exp_avg", "exp_avg_sq", "step"]),
+    ("Adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1}, ["sum", "step"]),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.5, "centered": True, "eps": 0.01},
+     ["square_avg", "grad_avg", "momentum_buffer", "step"]),
+    ("Adadelta", {"lr": 0.5}, ["square_avg", "acc_delta"]),
+    ("NAdam", {"lr": 0.01, "eps": 1e-3}, ["exp_avg", "mu_product"]),
+    ("ASGD", {"lr": 0.01}, ["ax", "eta"]),
+]
+
+
+@st.composite
+def draws(draw) -> dict:
+    """A model, an optimizer, and how they are trained."""
+    name, params, state = draw(st.sampled_from(OPTIMIZERS))
+    boolean = st.booleans()
+    return {"layers": draw(st.integers(1, 3)), "odd": draw(boolean), "tied": draw(boolean), "frozen": draw(boolean),
+            "mixed": draw(boolean), "twice": draw(boolean), "uneven": draw(boolean), "split_loss": draw(boolean),
+            "output": draw(st.sampled_from(["tensor", "tuple", "dict", "dataclass"])), "groups": draw(boolean),
+            "accumulation": draw(st.sampled_from([1, 1, 2, 3])), "clip": draw(st.sampled_from([0.0, 0.1, 1.0])),
+            "bucket": draw(st.sampled_from(["auto", 1, 100, 500])), "overlap": draw(boolean),
+            "threshold": draw(st.sampled_from([0, 0, 20])), "dtype": draw(st.sampled_from([torch.float64, torch.float32])),
+            "optimizer": name, "params": params, "state": state}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@given(draws(), st.integers(0, 3))
+@settings(phases=[Phase.generate])  # a failing draw restarts the processes: too slow to shrink
+def test_training_equals_plain_pytorch_on_the_whole_batch(run_ranks, world_size, draw, stage):
+    if BATCH % (world_size * draw["accumulation"]):
+        draw["accumulation"] = 1
+    reference = plain(draw, world_size)
+    tolerance = 1e-10 if draw["dtype"] == torch.float64 else 1e-5
+    for rank, mine in enumerate(run_ranks(sharded, world_size, draw, stage)):
+        assert_equal(mine, reference, tolerance, f"stage {stage}, rank {rank} of {world_size}")
+
+
+# --- The same bits, on every stage and in every run -------------------------------------------------------------------
+
+
+PLAIN = {"layers": 3, "odd": False, "tied": False, "frozen": False, "mixed": False, "twice": False, "uneven": False,
+         "split_loss": False, "output": "tensor", "groups": False, "accumulation": 1, "clip": 1.0, "bucket": 200,
+         "overlap": True, "threshold": 0, "dtype": torch.float32, "optimizer": "AdamW",
+         "params": {"lr": 0.01, "fused": True}, "state": ["exp_avg"]}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_two_runs_and_all_ranks_give_the_same_bits(run_ranks, world_size):
+    for stage in range(4):
+        runs = [run_ranks(sharded, world_size, PLAIN | {"odd": True}, stage) for _ in range(2)]
+        for mine in runs[0] + runs[1]:
+            assert mine[0] == runs[0][0][0], f"stage {stage}: norms"
+            for name, value in runs[0][0][1].items():
+                assert torch.equal(mine[1][name], value), f"stage {stage}: {name} differs in the last bits"
+
+
+def one_reduction_each_way():
+    """The same gradients by reduce-scatter and by the naive way, an all-reduce of which a rank keeps its shard."""
+    weights = []
+    for reduce_scatter in (True, False):
+        model = Net(PLAIN, seed=0).double()
+        config = config_of(PLAIN, 2)
+        config["zero_optimization"]["reduce_scatter"] = reduce_scatter
+        engine, *_ = deepspeed.initialize(model=model, config=config | {"optimizer": ADAM})
+        engine.backward(loss_of(engine, *data(dist.get_rank()), PLAIN, False))
+        engine.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    return max(float((a - b).abs().max()) for a, b in zip(*weights))
+
+
+def test_the_naive_reduction_gives_the_same(run_ranks):
+    assert max(run_ranks(one_reduction_each_way, 3)) < 1e-12
+
+
+# --- Really sharded ---------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(tensors) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def model_state_bytes(engine) -> int:
+    """What a rank holds between steps: parameters, masters, gradients and optimizer state, by their storages."""
+    tensors = [p for p in engine.module.parameters()]
+    for bucket in engine.zero.buckets:
+        tensors += [t for t in (bucket.flat, bucket.shard, bucket.master, bucket.grad, bucket.grad_shard) if t is not None]
+    for entry in engine.optimizer.state.values():
+        tensors += [t for t in entry.values() if isinstance(t, torch.Tensor) and t.dim()]
+    return storage_bytes(tensors)
+
+
+class Wide(nn.Module):
+    """Equal blocks, large enough for padding to be small, and nothing outside of them."""
+
+    def __init__(self, layers: int = 4, width: int = 64):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+                                    for _ in range(layers))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def train_wide(stage: int, accumulation: int = 1, steps: int = 2, watch=None, **extra):
+    """An engine that has trained a Wide for ``steps`` steps; ``watch(engine)`` is called within each block's forward."""
+    torch.manual_seed(0)
+    model = Wide()
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulation,
+        "optimizer": ADAM, "zero_optimization": {"stage": stage, "reduce_bucket_size": 9000} | extra})
+    if watch:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda *_: watch(engine))
+    for _ in range(steps * accumulation):
+        engine.backward(engine(torch.randn(2, 64)).square().mean())
+        engine.step()
+    return engine
+
+
+def bytes_after_a_step(stage: int):
+    engine = train_wide(stage)
+    count = sum(p.numel() for p in engine.module.parameters())
+    padding = sum(b.numel - sum(slot.shape.numel() for slot in b.slots) for b in engine.zero.buckets)
+    gathered = [u.name for u in engine.zero.units if u.state is not zero.UnitState.SHARDED]
+    spare = sum(b.numel() for b in engine.zero.communicator.spare.free)
+    largest = max(4 * b.numel for b in engine.zero.buckets)
+    return model_state_bytes(engine), count, padding, gathered, spare, largest
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_per_rank_are_those_of_the_table(run_ranks, world_size, stage):
+    for held, count, padding, gathered, spare, largest in run_ranks(bytes_after_a_step, world_size, stage):
+        per_parameter = {0: 16, 1: 8 + 8 / world_size, 2: 4 + 12 / world_size, 3: 16 / world_size}[stage]
+        assert held == per_parameter * (count + padding), f"{held / count:.2f} bytes per parameter"
+        assert padding < 0.05 * count and not gathered
+        assert spare <= 2 * largest * (2 - 1 / world_size), "beside the table: two live buckets, and what each receives"
+
+
+def most_gathered(prefetch: int):
+    """The most elements that stage 3 ever held gathered, and the size of a unit."""
+    most = [0]
+
+    def watch(engine):
+        live = [u for u in [engine.zero.root, *engine.zero.units] if u.state is not zero.UnitState.SHARDED]
+        most[0] = max(most[0], sum(u.numel for u in live))
+        held = storage_bytes(b.flat for b in engine.zero.buckets)
+        assert held == 4 * sum(u.numel for u in live), "what is said to be sharded has no memory"
+
+    engine = train_wide(3, watch=watch, stage3_prefetch_bucket_size=prefetch)
+    return most[0], {u.numel for u in engine.zero.units if u.buckets}
+
+
+def test_stage_3_holds_the_unit_in_use_and_the_next_one_only(run_ranks):
+    for prefetch, units in ((10**9, 2), (0, 1)):
+        for most, (size,) in run_ranks(most_gathered, 2, prefetch):
+            assert most == units * size
+
+
+# --- Traffic ----------------------------------------------------------------------------------------------------------
+
+
+def traffic_of_a_step(stage: int, accumulation: int, extra: dict):
+    """Elements sent per rank in the second step, scalars apart; the padded parameters; their number of collectives."""
+    engine = train_wide(stage, accumulation, steps=1, **extra)
+    before = copy.deepcopy(engine.zero.communicator.traffic)
+    for _ in range(accumulation):
+        engine.backward(engine(torch.randn(2, 64)).square().mean())
+        engine.step()
+    after = engine.zero.communicator.traffic
+    sent = {kind: (after[kind].elements - before[kind].elements, after[kind].calls - before[kind].calls)
+            for kind in after}
+    scalars = sent.pop("scalars", (0, 0))
+    return sum(elements for elements, _ in sent.values()), scalars, sum(b.numel for b in engine.zero.buckets)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_elements_sent_are_those_of_the_table(run_ranks, world_size, accumulation):
+    for stage, times in ((0, 2), (1, 2), (2, accumulation + 1), (3, 3 * accumulation)):
+        for sent, scalars, count in run_ranks(traffic_of_a_step, world_size, stage, accumulation, {}):
+            assert sent == times * count * (world_size - 1) // world_size, f"stage {stage}"
+            assert scalars[1] == 1, "norm, overflow and unused parameters go in one all-reduce"
+    (naive, _, count), *_ = run_ranks(traffic_of_a_step, world_size, 2, accumulation, {"reduce_scatter": False})
+    assert naive == (2 * accumulation + 1) * count * (world_size - 1) // world_size, "and it is counted"
+
+
+# --- Any model, unmodified --------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A parent that reads a child's weight without calling the child, as tied heads are often written."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(7, WIDTH)
+        self.mix = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.scale = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        x = self.token(ids)
+        x = self.mix(x, x, x)[0] * self.scale.weight.sum()
+        return x @ self.token.weight.t()
+
+
+def reads_a_childs_weight(stage: int):
+    torch.manual_seed(0)
+    model = Reader().double()
+    plain_model = copy.deepcopy(model)
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": BATCH, "optimizer": {
+        "type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}})
+    optimizer, worst = torch.optim.SGD(plain_model.parameters(), lr=0.1), 0.0
+    for step in range(3):
+        ids, targets = data(step)
+        for net, run in ((engine, engine.backward), (plain_model, torch.Tensor.backward)):
+            run(nn.functional.cross_entropy(net(ids).flatten(0, 1), targets.flatten()))
+        engine.step(), optimizer.step(), optimizer.zero_grad()
+    for p, q in zip(model.parameters(), plain_model.parameters()):
+        worst = max(worst, float((zero.safe_get_full_fp32_param(p) - q).abs().max()))
+    return worst
+
+
+def test_a_parent_may_read_a_childs_weight_without_calling_it(run_ranks):
+    assert max(run_ranks(reads_a_childs_weight, 2, 3)) < 1e-12
+
+
+class Recomputing(nn.Module):
+    """Layers whose activations PyTorch recomputes; the reentrant way fires a shared layer's hooks twice a backward."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant, self.first, self.shared = reentrant, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(self.shared, torch.tanh(x), use_reentrant=self.reentrant)
+        return x
+
+
+def recomputed(stage: int, reentrant: bool):
+    worst = 0.0
+    torch.manual_seed(0)
+    model = Recomputing(reentrant).double()
+    plain_model = copy.deepcopy(model)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "optimizer": ADAM,
+        "gradient_clipping": 0.0, "zero_optimization": {"stage": stage, "reduce_bucket_size": 1}})
+    optimizer = torch.optim.AdamW(plain_model.parameters(), **ADAM["params"])
+    for step in range(4):
+        x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        engine.backward(engine(x).square().sum())
+        (plain_model(x).square().sum() / 2).backward()
+        engine.step()
+        if step % 2:
+            optimizer.step(), optimizer.zero_grad()
+    for p, q in zip(model.parameters(), plain_model.parameters()):
+        worst = max(worst, float((zero.safe_get_full_fp32_param(p) - q).abs().max()))
+    return worst, [unit.state for unit in engine.zero.units]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_shared_layer_recomputed_twice_has_the_right_gradient(run_ranks, reentrant):
+    for stage in range(4):
+        for worst, states in run_ranks(recomputed, 2, stage, reentrant):
+            assert worst < 1e-12, f"stage {stage}"
+            assert all(state is zero.UnitState.SHARDED for state in states)
+
+
+def evaluated():
+    engine = train_wide(3)
+    x = torch.randn(2, 64)
+    engine.eval()
+    with torch.no_grad():
+        outputs = [engine(x) for _ in range(3)]
+    with_grad = engine(x)  # and a forward pass that no backward follows
+    states = [unit.state for unit in engine.zero.units]
+    assert all(torch.equal(outputs[0], o) for o in [*outputs, with_grad])
+    engine.train()
+    engine.backward(engine(x).sum())
+    engine.step()
+    return states, storage_bytes(b.flat for b in engine.zero.buckets)
+
+
+def test_evaluation_and_generation_free_what_they_gathered(run_ranks):
+    for states, held in run_ranks(evaluated, 2):
+        assert set(states) == {zero.UnitState.SHARDED} and held == 0
+
+
+def test_units_are_found_named_and_shared():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    model = nn.ModuleDict({"token": nn.Embedding(50, 4), "stages": nn.ModuleList(
+        nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(3))}) for _ in range(2)), "norm": nn.LayerNorm(4)})
+    layers = [f"stages.{i}.layers.{j}" for i in range(2) for j in range(3)]
+    assert list(zero.find_blocks(model)) == layers
+    assert list(zero.find_units(model, None)) == [*layers, "token"]
+    assert list(zero.find_units(model, zero.LeafModules(classes=["Layer"]))) == layers
+    assert list(zero.find_units(model, zero.LeafModules(names=["norm"], name_suffixes=["0.mlp"]))) == \
+        ["stages.0.layers.0.mlp", "stages.1.layers.0.mlp", "norm"]
+    with pytest.raises(ValueError, match="no module of classes 'Blok'"):
+        zero.find_units(model, zero.LeafModules(classes=["Blok"]))
+
+
+class Whole(torch.optim.SGD):
+    """An optimizer of one's own, about which nothing is known."""
+
+
+def refusals(stage: int):
+    told = []
+    for optimizer in (torch.optim.Adafactor, torch.optim.Muon, Whole):
+        model = nn.Linear(8, 4, bias=False)
+        try:
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model.parameters(), lr=0.1), config={
+                "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})
+            reference = copy.deepcopy(model)
+            other = optimizer(reference.parameters(), lr=0.1)
+            for _ in range(2):
+                engine.backward(engine(torch.ones(1, 8)).mean())
+                engine.step()
+                reference(torch.ones(1, 8)).mean().backward()
+                nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+                other.step(), other.zero_grad()
+            told.append(float((reference.weight - model.weight).abs().max()))
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def test_optimizers_that_need_whole_parameters_work_at_stage_0_and_are_refused_above(run_ranks):
+    for differences in run_ranks(refusals, 2, 0):
+        assert max(differences) < 1e-6
+    for adafactor, muon, own in run_ranks(refusals, 2, 1):
+        assert "Adafactor looks at whole parameters" in adafactor and "Muon looks at whole parameters" in muon
+        assert "Whole is not known to treat every element alike" in own and "zero_allow_untested_optimizer" in own
+
+
+def untested_but_allowed():
+    model = nn.Linear(8, 4)
+    deepspeed.initialize(model=model, optimizer=Whole(model.parameters(), lr=0.1), config={
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
+    return True
+
+
+def test_an_unknown_optimizer_may_be_vouched_for(run_ranks):
+    assert all(run_ranks(untested_but_allowed, 2))
+
+
+# --- Windows: no_sync, flush, overflow --------------------------------------------------------------------------------
+
+
+def partial_window(stage: int):
+    """Weights after one window of 4 that is cut short after 3 micro-batches, and plain PyTorch's for a window of 3."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4).double()
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(reference.parameters(), **ADAM["params"])
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4, "gradient_clipping": 0.05,
+        "optimizer": ADAM, "zero_optimization": {"stage": stage}})
+    assert engine.flush() is False, "nothing to apply"
+    ranks = dist.get_world_size()
+    for micro in range(3):
+        rows = torch.randn(ranks, 1, 4, generator=torch.Generator().manual_seed(micro), dtype=torch.float64)
+        engine.backward(engine(rows[dist.get_rank()]).square().mean())
+        engine.step()
+        for row in rows:
+            (reference(row).square().mean() / ranks / 3).backward()
+    assert engine.flush() is True and engine.global_steps == 1 and engine.is_gradient_accumulation_boundary() is False
+    norm = float(nn.utils.clip_grad_norm_(reference.parameters(), 0.05))
+    optimizer.step()
+    assert abs(engine.get_global_grad_norm() - norm) < 1e-12
+    return max(float((zero.safe_get_full_fp32_param(p) - q).abs().max())
+               for p, q in zip(model.parameters(), reference.parameters()))
+
+
+def test_flush_applies_the_true_mean_of_a_partial_window(run_ranks):
+    for stage in range(4):
+        assert max(run_ranks(partial_window, 2, stage)) < 1e-12, f"stage {stage}"
+
+
+def no_sync_at(stage: int):
+    engine, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage}})
+    try:
+        with engine.no_sync():
+            engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+        return {kind: record.calls for kind, record in engine.zero.communicator.traffic.items()}
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_no_sync_sends_nothing_at_stages_0_and_1_and_explains_itself_above(run_ranks):
+    assert run_ranks(no_sync_at, 2, 0)[0] == {"all-reduce": 1, "scalars": 1}
+    assert run_ranks(no_sync_at, 2, 1)[0] == {"reduce-scatter": 1, "scalars": 1, "all-gather": 1}
+    for stage in (2, 3):
+        assert f"no_sync() at stage {stage}: a rank keeps only its shard" in run_ranks(no_sync_at, 2, stage)[1]
+
+
+def with_an_inf(stage: int):
+    """A step whose gradient is infinite on one rank only."""
+    engine = train_wide(stage, steps=1)
+    before = [zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()]
+    loss = engine(torch.randn(2, 64)).square().mean()
+    engine.backward(loss * (float("inf") if dist.get_rank() == 1 else 1.0))
+    engine.step()
+    after = [zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()]
+    counts = (engine.global_steps, engine.skipped_steps)
+    engine.backward(engine(torch.randn(2, 64)).square().mean())
+    engine.step()
+    return all(map(torch.equal, before, after)), counts, (engine.global_steps, engine.skipped_steps)
+
+
+def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(run_ranks):
+    for stage in range(4):
+        assert run_ranks(with_an_inf, 2, stage) == [(True, (1, 1), (2, 1))] * 2
+
+
+def unused_is_an_error(stage: int):
+    draw = PLAIN | {"odd": False}
+    model = Net(draw, seed=0)
+    config = config_of(draw, stage)
+    config["zero_optimization"]["ignore_unused_parameters"] = False
+    engine, *_ = deepspeed.initialize(model=model, config=config | {"optimizer": ADAM})
+    engine.backward(loss_of(engine, *data(0), draw, False))
+    try:
+        engine.step()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_unused_parameters_are_named_when_asked(run_ranks):
+    for told in run_ranks(unused_is_an_error, 2, 1):
+        assert "no rank has a gradient for never.bias, never.weight" in told
+
+
+# --- Reading and writing ----------------------------------------------------------------------------------------------
+
+
+def read_and_write(stage: int):
+    """Everything that can be read, written and read again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    reference = copy.deepcopy(model)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage}})
+    p, q = model[0].weight, reference[0].weight
+    x = torch.ones(1, 5) * (1 + dist.get_rank())
+    assert zero.safe_get_full_grad(p) is None
+    engine.backward(engine(x).sum())
+    for rank in range(dist.get_world_size()):
+        (reference(torch.ones(1, 5) * (1 + rank)).sum() / dist.get_world_size()).backward()
+    assert torch.allclose(zero.safe_get_full_grad(p), q.grad) and p.grad is None
+    for bad in (None, torch.ones(2)):
+        with pytest.raises(ValueError, match=r"allowed: a tensor of shape \(3, 5\)"):
+            zero.safe_set_full_grad(p, bad)
+    with pytest.raises(ValueError, match="has no optimizer state 'exp_avg' .has: none before an update"):
+        zero.safe_get_full_optimizer_state(p, "exp_avg")
+    zero.safe_set_full_grad(p, torch.full((3, 5), 2.0))
+    assert torch.equal(zero.safe_get_full_grad(p), torch.full((3, 5), 2.0))
+    engine.step()
+    assert torch.allclose(zero.safe_get_full_optimizer_state(p, "exp_avg"), torch.full((3, 5), 0.2))
+    assert float(zero.safe_get_full_optimizer_state(p, "step")) == 1.0
+    with pytest.raises(ValueError, match="has no optimizer state 'momentum' .has: exp_avg, exp_avg_sq, step"):
+        zero.safe_get_full_optimizer_state(p, "momentum")
+    zero.safe_set_full_optimizer_state(p, torch.arange(15.0).view(3, 5), "exp_avg_sq")
+    assert torch.equal(zero.safe_get_full_optimizer_state(p, "exp_avg_sq"), torch.arange(15.0).view(3, 5))
+    with pytest.raises(ValueError, match="one value for many"):
+        zero.safe_set_full_optimizer_state(p, torch.ones(3, 5), "step")
+    zero.safe_set_full_fp32_param(p, torch.arange(15.0).view(3, 5))
+    assert torch.equal(zero.safe_get_full_fp32_param(p), torch.arange(15.0).view(3, 5))
+    with zero.GatheredParameters(p):
+        assert torch.equal(p.detach(), torch.arange(15.0).view(3, 5))
+    with zero.GatheredParameters(model.parameters(), modifier_rank=1):
+        if dist.get_rank() == 1:
+            model[1].weight.data.fill_(7.0)
+            model[0].bias.data.fill_(6.0)
+    assert torch.equal(zero.safe_get_full_fp32_param(model[1].weight), torch.full((2, 3), 7.0))
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x @ torch.arange(15.0).view(3, 5).t() + 6, torch.full((2, 3), 7.0),
+                                              zero.safe_get_full_fp32_param(model[1].bias))
+        assert torch.equal(engine(x), expected), "and the model computes with what was written"
+    with pytest.raises(ValueError, match="belongs to no engine"):
+        zero.safe_get_full_fp32_param(reference[0].weight)
+    with pytest.raises(ValueError, match="modifier_rank is 2; allowed: a rank from 0 to 1"):
+        zero.GatheredParameters(p, modifier_rank=2)
+    return True
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parameters_gradients_and_states_are_read_and_written_whole(run_ranks, stage):
+    assert all(run_ranks(read_and_write, 2, stage))
+
+
+def touch_what_is_sharded():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": 3}})
+    p = model[0].weight
+    assert (p.shape, p.numel(), p.dtype, p.requires_grad) == ((8, 8), 64, torch.float32, True) and "8, 8" in repr(p)
+    assert isinstance(p, nn.Parameter) and sum(q.numel() for q in model.parameters()) == 144
+    for touch in (lambda: p.sum(), lambda: model.state_dict(), lambda: p[0], lambda: float(p.max())):
+        with pytest.raises(RuntimeError, match="the parameter 0.weight is sharded over 2 ranks"):
+            touch()
+    told = "nothing was lost"
+    try:
+        with zero.GatheredParameters(p):
+            p.data.fill_(1.0)
+    except ValueError as error:
+        told = str(error)
+    assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+    return told
+
+
+def test_touching_a_sharded_parameter_is_an_error_and_not_garbage(run_ranks):
+    for told in run_ranks(touch_what_is_sharded, 2):
+        assert "values were changed inside GatheredParameters(0.weight) without a modifier_rank" in told
+
+
+# --- Ranks that disagree, second engines, logs ------------------------------------------------------------------------
+
+
+def disagree(what: str):
+    rank = dist.get_rank()
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM}
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3 if what == "model" and rank == 1 else 2))
+    if what == "order" and rank == 1:
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    if what == "config" and rank == 1:
+        config["gradient_clipping"] = 0.5
+    if what == "error" and rank == 1:
+        config["gradient_cliping"] = 0.5
+    try:
+        deepspeed.initialize(model=model, config=config)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what, told", [
+    ("model", r"rank 0 has the parameter 1.weight of shape \(2, 2\), .* where rank 1 has .* shape \(3, 2\)"),
+    ("order", "rank 0 has the parameter 0.bias .* where rank 1 has the parameter 1.weight"),
+    ("config", "rank 0 has gradient_clipping 1.0 in its config, where rank 1 has gradient_clipping 0.5"),
+    ("error", "where rank 1 has the error: unknown key gradient_cliping"),
+])
+def test_ranks_that_disagree_all_raise_and_name_the_first_difference(run_ranks, what, told):
+    for rank, message in enumerate(run_ranks(disagree, 3, what)):
+        with pytest.raises(ValueError, match=told):
+            raise ValueError(message)
+
+
+def two_engines_for_one_model():
+    model, config = nn.Linear(2, 2), {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM}
+    first, *_ = deepspeed.initialize(model=model, config=config)
+    with pytest.raises(ValueError, match="another engine already trains this model; call its destroy"):
+        deepspeed.initialize(model=model, config=config)
+    first.destroy()
+    second, *_ = deepspeed.initialize(model=model, config=config)
+    second.backward(second(torch.ones(1, 2)).sum())
+    second.step()
+    return second.global_steps
+
+
+def test_a_model_belongs_to_one_engine_until_it_is_destroyed(run_ranks):
+    assert run_ranks(two_engines_for_one_model, 1) == [1]
+
+
+def test_keys_without_effect_say_so_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        deepspeed.load_config({"zero_optimization": {"stage": 1, "contiguous_gradients": True, "sub_group_size": 1e8,
+                                                     "round_robin_gradients": True}})
+    (record,) = caplog.records
+    assert "round_robin_gradients (every bucket" in record.message and "sub_group_size" in record.message
+    assert "contiguous" not in record.message, "given with its default, it changes nothing"
+
+
+def test_the_logs_on_request(capsys):
+    torch.manual_seed(0)
+    engine, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config={
+        "train_batch_size": 1, "optimizer": ADAM, "wall_clock_breakdown": True, "comms_logger": {"enabled": True}})
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+    engine.destroy()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["step 1", "step 2"]
+    assert all(f"{phase} " in lines[0] for phase in ("forward", "backward", "communication", "update"))
+    assert lines[2].split() == ["collective", "calls", "elements", "sent", "MiB", "sent"]
+
+
+def leftovers():
+    """Engines that are dropped leave nothing behind."""
+    gc.collect()
+    before = len(zero._LIVE)
+    for stage in (1, 3):
+        train_wide(stage).destroy()
+    gc.collect()
+    return len(zero._LIVE) - before
+
+
+def test_a_dropped_engine_is_collected(run_ranks):
+    assert run_ranks(leftovers, 2) == [0, 0]

@@ -1,0 +1,1427 @@
+"""ZeRO (arXiv 1910.02054): data-parallel training in which the ranks share out what each would otherwise hold in full.
+
+Plain data parallelism keeps, on every one of N ranks, all parameters, all gradients and all optimizer state. ZeRO gives
+each rank one N-th of the optimizer state (stage 1), of the gradients too (stage 2), of the parameters too (stage 3).
+The sums stay the same, so every stage trains what plain PyTorch trains on the whole batch.
+
+The thing that is shared out and communicated is a **bucket**: a flat tensor into which many parameters are views.
+
+    flat       | weight 0        .| bias 0 .| weight 1                 .| padding |     "." aligns what follows
+               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size
+    grad       the same layout; gradients are copied in as autograd finishes them
+    master     the part of the parameters that this rank's optimizer updates: its shard (stage 0: everything)
+
+One step of N ranks, where *reduce* makes gradients sums over ranks and *gather* makes shards whole again:
+
+    stage      forward               backward                                       step
+    0          -                     reduce: all-reduce, at the window's end        update everything
+    1          -                     reduce: reduce-scatter, at the window's end    update the shard, gather parameters
+    2          -                     reduce-scatter after every micro-batch,        the same
+                                     add to the gradient shard, drop the rest
+    3          gather each unit,     gather it again, free it; reduce-scatter       update the shard
+               use it, free it       as in stage 2
+
+Why there: the optimizer needs only its shard of the *sum*, so a reduce-scatter (half an all-reduce) is enough; the other
+half comes later, as the gather of what was updated. Stages 0 and 1 keep a full gradient buffer, so they can add up an
+accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every micro-batch.
+Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
+
+Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts the bucket's reduction once it is full,
+``Bucket.finish_reduction`` leaves the sum in ``grad_shard``, ``Zero.step`` takes the global norm, folds every factor into
+one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
+
+The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Zero`` which ties them together, and
+reading and writing what is sharded. With one process there is nothing to share out: no collective runs at any stage.
+"""
+
+import hashlib
+import logging
+import math
+import time
+import weakref
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.optim import Optimizer
+
+logger = logging.getLogger("engine.zero")
+
+
+# --- The config -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LeafModules:
+    """``leaf_module``: which modules are a unit of stage 3 each, their submodules included."""
+    classes: list | None = None         # class names, with or without their module's name in front
+    names: list | None = None           # names as in model.named_modules()
+    name_suffixes: list | None = None   # ends of such names
+
+
+@dataclass
+class ZeroConfig:
+    """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
+    stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
+    reduce_bucket_size: int | str = "auto"            # largest bucket; auto: see Zero._bucket_size (DeepSpeed: 5e8)
+    overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
+    reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
+    ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
+    stage3_prefetch_bucket_size: int | str = "auto"   # largest unit gathered ahead of use; auto: any; 0: none
+    stage3_max_live_parameters: int = 10**9           # nothing is gathered ahead past this many gathered elements
+    stage3_param_persistence_threshold: int | str = 0  # parameters up to this size stay whole (DeepSpeed: 1e5)
+    leaf_module: LeafModules | None = None            # the units of stage 3; none: found by find_units
+    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    allgather_partitions: bool = True
+    allgather_bucket_size: int | str = "auto"
+    contiguous_gradients: bool = True
+    round_robin_gradients: bool = False
+    load_from_fp32_weights: bool = True
+    sub_group_size: int | str = "auto"
+    stage3_max_reuse_distance: int | str = "auto"
+    stage3_module_granularity_threshold: int = 0
+    stage3_gather_16bit_weights_on_model_save: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in SHARDED:
+            raise ValueError(f"zero_optimization.stage is {self.stage}; allowed: 0, 1, 2 or 3")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(f"zero_optimization.{f.name} is {value!r}; allowed: a whole number or 'auto'")
+            least = 1 if f.name == "reduce_bucket_size" else 0
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"zero_optimization.{f.name} is {value}; allowed: a whole number from {least} up")
+        ineffective = [f.name for f in fields(self) if f.name in NO_EFFECT and getattr(self, f.name) != f.default]
+        if ineffective:
+            logger.warning("zero_optimization: without effect here: %s",
+                           "; ".join(f"{name} ({NO_EFFECT[name]})" for name in ineffective))
+
+
+class Sharded(NamedTuple):
+    """What a stage shares out among the ranks."""
+    optimizer: bool
+    gradients: bool
+    parameters: bool
+
+
+SHARDED = {0: Sharded(False, False, False), 1: Sharded(True, False, False), 2: Sharded(True, True, False),
+           3: Sharded(True, True, True)}
+
+NO_EFFECT = {
+    "allgather_partitions": "parameters are always gathered by all-gather",
+    "allgather_bucket_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
+    "contiguous_gradients": "gradients always lie in flat buckets",
+    "round_robin_gradients": "every bucket is shared out evenly among all ranks",
+    "load_from_fp32_weights": "master weights are always kept in full",
+    "sub_group_size": "the optimizer steps bucket by bucket",
+    "stage3_max_reuse_distance": "a unit is freed after each use",
+    "stage3_module_granularity_threshold": "units are found by find_units, or given by leaf_module",
+    "stage3_gather_16bit_weights_on_model_save": "a call that needs whole weights gathers them by itself",
+}
+
+ALIGN = 64  # elements; parameters and shards start at multiples of it: 128 bytes in half precision, 256 in fp32
+
+
+# --- Collectives ------------------------------------------------------------------------------------------------------
+
+
+class Handle:
+    """A collective under way. Its tensors must not be touched before ``wait()`` has returned."""
+
+    def __init__(self, communicator: "Communicator | None" = None, works: Sequence[Any] = (),
+                 finish: Callable[[], None] | None = None):
+        self.communicator, self.works, self.finish = communicator, works, finish
+
+    def wait(self) -> None:
+        """Block until the collective is done (on a GPU: until the work queued from now on will find it done)."""
+        if not self.works and self.finish is None:
+            return
+        began = time.perf_counter()
+        for work in self.works:
+            work.wait()
+        if self.finish is not None:
+            self.finish()
+        self.works, self.finish = (), None
+        self.communicator.seconds += time.perf_counter() - began
+
+
+@dataclass
+class Traffic:
+    """What one kind of collective has sent from this rank so far."""
+    calls: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+
+class Communicator:
+    """Every collective of this file, over flat tensors whose length the number of ranks divides.
+
+    NCCL and other backends use PyTorch's collectives. Gloo's versions of reduce-scatter and all-gather copy everything
+    and run an all-reduce, so with gloo each rank exchanges slices with every other one directly: each element is sent
+    once, received where it belongs, and added in rank order, so that two runs give the same bits.
+
+    traffic   what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
+    seconds   time that this rank has spent waiting and adding up
+    spare     buffers to receive into, and of gradients in stages 2 and 3
+    """
+
+    def __init__(self, device: torch.device):
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.seconds = 0.0
+        self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
+        self.direct = dist.get_backend() == "gloo" and device.type == "cpu"
+        self.spare = SpareBuffers(device)
+        self.reductions = self.gathers = dist.group.WORLD
+        if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
+            self.reductions = dist.new_group()
+
+    def shard_of(self, flat: Tensor, rank: int | None = None) -> Tensor:
+        """The slice of ``flat`` that belongs to ``rank`` (default: this one)."""
+        size = flat.numel() // self.world_size
+        return flat.narrow(0, (self.rank if rank is None else rank) * size, size)
+
+    def all_gather(self, flat: Tensor) -> Handle:
+        """Every rank's own slice of ``flat`` to all others."""
+        if self.world_size == 1:
+            return Handle()
+        self._count("all-gather", flat, 1)
+        if not self.direct:
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            return Handle(self, [gather(flat, self.shard_of(flat), group=self.gathers, async_op=True)])
+        tag, works = self._tag("all-gather"), []
+        for other in self._others():
+            works.append(dist.irecv(self.shard_of(flat, other), other, tag=tag))
+            works.append(dist.isend(self.shard_of(flat), other, tag=tag))
+        return Handle(self, works)
+
+    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool) -> Handle:
+        """The sum over ranks of their ``flat``, this rank's slice of it, into ``out`` (added to it if ``add``).
+
+        ``out`` may be this rank's slice of ``flat``. The other slices of ``flat`` hold nothing of use afterwards.
+        """
+        own = self.shard_of(flat)
+        if self.world_size == 1:
+            return Handle(self, finish=partial(_sum, [own], out, add))
+        self._count("reduce-scatter", flat, 1)
+        if not self.direct:
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            work = scatter(own, flat, group=self.reductions, async_op=True)
+            return Handle(self, [work], lambda: _sum([own], out, add))
+        tag, works, parts = self._tag("reduce-scatter"), [], {self.rank: own}
+        for other in self._others():
+            parts[other] = self.spare.take(own.numel(), own.dtype)
+            works.append(dist.irecv(parts[other], other, tag=tag))
+            works.append(dist.isend(self.shard_of(flat, other), other, tag=tag))
+
+        def finish() -> None:
+            _sum([parts[rank] for rank in sorted(parts)], out, add)
+            for other in self._others():
+                self.spare.give_back(parts[other])
+
+        return Handle(self, works, finish)
+
+    def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None) -> Handle:
+        """The sum over ranks, on every rank, in place. ``finish`` runs when it is there."""
+        if self.world_size == 1:
+            return Handle(self, finish=finish)
+        self._count(kind, tensor, 2)
+        return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """``source``'s contiguous ``tensor`` to all ranks; sent as bytes, since backends don't know every dtype."""
+        if self.world_size > 1 and tensor.numel():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source)
+
+    def _others(self) -> list[int]:
+        """The other ranks, each rank beginning with its successor, so that not all send to the same one at once."""
+        return [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
+
+    def _tag(self, kind: str) -> int:
+        """Each kind counts for itself, as only within a kind is the order the same on all ranks."""
+        self.messages[kind] += 1
+        return (2 * self.messages[kind] + (kind == "all-gather")) % 2**31
+
+    def _count(self, kind: str, tensor: Tensor, times: int) -> None:
+        record = self.traffic[kind]
+        elements = times * tensor.numel() * (self.world_size - 1) // self.world_size
+        record.calls += 1
+        record.elements += elements
+        record.bytes += elements * tensor.element_size()
+
+    def table(self) -> str:
+        """The traffic so far, as text."""
+        rows = [f"{'collective':<16}{'calls':>8}{'elements sent':>18}{'MiB sent':>12}"]
+        rows += [f"{kind:<16}{t.calls:>8}{t.elements:>18,}{t.bytes / 2**20:>12.2f}" for kind, t in self.traffic.items()]
+        return "\n".join(rows)
+
+
+class SpareBuffers:
+    """Flat buffers that are used over and over: on a CPU, memory fresh from the system costs more than filling it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.free: list[Tensor] = []
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of ``numel`` elements with any contents: the smallest spare one that is large enough, or a new one."""
+        size = numel * dtype.itemsize
+        fitting = [b for b in self.free if size <= b.numel() <= 2 * size]
+        buffer = min(fitting, key=Tensor.numel, default=None)
+        if buffer is None:
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        else:
+            self.free = [b for b in self.free if b is not buffer]
+        return buffer[:size].view(dtype)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """``tensor``, which came from ``take``, is needed no more."""
+        self.free.append(torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage()))
+
+
+def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
+    """The sum of ``parts``, in their order, into ``out``, which may be one of them; their contents are lost."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total.add_(part)
+    if len(parts) > 1 and not add:
+        torch.add(total, parts[-1], out=out)
+    elif add:
+        out.add_(total.add_(parts[-1]) if len(parts) > 1 else total)
+    elif out.data_ptr() != total.data_ptr():
+        out.copy_(total)
+
+
+# --- Buckets ----------------------------------------------------------------------------------------------------------
+
+
+class Dtypes(NamedTuple):
+    """In which dtypes a parameter lives."""
+    compute: torch.dtype   # the parameter itself, which forward and backward read
+    master: torch.dtype    # what the optimizer updates; the parameter itself where the dtype is the same
+    gradient: torch.dtype  # in which gradients are accumulated and reduced
+
+
+@dataclass
+class Slot:
+    """A parameter's place in its bucket."""
+    name: str
+    parameter: nn.Parameter
+    offset: int   # where it begins and ends, in elements of the flat tensor
+    end: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
+    used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
+    filled: bool = False  # its place in the gradient buffer holds something
+
+    def view(self, flat: Tensor, start: int = 0) -> Tensor:
+        """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
+
+
+@dataclass
+class Segment:
+    """A stretch [start, end) of a bucket that the optimizer knows as one parameter, a view of the master.
+
+    One segment covers all that this rank updates, until a parameter has no gradient on any rank: an optimizer skips
+    such a parameter (no decay, no momentum, its step count stays), so the segment is split into one per parameter.
+    """
+    start: int
+    end: int
+    parameter: nn.Parameter
+    slot: Slot | None = None  # the parameter it belongs to; None: the whole stretch
+
+
+class Bucket:
+    """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
+
+    flat         (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
+    shard        (numel / N,): this rank's slice while ``flat`` has no memory (stage 3), in master dtype if trained
+    master       (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
+                 where the dtypes are the same. None if the bucket is not trained
+    grad         (numel,), gradient dtype: the window's gradients on this rank. Stages 2, 3: only during backward
+    grad_shard   (numel / N,), stage 0 (numel,): their sum over ranks; in stages 0 and 1 a slice of ``grad``
+    """
+
+    def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, sharded: Sharded,
+                 communicator: Communicator, all_reduces: bool):
+        self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
+        self.sharded, self.all_reduces = sharded, all_reduces
+        self.trained = group is not None
+        ranks = communicator.world_size
+        self.numel = _round_up(slots[-1].end, ALIGN * ranks)
+        size = self.numel // ranks
+        self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
+        self.segments: list[Segment] = []
+        self.is_split = False     # each segment is (a part of) one parameter
+        self.grad: Tensor | None = None
+        self.grad_shard: Tensor | None = None
+        self.reduced = False      # grad_shard holds a sum of this window
+        self.fired: set[int] = set()  # slots that have had a gradient in this backward
+        self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.launched = False     # this backward's reduction has been started
+        self.reduction, self.gather = Handle(), Handle()  # the collectives under way
+        self.late = False         # a gradient came after the launch, and waits in p.grad
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed."""
+        device = self.slots[0].parameter.device
+        full = torch.zeros(self.numel, dtype=self.dtypes.master, device=device)
+        for slot in self.slots:
+            slot.view(full).copy_(slot.parameter.data)
+        self.communicator.broadcast(full, source=0)
+        self.flat = full.to(self.dtypes.compute)  # full itself where the dtype is the same
+        own = full[self.own[0]:self.own[1]]
+        is_view = self.flat is full and not self.sharded.parameters
+        self.shard = own if is_view else own.clone()
+        self.master = self.shard if self.trained else None
+        if not (self.trained or self.sharded.parameters):
+            self.shard = None
+        for slot in self.slots:
+            slot.parameter.data = slot.view(self.flat)
+        if self.sharded.parameters:
+            self.free()
+
+    # Gradients: from autograd into the bucket, and their sum over ranks.
+
+    def take(self, index: int) -> None:
+        """Move a parameter's gradient into the bucket. The only full copy of a gradient in a step."""
+        slot = self.slots[index]
+        slot.used = True
+        self.fired.add(index)
+        if self.launched:  # a second gradient in one backward, as reentrant recomputation gives; see Zero._agree
+            self.late = True
+            return
+        self._prepare_buffer()
+        gradient = slot.view(self.grad)
+        gradient.add_(slot.parameter.grad) if slot.filled else gradient.copy_(slot.parameter.grad)
+        slot.filled, slot.parameter.grad = True, None
+
+    def _prepare_buffer(self) -> None:
+        """See to it that ``grad`` can be written."""
+        if self.grad is None:
+            self.grad = self.communicator.spare.take(self.numel, self.dtypes.gradient)
+            ends = [0, *(slot.end for slot in self.slots)]
+            for end, start in zip(ends, [*(slot.offset for slot in self.slots), self.numel]):
+                self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
+        elif self.reduced and _same_memory(self.grad, self.grad_shard):
+            self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter that can have a gradient in this backward has had it."""
+        return len(self.fired) >= self.expected
+
+    def launch(self) -> None:
+        """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
+        self._prepare_buffer()
+        for slot in self.slots:
+            if not slot.filled:
+                slot.view(self.grad).zero_()
+        own = self.grad[self.own[0]:self.own[1]]
+        if self.grad_shard is None:
+            self.grad_shard = torch.empty_like(own) if self.sharded.gradients else own
+        if self.all_reduces or not self.sharded.optimizer:
+            finish = partial(_sum, [own], self.grad_shard, self.reduced)
+            self.reduction = self.communicator.all_reduce(self.grad, finish=finish)
+        else:
+            self.reduction = self.communicator.reduce_scatter(self.grad, self.grad_shard, self.reduced)
+        self.launched = True
+
+    def finish_reduction(self) -> None:
+        """Wait for the sum. In stages 2 and 3 the buffer goes, and with it the slices that belong to other ranks."""
+        self.reduction.wait()
+        self.reduced = True
+        for slot in self.slots:
+            slot.filled = False
+        if self.sharded.gradients:
+            self.communicator.spare.give_back(self.grad)
+            self.grad = None
+
+    def end_backward(self) -> None:
+        """Be ready for the next backward of the window."""
+        self.fired.clear()
+        self.launched = False
+        self.expected = sum(slot.parameter.requires_grad for slot in self.slots)
+
+    def reduce_late(self) -> None:
+        """Reduce the gradients that came after this backward's launch; every rank must call it."""
+        self.launched = self.late = False
+        for index, slot in enumerate(self.slots):
+            if slot.parameter.grad is not None:
+                self.take(index)
+        self.launch()
+        self.finish_reduction()
+        self.end_backward()
+
+    def reset_gradients(self) -> None:
+        """Forget the window's gradients; persistent buffers stay allocated for the next one."""
+        self.reduction.wait()
+        if not self.sharded.gradients:
+            self.grad_shard = None
+        self.end_backward()
+        self.reduced = self.late = False
+        for slot in self.slots:
+            slot.used = slot.filled = False
+
+    def norm_part(self) -> Tensor:
+        """The 2-norm of this rank's slice of the summed gradients, a scalar."""
+        part = self.grad_shard if self.sharded.optimizer else self.communicator.shard_of(self.grad_shard)
+        wide = torch.float32 if part.dtype in (torch.float16, torch.bfloat16) else None
+        return torch.linalg.vector_norm(part, dtype=wide)
+
+    # The optimizer's view.
+
+    def hand_over(self, optimizer: Optimizer, elementwise: bool) -> None:
+        """Take the state that the optimizer has for the parameters; give it segments of the master instead."""
+        self.segments = [Segment(*self.own, nn.Parameter(self.master))]
+        old = [optimizer.state.pop(slot.parameter, {}) for slot in self.slots]
+        if not elementwise:
+            self.split(optimizer)
+            for segment, state in zip(self.segments, old, strict=True):
+                segment.parameter.data = segment.slot.view(self.master)
+                if state:
+                    optimizer.state[segment.parameter] = state
+            return
+        if not any(old):
+            return
+        counts = [{k: float(v) for k, v in state.items() if not _is_like(k, v, slot.shape)}
+                  for slot, state in zip(self.slots, old)]
+        if any(c != counts[0] for c in counts):  # step counts differ: one segment can't have several
+            self.split(optimizer)
+        for segment in self.segments:
+            members = [segment.slot] if segment.slot else self.slots
+            optimizer.state[segment.parameter] = self._flat_state(members, old, segment)
+
+    def _flat_state(self, members: list[Slot], old: list[dict], segment: Segment) -> dict[str, Any]:
+        """The optimizer state of ``segment``, cut out of the state that ``members`` had in their own shapes."""
+        state: dict[str, Any] = {}
+        for slot in members:
+            for key, value in old[self.slots.index(slot)].items():
+                if not _is_like(key, value, slot.shape):
+                    state[key] = value
+                    continue
+                full = torch.zeros(self.numel, dtype=value.dtype, device=value.device)
+                slot.view(full).copy_(value)
+                part = full[segment.start:segment.end]
+                state[key] = state[key] + part if key in state else part.clone()
+        return state
+
+    def split(self, optimizer: Optimizer) -> bool:
+        """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
+
+        False if that was done before.
+        """
+        if self.is_split:
+            return False
+        self.is_split, whole = True, self.segments[0]
+        state, self.segments = optimizer.state.pop(whole.parameter, {}), []
+        for slot in self.slots:
+            start, end = max(slot.offset, whole.start), min(slot.end, whole.end)
+            if start >= end and slot.shape.numel():
+                continue
+            start = min(max(start, whole.start), whole.end)
+            cut = slice(start - whole.start, max(start, end) - whole.start)
+            segment = Segment(start, max(start, end), nn.Parameter(self.master[cut]), slot)
+            if state:
+                optimizer.state[segment.parameter] = {
+                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else _copied(value)
+                    for key, value in state.items()}
+            self.segments.append(segment)
+        return True
+
+    def arm(self, factor: float) -> None:
+        """Give the segments the gradients, times ``factor``, of those parameters that have one on any rank."""
+        if factor != 1.0:
+            self.grad_shard.mul_(factor)
+        for segment in self.segments:
+            if segment.slot is None or segment.slot.used:
+                gradient = self.grad_shard[segment.start - self.own[0]:segment.end - self.own[0]]
+                same = gradient.shape == segment.parameter.shape
+                gradient = gradient if same else segment.slot.view(gradient, segment.start)
+                segment.parameter.grad = gradient.to(segment.parameter.dtype)
+
+    def disarm(self) -> None:
+        """Take the gradients back, so that the optimizer's next step skips these segments."""
+        for segment in self.segments:
+            segment.parameter.grad = None
+
+    # Parameters: from the masters back to what the model computes with.
+
+    def publish(self) -> None:
+        """After an update, or a change of the masters: start giving every rank the whole new parameters."""
+        if self.sharded.parameters:
+            return  # the next gather reads the shard
+        if self.dtypes.master != self.dtypes.compute:
+            self.flat[self.own[0]:self.own[1]].copy_(self.master)
+        if self.sharded.optimizer:
+            self.gather = self.communicator.all_gather(self.flat)
+
+    def start_gather(self) -> None:
+        """Give ``flat`` memory again and start filling it with every rank's shard."""
+        # The same storage object as before, so that the views which autograd saved in forward see the weights again.
+        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        self.communicator.shard_of(self.flat).copy_(self.shard)
+        self.gather = self.communicator.all_gather(self.flat)
+
+    def free(self) -> None:
+        """Release the whole parameters' memory; each rank keeps its shard."""
+        self.gather.wait()
+        self.flat.untyped_storage().resize_(0)
+
+    def keep_changes(self) -> None:
+        """Take what was written into the whole parameters (the same on every rank) over into shard and master."""
+        if self.shard is None or _same_memory(self.shard, self.flat):
+            return
+        new = self.flat[self.own[0]:self.own[1]]
+        changed = new != self.shard.to(new.dtype)  # elsewhere the master keeps its finer value
+        self.shard.copy_(torch.where(changed, new.to(self.shard.dtype), self.shard))
+
+    def has_changed(self, slot: Slot) -> bool:
+        """Whether the whole parameter differs from what the shards hold. All ranks must call it."""
+        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
+        own, shard = self.flat[low:high], self.shard[low - self.own[0]:high - self.own[0]].to(self.flat.dtype)
+        same = low >= high or torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is itself
+        changed = torch.tensor(float(not same), device=self.flat.device)
+        self.communicator.all_reduce(changed, "scalars").wait()
+        return bool(changed)
+
+    def collect(self, slot: Slot, part: Tensor, start: int, everywhere: bool) -> Tensor:
+        """A parameter's elements out of a flat tensor of which each rank holds a part: whole, in its own shape.
+
+        part         what this rank holds, beginning at element ``start`` of the bucket
+        everywhere   every rank holds all of it; else each holds its shard, and every rank must call this
+        """
+        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=part.device)
+        if everywhere:
+            flat.copy_(part[slot.offset - start:slot.end - start])
+            return slot.view(flat, slot.offset)
+        size = self.numel // self.communicator.world_size
+        for owner in range(self.communicator.world_size):
+            low, high = max(owner * size, slot.offset), min((owner + 1) * size, slot.end)
+            if low < high:
+                if owner == self.communicator.rank:
+                    flat[low - slot.offset:high - slot.offset] = part[low - start:high - start]
+                self.communicator.broadcast(flat[low - slot.offset:high - slot.offset], owner)
+        return slot.view(flat, slot.offset)
+
+    def scatter(self, slot: Slot, value: Tensor, part: Tensor, start: int) -> None:
+        """Write a whole parameter's ``value`` into ``part``, as far as this rank holds it; the inverse of collect."""
+        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=part.device)
+        slot.view(flat, slot.offset).copy_(value)
+        low, high = max(start, slot.offset), min(start + part.numel(), slot.end)
+        if low < high:
+            part[low - start:high - start] = flat[low - slot.offset:high - slot.offset]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an entry of an optimizer's state has a value per element, as against one for the whole parameter."""
+    return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+# --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, by name: a transformer's layers, a ResNet's blocks.
+
+    A block is a child of a ModuleList, ModuleDict or Sequential that has children itself and a sibling of its class.
+    A block with blocks inside counts as one, unless it holds more than a third of the model.
+    """
+    total = sum(p.numel() for p in model.parameters())
+
+    def search(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        kinds = Counter(type(child) for child in module.children())
+        for name, child in module.named_children():
+            path, inner = f"{prefix}{name}", search(child, f"{prefix}{name}.")
+            repeats = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and kinds[type(child)] > 1
+            small = 3 * sum(p.numel() for p in child.parameters()) <= total
+            if repeats and any(child.children()) and (small or not inner):
+                found[path] = child
+            else:
+                found |= inner
+        return found
+
+    return search(model, "")
+
+
+def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Module]:
+    """The modules that are a unit of stage 3 each: those that ``leaf`` names, or else
+
+    the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by itself. The
+    model itself is always one: it takes what is in no other.
+    """
+    if leaf is not None:
+        return _named_units(model, leaf)
+    units = find_blocks(model)
+    total = sum(p.numel() for p in model.parameters())
+
+    def search(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if path in units:
+                continue
+            direct = sum(p.numel() for p in child.parameters(recurse=False))
+            if direct == 0:
+                search(child, f"{path}.")
+            elif 20 * direct >= total:  # with its submodules, whose weights it may read without calling them
+                units[path] = child
+
+    search(model, "")
+    return units
+
+
+def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
+    units: dict[str, nn.Module] = {}
+    unmatched = {("classes", c) for c in leaf.classes or ()} | {("names", n) for n in leaf.names or ()} \
+        | {("name_suffixes", s) for s in leaf.name_suffixes or ()}
+    for name, module in model.named_modules():
+        kind = type(module)
+        hits = {("classes", kind.__name__), ("classes", f"{kind.__module__}.{kind.__qualname__}"), ("names", name)}
+        hits |= {("name_suffixes", s) for s in leaf.name_suffixes or () if name.endswith(s)}
+        if name and hits & unmatched | {h for h in hits if h[1] in (getattr(leaf, h[0]) or ())}:
+            units[name] = module
+        unmatched -= hits
+    if unmatched:
+        raise ValueError("zero_optimization.leaf_module: the model has no module of "
+                         + ", ".join(f"{key} {value!r}" for key, value in sorted(unmatched)))
+    return units
+
+
+class UnitState(Enum):
+    """Where a unit is in its life; it goes round once per use."""
+    SHARDED = "each rank holds its shard alone"
+    GATHERING = "there is memory for all of it, and the other ranks' shards are on their way"
+    WHOLE = "its parameters can be used"
+
+
+class Unit:
+    """A module whose parameters are gathered and freed together.
+
+    users   who needs the parameters: calls of the module in forward, the same calls in backward, a GatheredParameters.
+            The last one to go frees them
+    calls   the module's forward calls under way
+    """
+
+    def __init__(self, name: str, module: nn.Module, buckets: list[Bucket]):
+        self.name, self.module, self.buckets = name, module, buckets
+        self.state = UnitState.SHARDED
+        self.users: set[Any] = set()
+        self.calls: list[Any] = []
+        self.numel = sum(bucket.numel for bucket in buckets)
+
+    def start_gather(self) -> None:
+        """SHARDED to GATHERING."""
+        for bucket in self.buckets:
+            bucket.start_gather()
+        self.state = UnitState.GATHERING
+
+    def finish_gather(self) -> None:
+        """GATHERING to WHOLE."""
+        for bucket in self.buckets:
+            bucket.gather.wait()
+            for slot in bucket.slots:
+                slot.parameter.__class__ = slot.kind
+        self.state = UnitState.WHOLE
+
+    def free(self) -> None:
+        """To SHARDED."""
+        for bucket in self.buckets:
+            bucket.free()
+            for slot in bucket.slots:
+                slot.parameter.__class__ = ShardedParameter
+        self.state = UnitState.SHARDED
+
+
+class Trace:
+    """The order in which units were needed in the last pass, to know which one to gather next."""
+
+    def __init__(self) -> None:
+        self.order: list[Unit] = []
+        self.position = 0
+
+    def restart(self) -> None:
+        """A new pass begins."""
+        self.position = 0
+
+    def next_after(self, unit: Unit) -> Unit | None:
+        """Note that ``unit`` is needed now; the one that is probably needed next."""
+        if self.order[self.position:self.position + 1] != [unit]:
+            self.order[self.position:] = [unit]  # a new way through the model: what followed last time is unknown
+        self.position += 1
+        return self.order[self.position] if self.position < len(self.order) else None
+
+
+class ShardedParameter(nn.Parameter):
+    """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
+
+    Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
+    the model's own unit from then on (a parent that uses a child's weight without calling the child). Elsewhere it is
+    an error.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in METADATA:
+            for tensor in tensors_in((args, kwargs)):
+                if type(tensor) is ShardedParameter:
+                    zero, _, slot = _find(tensor)
+                    zero.gather_on_demand(slot, getattr(func, "__name__", str(func)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return f"ShardedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+# What a sharded parameter can still be asked.
+METADATA = {getattr(Tensor, name).__get__ for name in (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu",
+    "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "itemsize", "_backward_hooks",
+    "_post_accumulate_grad_hooks", "_version", "retains_grad")}
+METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__delete__, Tensor._backward_hooks.__set__,
+             Tensor._post_accumulate_grad_hooks.__set__}
+METADATA |= {getattr(Tensor, name) for name in (
+    "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point", "is_complex",
+    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__", "__hash__", "ndimension",
+    "storage_offset", "get_device", "untyped_storage")}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for f in fields(value):
+            yield from tensors_in(getattr(value, f.name))
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
+
+
+# --- Everything together ----------------------------------------------------------------------------------------------
+
+
+ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
+               torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
+               torch.optim.ASGD}
+
+
+class StepResult(NamedTuple):
+    """The scalars of a step."""
+    norm: float       # 2-norm of the mean gradient over the whole model, before clipping
+    clip: float       # what clipping multiplied the gradient by, at most 1
+    overflow: bool    # the norm is not finite: nothing was updated
+
+
+class Zero:
+    """A model's parameters, gradients and optimizer state under one ZeRO stage.
+
+    It makes the model's parameters views of buckets, with rank 0's values, and gives the optimizer the masters in their
+    place. From then on autograd's hooks feed it, ``finish_backward`` must be called after each backward pass, and
+    ``step`` updates the weights.
+
+    boundary   whether the backward pass at hand is the last of its accumulation window; stages 0 and 1 reduce only then
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
+                 dtypes: Callable[[str, nn.Parameter], Dtypes] | None = None, allow_untested: bool = False):
+        self.optimizer, self.config = optimizer, config
+        self.communicator = Communicator(device)
+        elementwise = self._check_optimizer(allow_untested)
+        self.sharded = SHARDED[config.stage if self.communicator.world_size > 1 else 0]
+        self.boundary = True
+        self.pending = False  # a backward pass has begun, and finish_backward was not called yet
+        self.queue: list[Bucket] = []  # the order of this backward's reductions
+        self.in_flight: deque[Bucket] = deque()
+        self.root = Unit("", model, [])
+        self.units, self.companions = [], []
+        self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
+        self._make_buckets(model, dtypes or (lambda name, p: Dtypes(p.dtype, p.dtype, p.dtype)))
+        self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
+        self.trained = [bucket for bucket in self.buckets if bucket.trained]
+        self.hooks: list[Any] = []
+        self._hand_over(elementwise)
+        self._register_hooks()
+        _LIVE.add(self)
+
+    def _check_optimizer(self, allow_untested: bool) -> bool:
+        """Whether the optimizer treats every element alike, so that it can work on pieces; refuse it if it must."""
+        kind = type(self.optimizer)
+        if self.optimizer is None or kind in ELEMENTWISE:
+            return True
+        if self.config.stage == 0:
+            return False
+        if kind in vars(torch.optim).values():
+            raise ValueError(f"{kind.__name__} looks at whole parameters, of which a rank holds only pieces at stage "
+                             f"{self.config.stage}; allowed: stage 0, or one of "
+                             f"{', '.join(sorted(k.__name__ for k in ELEMENTWISE))}")
+        if not allow_untested:
+            raise ValueError(f"{kind.__name__} is not known to treat every element alike, as sharding needs at stage "
+                             f"{self.config.stage}; if it does, set zero_allow_untested_optimizer to true; else use "
+                             f"stage 0")
+        return True
+
+    # Setting up.
+
+    def _make_buckets(self, model: nn.Module, dtypes: Callable[[str, nn.Parameter], Dtypes]) -> None:
+        """Sort the parameters into buckets, in reverse order of registration: about the order of their gradients."""
+        groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
+                  for p in g["params"] if p.requires_grad}
+        named = list(model.named_parameters())[::-1]
+        for _, p in named:
+            if _is_held(p):
+                raise ValueError("another engine already trains this model; call its destroy() first")
+        total, limit = sum(p.numel() for _, p in named), self.config.stage3_param_persistence_threshold
+        owners = self._owners(model) if self.sharded.parameters else {}
+        size = self._bucket_size(total)
+        open_slots: dict[Any, list[Slot]] = {}
+        self.buckets: list[Bucket] = []
+
+        def close(key: Any) -> None:
+            unit, group, kinds = key
+            parameters_stay = unit is None
+            bucket = Bucket(open_slots.pop(key), kinds, group, self.sharded._replace(
+                parameters=self.sharded.parameters and not parameters_stay), self.communicator,
+                all_reduces=not self.config.reduce_scatter)
+            self.buckets.append(bucket)
+            if unit is not None:
+                unit.buckets.append(bucket)
+                unit.numel += bucket.numel
+
+        for name, p in named:
+            unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
+            key = (unit, groups.get(id(p)), dtypes(name, p))
+            slots = open_slots.setdefault(key, [])
+            offset = _round_up(slots[-1].end, ALIGN) if slots else 0
+            stride = torch.empty_like(p, device="meta").stride()  # p's own, or a dense one where p's has gaps
+            slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, stride, type(p)))
+            if unit is None and slots[-1].end >= size:
+                close(key)
+        for key in list(open_slots):
+            close(key)
+        for unit in [self.root, *self.units] if self.sharded.parameters else ():
+            unit.free()
+
+    def _bucket_size(self, total: int) -> int:
+        """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
+
+        On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
+        and getting it again costs more than the communication.
+        """
+        if self.config.reduce_bucket_size != "auto":
+            return self.config.reduce_bucket_size
+        return min(max(total // 8, 2**20), 2**22 if self.communicator.device.type == "cpu" else 2**25)
+
+    def _owners(self, model: nn.Module) -> dict[int, Unit]:
+        """The unit of each parameter, by its id: the innermost one that holds all modules which share it."""
+        modules = find_units(model, self.config.leaf_module)
+        by_path = {path: Unit(path, module, []) for path, module in modules.items()}
+        self.units = list(by_path.values())
+        paths: dict[int, list[list[str]]] = defaultdict(list)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            inside = [path for path in by_path if name.startswith(f"{path}.")]
+            paths[id(p)].append(sorted(inside, key=len))
+        owners = {}
+        for key, uses in paths.items():
+            shared = [path for path in uses[0] if all(path in use for use in uses)]
+            owners[key] = by_path[shared[-1]] if shared else self.root
+        return owners
+
+    def _hand_over(self, elementwise: bool) -> None:
+        """From now on the optimizer updates masters."""
+        if self.optimizer is None:
+            return
+        for bucket in self.trained:
+            bucket.hand_over(self.optimizer, elementwise)
+        self._refill_groups()
+
+    def _refill_groups(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [s.parameter for b in self.trained if b.group == index for s in b.segments]
+
+    def _register_hooks(self) -> None:
+        for bucket in self.trained:
+            for index, slot in enumerate(bucket.slots):
+                hook = partial(self._on_gradient, bucket, index)
+                self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+        if self.sharded.parameters:
+            for unit in [self.root, *self.units]:
+                self.hooks.append(unit.module.register_forward_pre_hook(
+                    partial(self._before_forward, unit), prepend=True, with_kwargs=True))
+                self.hooks.append(unit.module.register_forward_hook(
+                    partial(self._after_forward, unit), always_call=True))
+
+    def release(self) -> None:
+        """Let go of the model: it can be given to another engine."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        _LIVE.discard(self)
+
+    # Stage 3: parameters come before each use and go after it.
+
+    def _before_forward(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = object()
+        if unit is self.root and not unit.calls and not _in_backward():
+            self._begin_forward()
+        unit.calls.append(call)
+        self._acquire(unit, call)
+        if torch.is_grad_enabled():
+            # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs
+            # need none (the first layers), finish_backward is the end.
+            inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
+            if inputs:
+                register_multi_grad_hook(list(inputs.values()), partial(self._after_backward, unit, call))
+
+    def _after_forward(self, unit: Unit, module: nn.Module, args: tuple, output: Any) -> None:
+        call = unit.calls.pop()
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._before_backward, unit, call))
+        if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
+            unit.users.add(RECOMPUTED)
+        self._release(unit, call)
+
+    def _before_backward(self, unit: Unit, call: Any, grad: Tensor) -> None:
+        """The first gradient of a call's outputs has come: its backward begins."""
+        if not self.pending:
+            self._begin_backward()
+        for bucket in unit.buckets:
+            if bucket.trained and not bucket.launched and bucket not in self.queue:
+                self.queue.append(bucket)
+        self._acquire(unit, call)
+
+    def hold(self, unit: Unit, user: Any) -> None:
+        """Have the unit's parameters whole until ``user`` lets go of it."""
+        unit.users.add(user)
+        if unit.state is UnitState.SHARDED:
+            unit.start_gather()
+        if unit.state is UnitState.GATHERING:
+            unit.finish_gather()
+
+    def let_go(self, unit: Unit, user: Any) -> None:
+        """``user`` needs the unit no more; the last one to go frees it."""
+        unit.users.discard(user)
+        if not unit.users and unit.state is not UnitState.SHARDED:
+            unit.free()
+
+    def _acquire(self, unit: Unit, call: Any) -> None:
+        """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
+        if call in unit.users:
+            return
+        for needed in [unit, *self.companions] if unit is self.root else [unit]:
+            self.hold(needed, call)
+        following = self.traces[_in_backward()].next_after(unit)
+        if following is not None and following.state is UnitState.SHARDED and self._may_prefetch(following):
+            following.start_gather()
+
+    def _may_prefetch(self, unit: Unit) -> bool:
+        limit = self.config.stage3_prefetch_bucket_size
+        live = sum(u.numel for u in [self.root, *self.units] if u.state is not UnitState.SHARDED)
+        return (limit == "auto" or unit.numel <= limit) and live + unit.numel <= self.config.stage3_max_live_parameters
+
+    def _release(self, unit: Unit, call: Any) -> None:
+        """A call's forward or backward is over."""
+        for needed in [unit, *self.companions] if unit is self.root else [unit]:
+            self.let_go(needed, call)
+        if unit is self.root and not unit.calls and not _in_backward():
+            self._free_unused()
+
+    def _after_backward(self, unit: Unit, call: Any, grads: Any) -> None:
+        """The gradients of all of a call's inputs are there."""
+        unit.users.discard(RECOMPUTED)
+        self._release(unit, call)
+
+    def _free_unused(self) -> None:
+        """Free what was gathered ahead for a use that did not come."""
+        for unit in [self.root, *self.units]:
+            if not unit.users and unit.state is not UnitState.SHARDED:
+                unit.free()
+
+    def _begin_forward(self) -> None:
+        if self.pending:  # the caller ran backward() on the loss itself
+            self.finish_backward()
+        self.traces[False].restart()
+
+    def unit_of(self, bucket: Bucket) -> Unit | None:
+        """The unit that gathers and frees ``bucket``; None for one that stays whole."""
+        return next((unit for unit in [self.root, *self.units] if bucket in unit.buckets), None)
+
+    def gather_on_demand(self, slot: Slot, operation: str) -> None:
+        """A sharded parameter's values are wanted; see ShardedParameter."""
+        unit = self.unit_of(self.places[id(slot.parameter)][0])
+        if not self.root.calls:
+            raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
+                               f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
+                               f"zero.safe_get_full_fp32_param")
+        self.companions.append(unit)
+        self.hold(unit, self.root.calls[0])
+
+    # Backward: gradients come in, full buckets go out.
+
+    def _begin_backward(self) -> None:
+        self.pending = True
+        self.traces[True].restart()
+        self.queue = [] if self.sharded.parameters else list(self.trained)
+
+    def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
+        """Autograd has finished a parameter's gradient."""
+        if not self.pending:
+            self._begin_backward()
+        bucket.take(index)
+        self._launch_ready()
+
+    @property
+    def reduces_now(self) -> bool:
+        """Whether this backward pass ends with reduced gradients."""
+        return self.boundary or self.sharded.gradients
+
+    def _launch_ready(self) -> None:
+        """Start the reduction of every full bucket whose turn it is.
+
+        Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
+        of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
+        units begin their backward, so that gradients need not pile up where a model runs in another order than it was
+        written in.
+        """
+        if not (self.config.overlap_comm and self.reduces_now):
+            return
+        while self.queue and self.queue[0].complete:
+            self._launch(self.queue.pop(0))
+
+    def _launch(self, bucket: Bucket) -> None:
+        bucket.launch()
+        self.in_flight.append(bucket)
+        if len(self.in_flight) > 1:  # one is filling, one is on its way: no more buffers than that
+            self.in_flight.popleft().finish_reduction()
+
+    def finish_backward(self) -> None:
+        """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
+        if not self.pending:
+            self._begin_backward()
+        if self.reduces_now:
+            if self.sharded.parameters:
+                self.queue += [b for b in self.trained if not b.launched and b not in self.queue]
+            for bucket in self.queue:
+                self._launch(bucket)
+            while self.in_flight:
+                self.in_flight.popleft().finish_reduction()
+        for bucket in self.trained:
+            bucket.end_backward()
+        self.queue, self.pending = [], False
+        for unit in [self.root, *self.units]:
+            unit.users.intersection_update(unit.calls)
+        if self.sharded.parameters:
+            self._free_unused()
+
+    def clear_gradients(self) -> None:
+        """Forget the window's gradients."""
+        for bucket in self.trained:
+            bucket.reset_gradients()
+            bucket.grad = None
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, clip: float = 0.0, divisor: float = 1.0) -> StepResult:
+        """Agree on the scalars, fold every factor into one, update and gather, clear.
+
+        clip      the largest allowed norm of the mean gradient; 0: no clipping
+        divisor   what the gradients, summed over ranks and micro-batches, are too large by, beside the number of ranks
+        """
+        if self.pending:
+            self.finish_backward()
+        self._reduce_the_rest()
+        norm = self._agree() / (self.communicator.world_size * divisor)
+        coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        overflow = not math.isfinite(norm)
+        if not overflow:
+            self._update(coefficient / (self.communicator.world_size * divisor))
+        for bucket in self.trained:
+            bucket.reset_gradients()
+        return StepResult(norm, coefficient, overflow)
+
+    def _reduce_the_rest(self) -> None:
+        """Reduce a window that ends without a boundary, as flush() ends it."""
+        if any(not bucket.reduced for bucket in self.trained):
+            boundary, self.boundary = self.boundary, True
+            self.finish_backward()
+            self.boundary = boundary
+
+    def _agree(self) -> float:
+        """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""
+        slots = [slot for bucket in self.trained for slot in bucket.slots]
+        square = sum((b.norm_part().double().square() for b in self.trained),
+                     torch.zeros((), dtype=torch.float64, device=self.communicator.device))
+        flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
+        message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
+        self.communicator.all_reduce(message, "scalars").wait()
+        square, *flags = message.tolist()
+        late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
+        if late:
+            # Gradients that came after their bucket was sent, on some rank: sums are linear, so send them after it.
+            for bucket in late:
+                bucket.reduce_late()
+            return self._agree()
+        for slot, flag in zip(slots, flags):
+            slot.used = flag > 0
+        self._check_used(slots)
+        return math.sqrt(square)
+
+    def _check_used(self, slots: list[Slot]) -> None:
+        unused = [slot.name for slot in slots if not slot.used]
+        if len(unused) == len(slots):
+            raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
+                               "depends on parameters of the optimizer")
+        if unused and not self.config.ignore_unused_parameters:
+            raise RuntimeError(f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient for "
+                               f"{', '.join(unused)}")
+
+    def _update(self, factor: float) -> None:
+        """Step the optimizer on some buckets at a time, so that gathering these overlaps with updating the next."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
+            b.master.dtype == torch.float32 for b in self.trained)
+        scale = torch.tensor(1 / factor, device=self.communicator.device) if fused and factor != 1.0 else None
+        if scale is not None:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
+            self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
+        waves = 8 if self.sharded.optimizer and not self.sharded.parameters else 1
+        size = max(1, -(-len(self.trained) // waves))
+        for bucket in self.trained:
+            if not all(slot.used for slot in bucket.slots) and bucket.split(self.optimizer):
+                self._refill_groups()
+        for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
+            for bucket in wave:
+                bucket.arm(1.0 if scale is not None else factor)
+            self.optimizer.step()
+            for bucket in wave:
+                bucket.disarm()
+                bucket.publish()
+        if scale is not None:
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        for bucket in self.trained:
+            bucket.gather.wait()
+
+
+RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
+
+
+# --- Reading and writing what is sharded ------------------------------------------------------------------------------
+
+
+# DeepSpeed's documented functions take a parameter alone, so what holds it has to be found: among what is alive.
+_LIVE: "weakref.WeakSet[Zero]" = weakref.WeakSet()
+
+
+def _find(parameter: nn.Parameter) -> tuple[Zero, Bucket, Slot]:
+    for zero in _LIVE:
+        bucket, slot = zero.places.get(id(parameter), (None, None))
+        if slot is not None and slot.parameter is parameter:
+            return zero, bucket, slot
+    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters of a "
+                     "model that was given to initialize(), until its engine's destroy()")
+
+
+def _is_held(parameter: nn.Parameter) -> bool:
+    return any(id(parameter) in zero.places for zero in _LIVE)
+
+
+class GatheredParameters:
+    """A context in which parameters are whole, to be read, or written with a ``modifier_rank``. All ranks must enter it.
+
+    params          a parameter or several; those that no engine holds are left alone
+    modifier_rank   the rank whose changes to ``params`` all ranks take over at the end. None: reading only
+    enabled         False: the context does nothing
+    """
+
+    def __init__(self, params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
+                 fwd_module: nn.Module | None = None, enabled: bool = True):
+        params = [params] if isinstance(params, Tensor) else list(params)
+        self.places = [_find(p) for p in params if _is_held(p)] if enabled else []
+        self.modifier_rank = modifier_rank
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if modifier_rank is not None and not (isinstance(modifier_rank, int) and 0 <= modifier_rank < size):
+            raise ValueError(f"modifier_rank is {modifier_rank!r}; allowed: a rank from 0 to {size - 1}, or None")
+
+    def __enter__(self) -> None:
+        for zero, bucket, _ in self.places:
+            unit = zero.unit_of(bucket)
+            if unit is not None:
+                zero.hold(unit, self)
+
+    def __exit__(self, error: Any, *rest: Any) -> None:
+        lost = []
+        if error is None and self.modifier_rank is not None:
+            for zero, bucket, slot in self.places:
+                zero.communicator.broadcast(bucket.flat[slot.offset:slot.end], self.modifier_rank)
+            for _, bucket, _ in self.places:
+                bucket.keep_changes()
+        elif error is None:
+            lost = [slot.name for zero, bucket, slot in self.places if zero.unit_of(bucket) and bucket.has_changed(slot)]
+        for zero, bucket, _ in self.places:
+            unit = zero.unit_of(bucket)
+            if unit is not None:
+                zero.let_go(unit, self)
+        if lost:
+            raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a modifier_rank, "
+                             "and are lost; give the rank whose changes shall be kept")
+
+
+def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
+    """A copy of the whole parameter from the masters, in its shape. All ranks must call it, here and below."""
+    _, bucket, slot = _find(parameter)
+    if bucket.shard is None:
+        return slot.view(bucket.flat).clone()
+    return bucket.collect(slot, bucket.shard, bucket.own[0], not bucket.sharded.optimizer)
+
+
+@torch.no_grad()
+def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the whole parameter, masters included. ``value``, in the parameter's shape, must be the same on all ranks."""
+    zero, bucket, slot = _find(parameter)
+    _check_shape(slot, value)
+    unit = zero.unit_of(bucket)
+    if unit is None or unit.state is UnitState.WHOLE:
+        slot.view(bucket.flat).copy_(value)
+    if bucket.shard is not None:
+        bucket.scatter(slot, value, bucket.shard, bucket.own[0])
+
+
+def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
+    """The whole gradient of the window so far, the mean over ranks, before clipping. None if there is none."""
+    zero, bucket, slot = _find(parameter)
+    ranks = zero.communicator.world_size
+    if not bucket.trained or not (bucket.reduced or bucket.grad is not None):
+        return None
+    if bucket.reduced:
+        return bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer) / ranks
+    own = slot.view(bucket.grad).clone() if slot.filled else torch.zeros_like(slot.view(bucket.grad))
+    dense = own.contiguous()
+    zero.communicator.all_reduce(dense, "scalars").wait()
+    return own.copy_(dense) / ranks
+
+
+@torch.no_grad()
+def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the whole reduced gradient, as safe_get_full_grad gives it; between backward() and step() at a boundary."""
+    zero, bucket, slot = _find(parameter)
+    _check_shape(slot, value)
+    if not bucket.reduced:
+        raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last backward() "
+                           "and step()")
+    bucket.scatter(slot, value * zero.communicator.world_size, bucket.grad_shard, bucket.own[0])
+    slot.used = True
+
+
+def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
+    """The optimizer's state ``key`` (such as "exp_avg") of a parameter: whole in its shape, or a scalar such as "step".
+
+    Raises ValueError where the optimizer keeps no such state, or keeps none before the first update.
+    """
+    bucket, slot, segment, value, scalar = _state_of(parameter, key)
+    if scalar is not None:
+        return torch.as_tensor(scalar)
+    if value is not None and value.dim() != 1:  # of an optimizer that is given whole parameters, at stage 0
+        return value.clone()
+    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device) if value is None else value
+    return bucket.collect(slot, part, segment.start if segment else 0, not bucket.sharded.optimizer)
+
+
+@torch.no_grad()
+def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
+    bucket, slot, segment, state, scalar = _state_of(parameter, key)
+    _check_shape(slot, value)
+    if scalar is not None:
+        raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
+                         "with a value per element")
+    if state is not None and state.dim() == 1:
+        bucket.scatter(slot, value, state, segment.start)
+    elif state is not None:
+        state.copy_(value)
+
+
+def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
+    """Where a parameter's optimizer state is: its bucket, slot, this rank's segment with it, its value there; or else
+
+    the scalar that it is. All ranks compare notes, since a rank may hold no part of the parameter.
+    """
+    zero, bucket, slot = _find(parameter)
+    if not bucket.trained:
+        raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
+    segment = next((s for s in bucket.segments if s.slot in (None, slot) and s.start < s.end), None)
+    state = zero.optimizer.state.get(segment.parameter, {}) if segment else {}
+    value = state.get(key)
+    per_element = _is_like(key, value, segment.parameter.shape) if segment else False
+    report = (sorted(state), None if per_element else value) if segment else None
+    reports = [report]
+    if zero.communicator.world_size > 1 and bucket.sharded.optimizer:
+        reports = [None] * zero.communicator.world_size
+        dist.all_gather_object(reports, report)
+    keys, scalar = next((r for r in reports if r is not None), ([], None))
+    if key not in keys:
+        raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: {', '.join(keys) or 'none before an update'})")
+    return bucket, slot, segment, value if per_element else None, scalar
+
+
+def _check_shape(slot: Slot, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.shape != slot.shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the value for {slot.name} is {given}; allowed: a tensor of shape {tuple(slot.shape)}")
+
+
+# --- Do all ranks mean the same? --------------------------------------------------------------------------------------
+
+
+def check_ranks_agree(description: Sequence[str], device: torch.device) -> None:
+    """Raise ValueError on every rank, naming the first difference, unless all were given the same lines of text.
+
+    Ranks that build different models or read different configs would wait for each other's collectives for ever.
+    """
+    if dist.get_world_size() == 1:
+        return
+    digest = torch.tensor(list(hashlib.sha256("\n".join(description).encode()).digest()), dtype=torch.uint8).to(device)
+    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, digest)
+    if all(torch.equal(digests[0], other) for other in digests):
+        return
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, list(description))
+    rank = next(r for r, text in enumerate(texts) if text != texts[0])
+    pairs = list(zip_longest(texts[0], texts[rank], fillvalue="nothing"))
+    ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+    raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the same "
+                     "config and the same model")
