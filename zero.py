@@ -34,9 +34,11 @@ The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Z
 reading and writing what is sharded. With one process there is nothing to share out: no collective runs at any stage.
 """
 
+import ctypes
 import hashlib
 import logging
 import math
+import os
 import time
 import weakref
 from collections import Counter, defaultdict, deque
@@ -361,6 +363,7 @@ class Bucket:
         ranks = communicator.world_size
         self.numel = _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
+        self.fits_alone = slots[0].shape.numel() == self.numel and slots[0].parameter.is_contiguous()
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.segments: list[Segment] = []
         self.is_split = False     # each segment is (a part of) one parameter
@@ -396,22 +399,30 @@ class Bucket:
     # Gradients: from autograd into the bucket, and their sum over ranks.
 
     def take(self, index: int) -> None:
-        """Move a parameter's gradient into the bucket. The only full copy of a gradient in a step."""
+        """Move a parameter's gradient into the bucket. The only full copy of a gradient in a step.
+
+        Where the bucket is this parameter alone, autograd's tensor becomes the buffer, and nothing is copied.
+        """
         slot = self.slots[index]
         slot.used = True
         self.fired.add(index)
         if self.launched:  # a second gradient in one backward, as reentrant recomputation gives; see Zero._agree
             self.late = True
             return
-        self._prepare_buffer()
-        gradient = slot.view(self.grad)
-        gradient.add_(slot.parameter.grad) if slot.filled else gradient.copy_(slot.parameter.grad)
+        gradient = slot.parameter.grad
+        if self.fits_alone and self.grad is None and gradient.is_contiguous() and gradient.dtype == self.dtypes.gradient:
+            self.grad = gradient.view(-1)
+        else:
+            self._prepare_buffer()
+            place = slot.view(self.grad)
+            place.add_(gradient) if slot.filled else place.copy_(gradient)
         slot.filled, slot.parameter.grad = True, None
 
     def _prepare_buffer(self) -> None:
         """See to it that ``grad`` can be written."""
         if self.grad is None:
-            self.grad = self.communicator.spare.take(self.numel, self.dtypes.gradient)
+            self.grad = torch.empty(self.numel, dtype=self.dtypes.gradient, device=self.flat.device) \
+                if self.fits_alone else self.communicator.spare.take(self.numel, self.dtypes.gradient)
             ends = [0, *(slot.end for slot in self.slots)]
             for end, start in zip(ends, [*(slot.offset for slot in self.slots), self.numel]):
                 self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
@@ -446,8 +457,12 @@ class Bucket:
         for slot in self.slots:
             slot.filled = False
         if self.sharded.gradients:
+            self._drop_buffer()
+
+    def _drop_buffer(self) -> None:
+        if not self.fits_alone:
             self.communicator.spare.give_back(self.grad)
-            self.grad = None
+        self.grad = None
 
     def end_backward(self) -> None:
         """Be ready for the next backward of the window."""
@@ -470,6 +485,8 @@ class Bucket:
         self.reduction.wait()
         if not self.sharded.gradients:
             self.grad_shard = None
+            if self.fits_alone:
+                self.grad = None
         self.end_backward()
         self.reduced = self.late = False
         for slot in self.slots:
@@ -827,6 +844,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, f.name))
 
 
+def _return_free_memory() -> None:
+    """Where the C library is glibc: give what the parameters' old places left behind back to the system.
+
+    It lies in holes between what is still in use, too small for the next large tensor.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
 
@@ -934,6 +961,7 @@ class Zero:
             close(key)
         for unit in [self.root, *self.units] if self.sharded.parameters else ():
             unit.free()
+        _return_free_memory()
 
     def _bucket_size(self, total: int) -> int:
         """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
@@ -1020,9 +1048,6 @@ class Zero:
         """The first gradient of a call's outputs has come: its backward begins."""
         if not self.pending:
             self._begin_backward()
-        for bucket in unit.buckets:
-            if bucket.trained and not bucket.launched and bucket not in self.queue:
-                self.queue.append(bucket)
         self._acquire(unit, call)
 
     def hold(self, unit: Unit, user: Any) -> None:
@@ -1065,6 +1090,8 @@ class Zero:
         """The gradients of all of a call's inputs are there."""
         unit.users.discard(RECOMPUTED)
         self._release(unit, call)
+        self.queue += [b for b in unit.buckets if b.trained and not b.launched and b not in self.queue]
+        self._launch_ready()
 
     def _free_unused(self) -> None:
         """Free what was gathered ahead for a use that did not come."""
@@ -1115,7 +1142,7 @@ class Zero:
 
         Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
         of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
-        units begin their backward, so that gradients need not pile up where a model runs in another order than it was
+        units end their backward, so that gradients need not pile up where a model runs in another order than it was
         written in.
         """
         if not (self.config.overlap_comm and self.reduces_now):
@@ -1124,10 +1151,10 @@ class Zero:
             self._launch(self.queue.pop(0))
 
     def _launch(self, bucket: Bucket) -> None:
+        while len(self.in_flight) > (0 if self.sharded.gradients else 1):
+            self.in_flight.popleft().finish_reduction()  # one is full, one is on its way: no more buffers than that
         bucket.launch()
         self.in_flight.append(bucket)
-        if len(self.in_flight) > 1:  # one is filling, one is on its way: no more buffers than that
-            self.in_flight.popleft().finish_reduction()
 
     def finish_backward(self) -> None:
         """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
@@ -1234,7 +1261,6 @@ class Zero:
             del self.optimizer.grad_scale, self.optimizer.found_inf
         for bucket in self.trained:
             bucket.gather.wait()
-
 
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
