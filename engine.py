@@ -43,6 +43,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+import amp
 import schedulers
 import zero
 
@@ -90,6 +91,14 @@ class Config:
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
     zero_optimization: zero.ZeroConfig = field(default_factory=zero.ZeroConfig)
+    fp16: amp.FP16Config = field(default_factory=amp.FP16Config)
+    bf16: amp.BF16Config = field(default_factory=amp.BF16Config)
+    torch_autocast: amp.AutocastConfig = field(default_factory=amp.AutocastConfig)
+    data_types: amp.DataTypesConfig = field(default_factory=amp.DataTypesConfig)
+    communication_data_type: str | None = None         # fp32, fp16 or bf16: what gradients are summed in over ranks
+    gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
+    prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
+    gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -100,6 +109,25 @@ class Config:
                 raise ConfigError(f"{key} is {getattr(self, key)}; allowed: a whole number from 1 up")
         if not 0 <= self.gradient_clipping < float("inf"):
             raise ConfigError(f"gradient_clipping is {self.gradient_clipping}; allowed: a number from 0 (no clipping)")
+        if self.gradient_allreduce_op not in ("mean", "sum"):
+            raise ConfigError(f"gradient_allreduce_op is {self.gradient_allreduce_op!r}; allowed: mean or sum")
+        if not 0 < self.gradient_predivide_factor < float("inf"):
+            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number above 0")
+        if self.gradient_predivide_factor != 1 and not self.prescale_gradients:
+            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}, which prescale_gradients "
+                              "switches on; set that to true, or take the factor out")
+        self.precision()
+
+    def precision(self) -> amp.PrecisionConfig:
+        """What the config says of dtypes."""
+        return amp.PrecisionConfig(self.fp16, self.bf16, self.torch_autocast, self.data_types,
+                                   self.communication_data_type)
+
+    def predivide(self, world_size: int) -> float | None:
+        """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
+        if not self.prescale_gradients:
+            return None
+        return self.gradient_predivide_factor if self.gradient_predivide_factor != 1 else float(world_size)
 
     def settle_batch_sizes(self, world_size: int) -> None:
         """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
@@ -122,8 +150,7 @@ class Config:
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
-NOT_YET = {"fp16", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-           "gradient_predivide_factor", "gradient_allreduce_op", "sparse_gradients",
+NOT_YET = {"sparse_gradients",
            "activation_checkpointing", "checkpoint", "managed_gradient_accumulation", "dump_state",
            "zero_force_ds_cpu_optimizer"}
 NOT_YET |= {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
@@ -169,6 +196,9 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
     for key in raw:
         if key in known:
             continue
+        if path == "bf16." and "scale" in key:
+            raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; take it "
+                              "out, or use fp16")
         if f"{path}{key}" in NOT_YET | NOT_HERE:
             why = "is not implemented yet" if f"{path}{key}" in NOT_YET else \
                 "belongs to a part of DeepSpeed that is not covered"
@@ -391,6 +421,8 @@ class Engine(nn.Module):
         self._in_no_sync = False
         self._window = 0  # micro-batches of the accumulation window that are done
         self._grad_norm = 0.0
+        self.precision = amp.Precision(config.precision(), model, device)
+        self.scaler = self.precision.make_scaler()
         self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
         self._clock = _Clock(self) if config.wall_clock_breakdown else None
 
@@ -412,6 +444,18 @@ class Engine(nn.Module):
         """The largest global gradient norm; 0 for no clipping."""
         return self.config.gradient_clipping
 
+    def fp16_enabled(self) -> bool:
+        """Whether the model computes in fp16."""
+        return self.config.fp16.enabled
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model computes in bf16."""
+        return self.config.bf16.enabled
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward; 1.0 except in fp16."""
+        return self.scaler.scale
+
     # Where training is.
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -429,16 +473,17 @@ class Engine(nn.Module):
     # One step, phase by phase (see the top of this file).
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; tensors among the arguments are moved to its device."""
+        """The model's own forward; tensors among the arguments are moved to its device, and cast as ``amp.py`` says."""
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
-        with self._timed("forward"):
+        args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
+        with self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Divide ``loss``, a scalar, by the accumulation steps, run backward, reduce gradients, and return it.
 
-        ``scale_wrt_gas=False`` leaves out the division.
+        ``scale_wrt_gas=False`` leaves out the division. The loss scale multiplies what backward runs on, not the result.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -448,9 +493,17 @@ class Engine(nn.Module):
         if scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
         with self._timed("backward"):
-            loss.backward(retain_graph=retain_graph)
+            scaled = loss if self.scaler.scale == 1 else loss.float() * self.scaler.scale
+            scaled.backward(retain_graph=retain_graph)
             self.zero.finish_backward()
         return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What ``backward(loss)`` runs backward on, for callers who do that themselves: ``engine.scale(loss).backward()``.
+
+        The next forward or ``step()`` then reduces what backward left.
+        """
+        return loss.float() * (self.scaler.scale / self.gradient_accumulation_steps())
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
@@ -483,14 +536,11 @@ class Engine(nn.Module):
     def _update(self, lr_kwargs: dict[str, Any] | None, fraction: float = 1.0) -> None:
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
         with self._timed("update"):
-            result = self.zero.step(self.gradient_clipping(), divisor=fraction)
-        self._grad_norm = result.norm
-        self._window = 0
+            result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
+                                    self.precision.skips_overflow)
+        self._grad_norm, self._window = result.norm, 0
+        self._update_scale(result)
         if result.overflow:
-            self.skipped_steps += 1
-            if self.global_rank == 0:
-                logger.warning("the gradient's norm is %s: this step is skipped, nothing has changed (%d skipped so far)",
-                               result.norm, self.skipped_steps)
             return
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
@@ -500,6 +550,22 @@ class Engine(nn.Module):
             self._clock.after_step()
         if self._progress:
             self._progress.after_step()
+
+    def _update_scale(self, result: zero.StepResult) -> None:
+        """Count a skipped step and say so once; let the loss scale follow."""
+        before = self.scaler.scale
+        self.skipped_steps += result.overflow
+        self.scaler.update(result.overflow, result.culprit)
+        self._show_scale()
+        if result.overflow and self.global_rank == 0:
+            scale = f"; loss scale {before:g}, now {self.scaler.scale:g}" if self.scaler.scale != 1 or before != 1 else ""
+            logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
+                           result.culprit or "a parameter", scale, self.skipped_steps)
+
+    def _show_scale(self) -> None:
+        """Show the loss scale where DeepSpeed shows it. To be read only."""
+        if self.optimizer is not None:
+            self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
 
     def _tell_boundary(self) -> None:
         """Let ``zero`` know whether the next backward pass ends an accumulation window."""
@@ -677,11 +743,18 @@ def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, tr
     if engine.world_size > 1:
         _broadcast_buffers(model)
 
+    table = engine.precision.table(model, engine.scaler)
     engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
     engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
-                            allow_untested=settings.zero_allow_untested_optimizer)
+                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
+                            settings.predivide(engine.world_size))
+    if settings.gradient_allreduce_op == "sum":
+        engine.zero.divisor = 1.0
     engine._tell_boundary()
+    engine._show_scale()
+    if engine.global_rank == 0:
+        logger.info("precision:\n%s", table)
     loader = None if training_data is None else ShardedLoader(
         training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn, settings.dataloader_drop_last)
     return engine, engine.optimizer, loader, engine.lr_scheduler

@@ -292,7 +292,7 @@ class SpareBuffers:
 
 def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
     """The sum of ``parts``, in their order, into ``out``, which may be one of them; their contents are lost."""
-    total = parts[0]
+    total = parts[0].to(torch.promote_types(parts[0].dtype, out.dtype))  # sums are taken in the wider dtype
     for part in parts[1:-1]:
         total.add_(part)
     if len(parts) > 1 and not add:
@@ -308,9 +308,10 @@ def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
 
 class Dtypes(NamedTuple):
     """In which dtypes a parameter lives."""
-    compute: torch.dtype   # the parameter itself, which forward and backward read
-    master: torch.dtype    # what the optimizer updates; the parameter itself where the dtype is the same
-    gradient: torch.dtype  # in which gradients are accumulated and reduced
+    compute: torch.dtype    # the parameter itself, which forward and backward read
+    master: torch.dtype     # what the optimizer updates; the parameter itself where the dtype is the same
+    gradient: torch.dtype   # in which gradients are accumulated
+    reduction: torch.dtype  # in which they are sent
 
 
 @dataclass
@@ -356,19 +357,21 @@ class Bucket:
     """
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, sharded: Sharded,
-                 communicator: Communicator, all_reduces: bool):
+                 communicator: Communicator, all_reduces: bool, predivide: float):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
-        self.sharded, self.all_reduces = sharded, all_reduces
+        self.sharded, self.all_reduces, self.predivide = sharded, all_reduces, predivide
         self.trained = group is not None
         ranks = communicator.world_size
         self.numel = _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
-        self.fits_alone = slots[0].shape.numel() == self.numel and slots[0].parameter.is_contiguous()
+        self.fits_alone = slots[0].shape.numel() == self.numel and slots[0].parameter.is_contiguous() \
+            and dtypes.compute == dtypes.gradient
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.segments: list[Segment] = []
         self.is_split = False     # each segment is (a part of) one parameter
         self.grad: Tensor | None = None
         self.grad_shard: Tensor | None = None
+        self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
         self.reduced = False      # grad_shard holds a sum of this window
         self.fired: set[int] = set()  # slots that have had a gradient in this backward
         self.expected = sum(slot.parameter.requires_grad for slot in slots)
@@ -440,19 +443,32 @@ class Bucket:
         for slot in self.slots:
             if not slot.filled:
                 slot.view(self.grad).zero_()
-        own = self.grad[self.own[0]:self.own[1]]
+        own = slice(*self.own)
         if self.grad_shard is None:
-            self.grad_shard = torch.empty_like(own) if self.sharded.gradients else own
+            self.grad_shard = torch.empty_like(self.grad[own]) if self.sharded.gradients else self.grad[own]
+        self.sent = self._to_send()
         if self.all_reduces or not self.sharded.optimizer:
-            finish = partial(_sum, [own], self.grad_shard, self.reduced)
-            self.reduction = self.communicator.all_reduce(self.grad, finish=finish)
+            finish = partial(_sum, [self.sent[own]], self.grad_shard, self.reduced)
+            self.reduction = self.communicator.all_reduce(self.sent, finish=finish)
         else:
-            self.reduction = self.communicator.reduce_scatter(self.grad, self.grad_shard, self.reduced)
+            self.reduction = self.communicator.reduce_scatter(self.sent, self.grad_shard, self.reduced)
         self.launched = True
+
+    def _to_send(self) -> Tensor:
+        """The gradients in the dtype of reductions, divided beforehand by what keeps their sum from overflowing."""
+        if self.communicator.world_size == 1:
+            return self.grad
+        if self.dtypes.reduction != self.dtypes.gradient:
+            sent = self.communicator.spare.take(self.numel, self.dtypes.reduction)
+            return torch.mul(self.grad, 1 / self.predivide, out=sent)
+        return self.grad if self.predivide == 1 else self.grad.mul_(1 / self.predivide)
 
     def finish_reduction(self) -> None:
         """Wait for the sum. In stages 2 and 3 the buffer goes, and with it the slices that belong to other ranks."""
         self.reduction.wait()
+        if self.sent is not self.grad:
+            self.communicator.spare.give_back(self.sent)
+        self.sent = None
         self.reduced = True
         for slot in self.slots:
             slot.filled = False
@@ -491,6 +507,11 @@ class Bucket:
         self.reduced = self.late = False
         for slot in self.slots:
             slot.used = slot.filled = False
+
+    def own_part(self, shard: Tensor, slot: Slot) -> Tensor:
+        """What ``shard``, which covers what this rank updates, holds of a parameter; perhaps nothing."""
+        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
+        return shard[low - self.own[0]:max(low, high) - self.own[0]] if low < self.own[1] else shard[:0]
 
     def norm_part(self) -> Tensor:
         """The 2-norm of this rank's slice of the summed gradients, a scalar."""
@@ -868,9 +889,10 @@ ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
 
 class StepResult(NamedTuple):
     """The scalars of a step."""
-    norm: float       # 2-norm of the mean gradient over the whole model, before clipping
-    clip: float       # what clipping multiplied the gradient by, at most 1
-    overflow: bool    # the norm is not finite: nothing was updated
+    norm: float            # 2-norm of the mean gradient over the whole model, before clipping
+    clip: float            # what clipping multiplied the gradient by, at most 1
+    overflow: bool         # the norm is not finite, and nothing was updated
+    culprit: str | None    # the first parameter whose gradient is not finite
 
 
 class Zero:
@@ -881,22 +903,25 @@ class Zero:
     ``step`` updates the weights.
 
     boundary   whether the backward pass at hand is the last of its accumulation window; stages 0 and 1 reduce only then
+    divisor    what the sum of the gradients over ranks has to be divided by: for a mean, the number of ranks
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
-                 dtypes: Callable[[str, nn.Parameter], Dtypes] | None = None, allow_untested: bool = False):
-        self.optimizer, self.config = optimizer, config
+                 dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
+                 predivide: float | None = None):
+        self.optimizer, self.config, self.predivide = optimizer, config, predivide
         self.communicator = Communicator(device)
         elementwise = self._check_optimizer(allow_untested)
         self.sharded = SHARDED[config.stage if self.communicator.world_size > 1 else 0]
         self.boundary = True
+        self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
         self.queue: list[Bucket] = []  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
         self.root = Unit("", model, [])
         self.units, self.companions = [], []
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
-        self._make_buckets(model, dtypes or (lambda name, p: Dtypes(p.dtype, p.dtype, p.dtype)))
+        self._make_buckets(model, dtypes or (lambda p: [p.dtype] * 4))
         self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self.hooks: list[Any] = []
@@ -923,7 +948,7 @@ class Zero:
 
     # Setting up.
 
-    def _make_buckets(self, model: nn.Module, dtypes: Callable[[str, nn.Parameter], Dtypes]) -> None:
+    def _make_buckets(self, model: nn.Module, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]]) -> None:
         """Sort the parameters into buckets, in reverse order of registration: about the order of their gradients."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"] if p.requires_grad}
@@ -942,7 +967,7 @@ class Zero:
             parameters_stay = unit is None
             bucket = Bucket(open_slots.pop(key), kinds, group, self.sharded._replace(
                 parameters=self.sharded.parameters and not parameters_stay), self.communicator,
-                all_reduces=not self.config.reduce_scatter)
+                not self.config.reduce_scatter, self._predivide(kinds))
             self.buckets.append(bucket)
             if unit is not None:
                 unit.buckets.append(bucket)
@@ -950,7 +975,7 @@ class Zero:
 
         for name, p in named:
             unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
-            key = (unit, groups.get(id(p)), dtypes(name, p))
+            key = (unit, groups.get(id(p)), Dtypes(*dtypes(p)))
             slots = open_slots.setdefault(key, [])
             offset = _round_up(slots[-1].end, ALIGN) if slots else 0
             stride = torch.empty_like(p, device="meta").stride()  # p's own, or a dense one where p's has gaps
@@ -962,6 +987,12 @@ class Zero:
         for unit in [self.root, *self.units] if self.sharded.parameters else ():
             unit.free()
         _return_free_memory()
+
+    def _predivide(self, dtypes: Dtypes) -> float:
+        """What gradients are divided by before they are summed: in fp16 a sum over ranks may overflow where a mean fits."""
+        if self.predivide is not None:
+            return self.predivide
+        return float(self.communicator.world_size) if dtypes.reduction == torch.float16 else 1.0
 
     def _bucket_size(self, total: int) -> int:
         """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
@@ -1184,23 +1215,26 @@ class Zero:
     # The step.
 
     @torch.no_grad()
-    def step(self, clip: float = 0.0, divisor: float = 1.0) -> StepResult:
+    def step(self, clip: float = 0.0, divisor: float = 1.0, skip_overflow: bool = True) -> StepResult:
         """Agree on the scalars, fold every factor into one, update and gather, clear.
 
-        clip      the largest allowed norm of the mean gradient; 0: no clipping
-        divisor   what the gradients, summed over ranks and micro-batches, are too large by, beside the number of ranks
+        clip            the largest allowed norm of the mean gradient; 0: no clipping
+        divisor         what the gradients, summed over ranks and micro-batches, are larger by than they should be: the
+                        number of ranks for a mean over them, times the loss scale
+        skip_overflow   leave the update out when the norm is not finite
         """
         if self.pending:
             self.finish_backward()
         self._reduce_the_rest()
-        norm = self._agree() / (self.communicator.world_size * divisor)
+        norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        overflow = not math.isfinite(norm)
+        overflow = skip_overflow and not math.isfinite(norm)
+        culprit = self._first_not_finite() if overflow else None
         if not overflow:
-            self._update(coefficient / (self.communicator.world_size * divisor))
+            self._update(coefficient / divisor)
         for bucket in self.trained:
             bucket.reset_gradients()
-        return StepResult(norm, coefficient, overflow)
+        return StepResult(norm, coefficient, overflow, culprit)
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1212,7 +1246,7 @@ class Zero:
     def _agree(self) -> float:
         """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""
         slots = [slot for bucket in self.trained for slot in bucket.slots]
-        square = sum((b.norm_part().double().square() for b in self.trained),
+        square = sum((b.norm_part().double().square() * b.predivide ** 2 for b in self.trained),
                      torch.zeros((), dtype=torch.float64, device=self.communicator.device))
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
         message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
@@ -1229,6 +1263,15 @@ class Zero:
         self._check_used(slots)
         return math.sqrt(square)
 
+    def _first_not_finite(self) -> str | None:
+        """The first parameter, in the model's order, whose summed gradient holds infinity or NaN on any rank."""
+        places = [(bucket, slot) for bucket in self.trained for slot in bucket.slots]
+        flags = torch.tensor([float(not b.own_part(b.grad_shard, slot).isfinite().all()) for b, slot in places])
+        flags = flags.to(self.communicator.device)
+        self.communicator.all_reduce(flags, "scalars").wait()
+        names = [slot.name for (_, slot), flag in zip(places, flags.tolist()) if flag]
+        return names[-1] if names else None  # buckets begin with the model's last parameters
+
     def _check_used(self, slots: list[Slot]) -> None:
         unused = [slot.name for slot in slots if not slot.used]
         if len(unused) == len(slots):
@@ -1241,7 +1284,7 @@ class Zero:
     def _update(self, factor: float) -> None:
         """Step the optimizer on some buckets at a time, so that gathering these overlaps with updating the next."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
-            b.master.dtype == torch.float32 for b in self.trained)
+            b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
         scale = torch.tensor(1 / factor, device=self.communicator.device) if fused and factor != 1.0 else None
         if scale is not None:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
@@ -1252,7 +1295,7 @@ class Zero:
                 self._refill_groups()
         for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
             for bucket in wave:
-                bucket.arm(1.0 if scale is not None else factor)
+                bucket.arm(factor * bucket.predivide if scale is None else 1.0)
             self.optimizer.step()
             for bucket in wave:
                 bucket.disarm()
@@ -1349,15 +1392,15 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     """The whole gradient of the window so far, the mean over ranks, before clipping. None if there is none."""
     zero, bucket, slot = _find(parameter)
-    ranks = zero.communicator.world_size
     if not bucket.trained or not (bucket.reduced or bucket.grad is not None):
         return None
     if bucket.reduced:
-        return bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer) / ranks
+        whole = bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer)
+        return whole * (bucket.predivide / zero.divisor)
     own = slot.view(bucket.grad).clone() if slot.filled else torch.zeros_like(slot.view(bucket.grad))
     dense = own.contiguous()
     zero.communicator.all_reduce(dense, "scalars").wait()
-    return own.copy_(dense) / ranks
+    return own.copy_(dense) / zero.divisor
 
 
 @torch.no_grad()
@@ -1368,7 +1411,7 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     if not bucket.reduced:
         raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last backward() "
                            "and step()")
-    bucket.scatter(slot, value * zero.communicator.world_size, bucket.grad_shard, bucket.own[0])
+    bucket.scatter(slot, value * (zero.divisor / bucket.predivide), bucket.grad_shard, bucket.own[0])
     slot.used = True
 
 

@@ -381,7 +381,6 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"zero_optimization": {"offload_param": {}}}, "zero_optimization.offload_param is not implemented yet"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights belongs to a part"),
     ({"zero_optimization": {"leaf_module": ["Block"]}}, "zero_optimization.leaf_module is .*; allowed: an object"),
-    ({"fp16": {"enabled": True}}, "fp16 is not implemented yet"),
     ({"pipeline": {}}, "pipeline belongs to a part of DeepSpeed that is not covered"),
     ({"train_batch_size": "8"}, "train_batch_size is '8'; allowed: a whole number or null"),
     ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),

@@ -324,19 +324,19 @@ class Wide(nn.Module):
         return x
 
 
-def train_wide(stage: int, accumulation: int = 1, steps: int = 2, watch=None, **extra):
+def train_wide(stage: int, accumulation: int = 1, steps: int = 2, watch=None, precision: dict | None = None, **extra):
     """An engine that has trained a Wide for ``steps`` steps; ``watch(engine)`` is called within each block's forward."""
     torch.manual_seed(0)
     model = Wide()
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulation,
-        "optimizer": ADAM, "zero_optimization": {"stage": stage, "reduce_bucket_size": 9000} | extra})
+        "optimizer": ADAM, "zero_optimization": {"stage": stage, "reduce_bucket_size": 9000} | extra, **(precision or {})})
     if watch:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(lambda *_: watch(engine))
     for _ in range(steps * accumulation):
-        engine.backward(engine(torch.randn(2, 64)).square().mean())
+        engine.backward(engine(torch.randn(2, 64)).float().square().mean())
         engine.step()
     return engine
 

@@ -1,0 +1,348 @@
+"""Mixed precision (arXiv 1710.03740): compute in 16 bits, update in 32.
+
+Half the bits are half the memory and traffic, and matrix units that are several times faster. But a weight in 16 bits
+has no room for a small update, and fp16 has no room for small gradients. What is kept in which dtype answers both:
+
+                        fp32   fp16      bf16      autocast
+    parameters          fp32   fp16      bf16      fp32        what forward and backward read
+    forward, backward   fp32   fp16      bf16      16 or 32    autocast: PyTorch chooses per operation
+    gradients           fp32   fp16      bf16      fp32        as autograd makes them
+    accumulation        fp32   fp32      fp32      fp32        data_types.grad_accum_dtype
+    reduction           fp32   fp32      fp32      fp32        communication_data_type
+    master weights      fp32   fp32      fp32      fp32        what the optimizer updates, and its state
+    loss scale          -      dynamic   -         fp16 only
+
+**Master weights** exist once over all ranks where the optimizer is sharded. They are made from the weights as they were
+given, before these are rounded: a master that starts from the rounded weight has lost what the weight had.
+
+**Accumulation.** bf16 has 8 bits of precision, so 1 + 1/512 is 1: a sum of many small gradients stands still. Gradients
+are therefore added up in fp32, and rounded nowhere on their way to the optimizer.
+
+**Loss scale.** fp16 ends at 6e-8, below which gradients vanish. Backward is linear, so the loss is multiplied by a large
+scale before it and the gradients divided by it after. How large? As large as possible: the scale doubles after every
+window of steps without overflow, and halves when one overflows to infinity, which then is skipped (DynamicLossScaler).
+
+**Overflow costs no extra pass.** The step takes the global gradient norm anyway, over all ranks in one scalar; it is
+infinite or NaN exactly when a gradient is. And unscaling is one more factor in the one multiplication that averages and
+clips. So the passes over a step's gradients and weights are those of fp32: copy into the bucket (which widens), reduce,
+norm, update; and for the weights the rounding of the updated shard, written where fp32 writes nothing.
+
+This file knows nothing of sharding: it says which dtype goes where, casts inputs, and keeps the scale.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("engine.amp")
+
+NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32,
+         "float16": torch.float16, "bfloat16": torch.bfloat16, "torch.float32": torch.float32,
+         "torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}
+
+
+# --- The config -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FP16Config:
+    """The ``fp16`` section."""
+    enabled: bool = False
+    auto_cast: bool = False               # cast floating-point inputs of the model to fp16
+    loss_scale: float = 0.0               # a fixed loss scale; 0: dynamic
+    initial_scale_power: int = 16         # the dynamic scale starts at 2 to this power
+    loss_scale_window: int = 1000         # steps without overflow after which the scale doubles
+    hysteresis: int = 2                   # overflows that it takes until the scale halves
+    consecutive_hysteresis: bool = False  # any step without overflow gives the hysteresis back, not only a full window
+    min_loss_scale: float = 1.0           # an overflow at this scale is an error
+    fp16_master_weights_and_grads: bool = False  # masters, optimizer state and accumulation in fp16 too
+    keep_fp32: list | None = None         # modules that stay in fp32: class names, or patterns of module names
+
+    def __post_init__(self) -> None:
+        for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1), ("hysteresis", 1)):
+            value = getattr(self, key)
+            if not least <= value < float("inf"):
+                raise ValueError(f"fp16.{key} is {value}; allowed: a number from {least} up")
+        if not 0 < self.min_loss_scale < float("inf"):
+            raise ValueError(f"fp16.min_loss_scale is {self.min_loss_scale}; allowed: a number above 0")
+        if self.enabled and not self.loss_scale and 2.0 ** self.initial_scale_power < self.min_loss_scale:
+            raise ValueError(f"fp16.min_loss_scale is {self.min_loss_scale}; allowed: at most the initial scale, 2 to "
+                             f"the power of initial_scale_power = {self.initial_scale_power}")
+
+
+@dataclass
+class BF16Config:
+    """The ``bf16`` section."""
+    enabled: bool = False
+    check_grad_overflow: bool = True       # skip a step whose gradients are not finite
+    immediate_grad_update: bool = False    # no effect: gradients are always taken as autograd finishes them
+    bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
+    bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
+    keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
+
+    def __post_init__(self) -> None:
+        if self.bf16_optimizer_states != self.bf16_master_weights_and_grads:
+            raise ValueError(f"bf16.bf16_optimizer_states is {self.bf16_optimizer_states}; allowed: the value of "
+                             "bf16_master_weights_and_grads, since PyTorch's optimizers keep their state in the dtype "
+                             "of the weights that they update")
+        if self.immediate_grad_update:
+            logger.warning("bf16.immediate_grad_update has no effect: gradients are always taken as they are finished")
+
+
+@dataclass
+class AutocastConfig:
+    """The ``torch_autocast`` section: weights stay in fp32, and PyTorch chooses the dtype of each operation."""
+    enabled: bool = False
+    dtype: str = "bfloat16"                           # or "float16", which brings fp16's dynamic loss scale
+    lower_precision_safe_modules: list | None = None  # classes whose gradients are reduced in ``dtype``; none: no class
+
+    def __post_init__(self) -> None:
+        if NAMES.get(self.dtype) not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"torch_autocast.dtype is {self.dtype!r}; allowed: bfloat16 or float16")
+
+
+@dataclass
+class DataTypesConfig:
+    """The ``data_types`` section."""
+    grad_accum_dtype: str | None = None   # fp32, bf16 or fp16; none: fp32, or that of 16-bit masters
+
+    def __post_init__(self) -> None:
+        _dtype("data_types.grad_accum_dtype", self.grad_accum_dtype)
+
+
+@dataclass
+class PrecisionConfig:
+    """All that the config says of precision."""
+    fp16: FP16Config = field(default_factory=FP16Config)
+    bf16: BF16Config = field(default_factory=BF16Config)
+    torch_autocast: AutocastConfig = field(default_factory=AutocastConfig)
+    data_types: DataTypesConfig = field(default_factory=DataTypesConfig)
+    communication_data_type: str | None = None
+
+    def __post_init__(self) -> None:
+        _dtype("communication_data_type", self.communication_data_type)
+        enabled = [name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled]
+        if len(enabled) > 1:
+            raise ValueError(f"{' and '.join(enabled)} are both enabled; allowed: one of them")
+
+
+def _dtype(key: str, name: str | None) -> torch.dtype | None:
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
+    return None if name is None else NAMES[name]
+
+
+# --- Which dtype where ------------------------------------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+    """The dtypes that one parameter goes through."""
+    compute: torch.dtype    # the parameter itself, in forward and backward
+    master: torch.dtype     # what the optimizer updates, and its state
+    gradient: torch.dtype   # accumulation
+    reduction: torch.dtype  # what is sent when gradients are summed over ranks
+
+
+class Precision:
+    """A config's precision, applied to one model.
+
+    On construction the model's floating-point buffers are cast, and modules that stay in fp32 get hooks that cast what
+    goes in and comes out. Its parameters are left as they are: ``path`` says what they shall become.
+    """
+
+    def __init__(self, config: PrecisionConfig, model: nn.Module, device: torch.device):
+        self.config, self.device = config, device
+        self.half = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+        section = config.fp16 if config.fp16.enabled else config.bf16
+        kept = _matching(model, section.keep_fp32 or [], f"{'fp16' if config.fp16.enabled else 'bf16'}.keep_fp32") \
+            if self.half else []
+        self.kept = {id(p) for module in kept for p in module.parameters()}
+        safe = _matching(model, config.torch_autocast.lower_precision_safe_modules or [],
+                         "torch_autocast.lower_precision_safe_modules") if config.torch_autocast.enabled else []
+        self.low = {id(p) for module in safe for p in module.parameters(recurse=False)}
+        if self.half:
+            self._cast_buffers(model, kept)
+            for module in kept:
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: (cast(args, torch.float32), cast(kwargs, torch.float32)), with_kwargs=True)
+                module.register_forward_hook(lambda _, args, output: cast(output, self.half))
+
+    def _cast_buffers(self, model: nn.Module, kept: list[nn.Module]) -> None:
+        stay = {id(b) for module in kept for b in module.buffers()}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and id(buffer) not in stay:
+                    module._buffers[name] = buffer.to(self.half)
+
+    def path(self, parameter: nn.Parameter) -> Path:
+        """The dtypes of a parameter."""
+        given, config = parameter.dtype, self.config
+        if not parameter.is_floating_point():
+            return Path(given, given, given, given)
+        compute = master = given
+        if self.half:
+            compute = torch.float32 if id(parameter) in self.kept else self.half
+            is_16_bit = config.fp16.fp16_master_weights_and_grads or config.bf16.bf16_master_weights_and_grads
+            master = compute if is_16_bit else torch.float32
+        gradient = _dtype("", config.data_types.grad_accum_dtype) or master
+        low = NAMES[config.torch_autocast.dtype] if id(parameter) in self.low else None
+        return Path(compute, master, gradient, _dtype("", config.communication_data_type) or low or gradient)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of the model's forward."""
+        if not self.config.torch_autocast.enabled:
+            return nullcontext()
+        return torch.autocast(self.device.type, NAMES[self.config.torch_autocast.dtype])
+
+    def cast_inputs(self, value: Any) -> Any:
+        """The model's inputs: floating-point tensors in the dtype of its weights (fp16: where ``auto_cast`` says so)."""
+        if self.half is None or self.config.fp16.enabled and not self.config.fp16.auto_cast:
+            return value
+        return cast(value, self.half)
+
+    def make_scaler(self) -> "LossScaler":
+        """The loss scaler that goes with this precision."""
+        fp16 = self.config.fp16
+        autocasts_fp16 = self.config.torch_autocast.enabled and NAMES[self.config.torch_autocast.dtype] == torch.float16
+        if not (fp16.enabled or autocasts_fp16):
+            return LossScaler(1.0)
+        return LossScaler(fp16.loss_scale) if fp16.loss_scale else DynamicLossScaler(
+            2.0 ** fp16.initial_scale_power, fp16.loss_scale_window, fp16.hysteresis, fp16.consecutive_hysteresis,
+            fp16.min_loss_scale)
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Whether a step with gradients that are not finite is left out."""
+        return self.config.bf16.check_grad_overflow or not self.config.bf16.enabled
+
+    def table(self, model: nn.Module, scaler: "LossScaler") -> str:
+        """The precision in force, as text: how many parameters go which way."""
+        counts: dict[Path, int] = {}
+        for p in model.parameters():
+            counts[self.path(p)] = counts.get(self.path(p), 0) + p.numel()
+        rows = [f"{'parameters':>14}  {'compute':<9}{'masters, state':<16}{'accumulation':<14}reduction"]
+        short = {dtype: name for name, dtype in list(NAMES.items())[:3]}
+        for path, count in counts.items():
+            a, b, c, d = (short.get(dtype, str(dtype).removeprefix("torch.")) for dtype in path)
+            rows.append(f"{count:>14,}  {a:<9}{b:<16}{c:<14}{d}")
+        autocast = self.config.torch_autocast
+        rows.append(f"autocast: {autocast.dtype if autocast.enabled else 'off'}; loss scale: {scaler}; "
+                    f"steps with gradients that are not finite are {'skipped' if self.skips_overflow else 'taken'}")
+        return "\n".join(rows)
+
+
+def _matching(model: nn.Module, wanted: list, key: str) -> list[nn.Module]:
+    """The modules that class names or patterns of module names mean; each has to mean one."""
+    found: list[nn.Module] = []
+    for what in wanted:
+        hits = [m for name, m in model.named_modules() if what == type(m).__name__
+                or what == f"{type(m).__module__}.{type(m).__qualname__}" or name and fnmatchcase(name, str(what))]
+        if not hits:
+            raise ValueError(f"{key} holds {what!r}, but the model has no such module; allowed: class names, and "
+                             "patterns of names such as 'blocks.*.norm'")
+        found += [m for m in hits if m not in found]
+    return found
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` with every floating-point tensor in it, in lists, tuples and mappings, as ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        items = {key: cast(item, dtype) for key, item in value.items()}
+        return items if type(value) is dict else _rebuilt(value, items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(item, dtype) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(cast(item, dtype) for item in value)
+    return value
+
+
+def _rebuilt(value: dict, items: dict) -> dict:
+    """A dict of the class of ``value``, such as an OrderedDict or a model's output class, with other items."""
+    import copy
+    changed = copy.copy(value)
+    changed.update(items)
+    return changed
+
+
+# --- The loss scale ---------------------------------------------------------------------------------------------------
+
+
+class MinimumLossScaleError(RuntimeError):
+    """A gradient overflowed although the loss scale can't get smaller: the numbers themselves are too large."""
+
+
+class LossScaler:
+    """A fixed loss scale.
+
+    scale   what the loss is multiplied by, and gradients have to be divided by
+    """
+
+    def __init__(self, scale: float):
+        self.scale = float(scale)
+
+    def update(self, overflow: bool, culprit: str | None = None) -> None:
+        """Take note of a step's outcome; ``culprit`` names a parameter whose gradient was not finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as plain data."""
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        for key in self.state_dict():
+            setattr(self, key, state[key])
+
+    def __str__(self) -> str:
+        return f"{self.scale:g}" if self.scale != 1 else "none"
+
+
+class DynamicLossScaler(LossScaler):
+    """A loss scale as large as the gradients allow; DeepSpeed's rule, to the last bit.
+
+    window        good steps after which the next good one doubles the scale, and again after as many more
+    hysteresis    overflows that it takes to halve it: all but the last are forgiven. Once used up, every overflow halves
+    consecutive   any good step gives the hysteresis back; else only a full window does
+    minimum       never smaller than this; an overflow that would need it raises MinimumLossScaleError
+    """
+
+    def __init__(self, scale: float, window: int, hysteresis: int, consecutive: bool, minimum: float):
+        super().__init__(scale)
+        self.window, self.hysteresis, self.consecutive, self.minimum = window, hysteresis, consecutive, minimum
+        self.forgiving = hysteresis  # overflows until the scale halves
+        self.good_steps = 0          # since the last overflow
+
+    def update(self, overflow: bool, culprit: str | None = None) -> None:
+        """Change the scale as the step's outcome asks."""
+        if overflow:
+            self.good_steps = 0
+            if self.forgiving > 1:
+                self.forgiving -= 1
+            elif self.scale <= self.minimum:
+                raise MinimumLossScaleError(
+                    f"the gradient of {culprit or 'a parameter'} is not finite although the loss scale is at its minimum, "
+                    f"{self.scale:g}: the numbers are too large for fp16, or the training has diverged. Use bf16, which "
+                    "has fp32's range, or a lower learning rate; nothing was changed by this step")
+            else:
+                self.scale = max(self.scale / 2, self.minimum)
+            return
+        full = self.good_steps > 0 and self.good_steps % self.window == 0  # the step at hand is not counted
+        self.good_steps += 1
+        if full or self.consecutive:
+            self.forgiving = self.hysteresis
+        if full:
+            self.scale *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as plain data."""
+        return {"scale": self.scale, "forgiving": self.forgiving, "good_steps": self.good_steps}
+
+    def __str__(self) -> str:
+        return f"dynamic, now {self.scale:g}"

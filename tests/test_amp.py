@@ -1,0 +1,442 @@
+"""Mixed precision: the same training on any number of ranks, masters that forget nothing, and DeepSpeed's loss scale.
+
+    .venv/bin/python -m pytest -q tests/test_amp.py
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import amp
+import engine as deepspeed
+import zero
+from engine import ConfigError
+from test_zero import model_state_bytes, train_wide
+
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
+HALF = {"fp16": {"fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8}}, "bf16": {"bf16": {"enabled": True}}}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(16, 4)
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x) * self.scale
+        return self.head(x)
+
+
+def trained(precision: dict, stage: int, micro_batches: int, steps: int = 5, **more):
+    """Weights after training on ``micro_batches`` per step: shared out over the ranks, the rest accumulated."""
+    torch.manual_seed(0)
+    model = Net()
+    config = {"train_batch_size": 4 * micro_batches, "gradient_accumulation_steps": micro_batches // dist.get_world_size(),
+              "gradient_clipping": 0.0, "optimizer": ADAM,
+              "zero_optimization": {"stage": stage, "reduce_bucket_size": 500}} | precision | more
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    generator, scales = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        x, y = (torch.randn(micro_batches, 4, n, generator=generator) for n in (16, 4))
+        for i in range(dist.get_rank(), micro_batches, dist.get_world_size()):
+            engine.backward((engine(x[i]).float() - y[i]).square().mean())
+            engine.step()
+        scales.append(engine.loss_scale())
+    assert all(p.dtype == (torch.float16 if engine.fp16_enabled() else torch.bfloat16 if engine.bfloat16_enabled()
+                           else torch.float32) for p in model.parameters())
+    return [zero.safe_get_full_fp32_param(p) for p in model.parameters()], scales
+
+
+# --- The same training everywhere -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_stage_and_number_of_ranks_trains_what_one_process_trains(run_ranks, name, world_size):
+    (reference, scales), = run_ranks(trained, 1, HALF[name], 0, world_size)
+    for stage in range(4):
+        for rank, (weights, their_scales) in enumerate(run_ranks(trained, world_size, HALF[name], stage, world_size)):
+            worst = max(float((a - b).abs().max()) for a, b in zip(weights, reference))
+            # The same sums in the same order, and division by a power of two: the same bits. With 3 ranks the mean is
+            # rounded at another place, and stage 0 leaves the order of more than two summands to the all-reduce.
+            exact = world_size in (1, 2) or world_size == 4 and stage > 0
+            assert worst == 0 if exact else worst < {"fp16": 5e-3, "bf16": 2e-2}[name], f"stage {stage}, rank {rank} of {world_size}: {worst:.3g}"
+            assert their_scales == scales
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_half_precision_follows_fp32(run_ranks, name):
+    (reference, _), = run_ranks(trained, 1, {}, 0, 2, 40)
+    (weights, _), *_ = run_ranks(trained, 2, HALF[name], 2, 2, 40)
+    worst = max(float((a - b).abs().max()) for a, b in zip(weights, reference))
+    assert 0 < worst < {"fp16": 0.05, "bf16": 0.15}[name]
+
+
+def masters_at_start(precision: dict, stage: int):
+    torch.manual_seed(0)
+    model = Net()
+    given = [p.detach().clone() for p in model.parameters()]
+    deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
+                                              "zero_optimization": {"stage": stage}} | precision)
+    rounded = []
+    for p in model.parameters():
+        with zero.GatheredParameters(p):
+            rounded.append(p.detach().clone())
+    return (all(torch.equal(zero.safe_get_full_fp32_param(p), g) for p, g in zip(model.parameters(), given)),
+            all(torch.equal(r, g.to(r.dtype)) for r, g in zip(rounded, given)))
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_masters_are_the_weights_as_they_were_before_rounding(run_ranks, name):
+    for stage in range(4):
+        assert run_ranks(masters_at_start, 2, HALF[name], stage) == [(True, True)] * 2, f"stage {stage}"
+
+
+# --- Accumulation -----------------------------------------------------------------------------------------------------
+
+
+def tiny_sums(data_types: dict, stage: int):
+    """The gradient of a weight after 1 and 512 times 1/512."""
+    model = nn.Linear(1, 1, bias=False)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1024, "optimizer": ADAM,
+        "bf16": {"enabled": True}, "data_types": data_types, "zero_optimization": {"stage": stage}})
+    for i in range(513):
+        engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 512), scale_wrt_gas=False)
+        engine.step()
+    return float(zero.safe_get_full_grad(model.weight))
+
+
+def test_many_small_bf16_gradients_add_up_to_their_fp32_sum(run_ranks):
+    for stage in range(4):
+        assert run_ranks(tiny_sums, 2, {}, stage) == [2.0, 2.0], f"stage {stage}"
+    assert run_ranks(tiny_sums, 2, {"grad_accum_dtype": "bf16"}, 1) == [1.0, 1.0], "as it stands still in bf16"
+
+
+def half_bytes(stage: int, data_types: dict):
+    engine = train_wide(stage, precision={"bf16": {"enabled": True}, "data_types": data_types})
+    count = sum(b.numel for b in engine.zero.buckets)
+    return model_state_bytes(engine) / count
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_per_rank_are_those_of_the_table_in_bf16(run_ranks, stage, world_size):
+    n = world_size
+    table = {0: (16, 18), 1: (4 + 12 / n, 6 + 12 / n), 2: (2 + 14 / n, 2 + 16 / n), 3: (14 / n, 16 / n)}[stage]
+    if n == 1:
+        table = (16, 18)  # the masters are kept beside the weights that the model reads
+    for dtype, expected in zip(("bf16", "fp32"), table):
+        for held in run_ranks(half_bytes, n, stage, {"grad_accum_dtype": dtype}):
+            assert held == pytest.approx(expected, abs=1e-9), f"gradients accumulated in {dtype}"
+
+
+def reductions(precision: dict):
+    """Bytes per element sent by reductions, and whether the result is right."""
+    torch.manual_seed(0)
+    model = Net()
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
+                                                           "zero_optimization": {"stage": 2}} | precision)
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    engine.backward(engine(x).float().square().mean())
+    sent = engine.zero.communicator.traffic["reduce-scatter"]
+    gradient = zero.safe_get_full_grad(model.head.weight)
+    engine.step()
+    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm()
+
+
+def test_gradients_are_sent_in_the_dtype_that_the_config_says(run_ranks):
+    (_, exact, norm), *_ = run_ranks(reductions, 2, {})
+    for precision, size in (({}, 4), ({"communication_data_type": "bf16"}, 2), ({"communication_data_type": "fp16"}, 2),
+                            ({"prescale_gradients": True}, 4),
+                            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4),
+                            ({"bf16": {"enabled": True}}, 4)):
+        for per_element, gradient, their_norm in run_ranks(reductions, 2, precision):
+            assert per_element == size, precision
+            assert torch.allclose(gradient, exact, atol=0.02 * float(exact.abs().max())), precision
+            assert their_norm == pytest.approx(norm, rel=0.01), precision
+
+
+def sum_or_mean(op: str):
+    model = nn.Linear(2, 1, bias=False)
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
+                                                           "gradient_allreduce_op": op})
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    gradient = zero.safe_get_full_grad(model.weight).tolist()
+    engine.step()
+    return gradient, engine.get_global_grad_norm()
+
+
+def test_gradients_may_be_summed_over_ranks(run_ranks):
+    assert run_ranks(sum_or_mean, 2, "sum")[0] == ([[2.0, 2.0]], pytest.approx(8 ** 0.5))
+    assert run_ranks(sum_or_mean, 2, "mean")[0] == ([[1.0, 1.0]], pytest.approx(2 ** 0.5))
+
+
+# --- Overflow ---------------------------------------------------------------------------------------------------------
+
+
+def overflowing(precision: dict, stage: int):
+    """Two steps, of which the first has an infinite gradient on rank 1 alone."""
+    torch.manual_seed(0)
+    model = Net()
+    model.blocks[0][0].weight.requires_grad_(False)
+    engine, optimizer, _, schedule = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage},
+        "scheduler": {"type": "StepLR", "params": {"step_size": 1}}} | precision)
+    before = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
+    seen = []
+    for step in range(2):
+        loss = engine(torch.ones(1, 16)).float().mean()
+        engine.backward(loss * float("inf") if step == 0 and dist.get_rank() == 1 else loss)
+        model.blocks[0][0].weight.grad = None if stage == 3 else torch.full((16, 16), float("nan"),
+                                                                            dtype=model.head.weight.dtype)
+        engine.step()
+        after = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
+        seen.append((all(map(torch.equal, before, after)), engine.skipped_steps, engine.global_steps, engine.get_lr(),
+                     engine.loss_scale(), optimizer.loss_scale == optimizer.cur_scale == engine.loss_scale()))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_an_infinite_gradient_on_one_rank_skips_the_step_and_the_schedule_on_all(run_ranks, name):
+    precision = copy.deepcopy(HALF[name])
+    if name == "fp16":
+        precision["fp16"]["hysteresis"] = 1
+    second = 128.0 if name == "fp16" else 1.0
+    for stage in range(4):
+        assert run_ranks(overflowing, 2, precision, stage) == [[
+            (True, 1, 0, [0.01], second, True), (False, 1, 1, [pytest.approx(0.001)], second, True)]] * 2, f"stage {stage}"
+
+
+def at_the_minimum():
+    torch.manual_seed(0)
+    model = Net()
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": 2},
+        "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 0, "hysteresis": 1}})
+    engine.module.blocks[1].register_full_backward_hook(lambda *_: (torch.full((1, 16), torch.inf).half(),))
+    engine.backward(engine(torch.ones(1, 16)).float().mean())
+    try:
+        engine.step()
+    except amp.MinimumLossScaleError as error:
+        return str(error), engine.skipped_steps
+    return None
+
+
+def test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16(run_ranks):
+    for told, skipped in run_ranks(at_the_minimum, 2):
+        assert "the gradient of blocks.0.0.weight is not finite" in told and "Use bf16" in told and skipped == 1
+
+
+def test_a_skipped_step_is_told_once_with_the_new_scale(run_ranks):
+    assert run_ranks(warnings_of_a_skip, 2) == [
+        ["step skipped, nothing was changed: the gradient of blocks.0.0.weight is not finite; loss scale 256, now 128 "
+         "(1 skipped so far)"], []]
+
+
+def warnings_of_a_skip():
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("engine").addHandler(handler)
+    try:
+        model = Net()
+        engine, *_ = deepspeed.initialize(model=model, config={
+            "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
+            "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8, "hysteresis": 1}})
+        engine.backward(engine(torch.ones(1, 16)).float().mean() * float("nan"))
+        engine.step()
+    finally:
+        logging.getLogger("engine").removeHandler(handler)
+    return records
+
+
+def test_bf16_takes_such_a_step_when_told_to(run_ranks):
+    ((same, skipped, *_), _), _ = run_ranks(overflowing, 2, {"bf16": {"enabled": True, "check_grad_overflow": False}}, 1)
+    assert (same, skipped) == (False, 0)
+
+
+# --- The dynamic loss scale -------------------------------------------------------------------------------------------
+
+
+TRACES = json.loads((Path(__file__).parent / "data" / "loss_scale_traces.json").read_text())["traces"]
+
+
+def scaler_of(settings: dict) -> amp.LossScaler:
+    precision = amp.Precision(amp.PrecisionConfig(fp16=amp.FP16Config(enabled=True, **settings)), nn.Linear(1, 1),
+                              torch.device("cpu"))
+    return precision.make_scaler()
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
+def test_the_scale_is_deepspeeds_to_the_last_bit(trace):
+    scaler, seen = scaler_of(trace["fp16"]), []
+    for overflow in trace["overflow"]:
+        seen.append(scaler.scale)
+        try:
+            scaler.update(overflow)
+        except amp.MinimumLossScaleError:  # the traces were taken with this error switched off
+            assert scaler.scale == trace["fp16"]["min_loss_scale"]
+    assert seen == trace["scale_before_step"] and scaler.scale == trace["scale_after"]
+
+
+def rule(overflows, power, window, hysteresis, consecutive, minimum):
+    """The documented rule, from the whole history each time: the scale after it."""
+    scale, left, since = 2.0 ** power, hysteresis, 0
+    for overflow in overflows:
+        if overflow and left == 1:
+            scale = max(scale / 2, minimum)
+        elif overflow:
+            left -= 1
+        grows = not overflow and since and since % window == 0
+        left = hysteresis if grows or consecutive and not overflow else left
+        scale, since = scale * (2 if grows else 1), 0 if overflow else since + 1
+    return scale
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 16), st.integers(1, 6), st.integers(1, 4), st.booleans(),
+       st.integers(0, 60))
+def test_the_scale_follows_the_rule_also_when_it_is_resumed(overflows, power, window, hysteresis, consecutive, cut):
+    settings = {"initial_scale_power": power, "loss_scale_window": window, "hysteresis": hysteresis,
+                "consecutive_hysteresis": consecutive, "min_loss_scale": 2.0 ** -200}
+    scaler = scaler_of(settings)
+    for count, overflow in enumerate(overflows):
+        if count == cut:
+            state = json.loads(json.dumps(scaler.state_dict()))
+            scaler = scaler_of(settings)
+            scaler.load_state_dict(state)
+        scaler.update(overflow)
+    assert scaler.scale == rule(overflows, power, window, hysteresis, consecutive, 2.0 ** -200)
+
+
+def test_a_fixed_scale_stays():
+    scaler = scaler_of({"loss_scale": 128.0})
+    scaler.update(True), scaler.update(False)
+    assert scaler.scale == 128.0 and str(scaler) == "128"
+
+
+# --- Casting, autocast, and the caller's own backward -----------------------------------------------------------------
+
+
+def autocast_losses(ours: bool):
+    torch.manual_seed(0)
+    model, losses = Net(), []
+    if ours:
+        engine, *_ = deepspeed.initialize(model=model, config={
+            "train_batch_size": 2, "optimizer": ADAM, "torch_autocast": {
+                "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["Linear"]}})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM["params"]) if not ours else None
+    for step in range(4):
+        x = torch.randn(2, 16, generator=torch.Generator().manual_seed(step))
+        if ours:
+            loss = engine(x).float().square().mean()
+            engine.backward(loss)
+            engine.step()
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_autocast_is_pytorchs(run_ranks):
+    (ours,), (plain,) = run_ranks(autocast_losses, 1, True), run_ranks(autocast_losses, 1, False)
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def kept_in_fp32(name: str):
+    model = Net()
+    inside = []
+    model.blocks[0][1].register_forward_hook(lambda _, args, out: inside.append((args[0].dtype, out.dtype)))
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_batch_size": 2, "optimizer": ADAM, **copy.deepcopy(HALF[name]),
+        name: HALF[name][name] | {"keep_fp32": ["LayerNorm", "head"]}})
+    out = engine(torch.ones(2, 16))
+    engine.backward(out.float().mean())
+    engine.step()
+    return str(inside[0][0]), [str(p.dtype) for p in model.blocks[0].parameters()], str(model.head.weight.dtype), \
+        str(out.dtype), str(model.scale.dtype), engine.skipped_steps
+
+
+@pytest.mark.parametrize("name, dtype", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
+def test_chosen_modules_stay_in_fp32(run_ranks, name, dtype):
+    (inside, block, head, out, buffer, skipped), = run_ranks(kept_in_fp32, 1, name)
+    assert inside == "torch.float32" and block == [dtype] * 2 + ["torch.float32"] * 2 and head == "torch.float32"
+    assert out == buffer == dtype and skipped == 0
+
+
+def own_backward(stage: int, own: bool):
+    torch.manual_seed(0)
+    model = Net()
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "optimizer": ADAM,
+        "zero_optimization": {"stage": stage}, **HALF["fp16"]})
+    for step in range(4):
+        loss = engine(torch.full((2, 16), 1.0 + step)).float().square().mean()
+        engine.scale(loss).backward() if own else engine.backward(loss)
+        engine.step()
+    return [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
+
+
+def test_a_caller_may_run_backward_on_the_scaled_loss(run_ranks):
+    for stage in range(4):
+        a, b = (run_ranks(own_backward, 2, stage, own)[0] for own in (False, True))
+        assert all(map(torch.equal, a, b)), f"stage {stage}"
+
+
+def test_the_precision_in_force_is_told_in_a_table():
+    model = Net()
+    config = amp.PrecisionConfig(bf16=amp.BF16Config(enabled=True, keep_fp32=["blocks.*.1"]), communication_data_type="bf16")
+    precision = amp.Precision(config, model, torch.device("cpu"))
+    header, half, full, last = precision.table(model, precision.make_scaler()).splitlines()
+    assert header.split() == ["parameters", "compute", "masters,", "state", "accumulation", "reduction"]
+    assert half.split() == ["884", "bf16", "fp32", "fp32", "bf16"] and full.split() == ["96", "fp32", "fp32", "fp32", "bf16"]
+    assert last == "autocast: off; loss scale: none; steps with gradients that are not finite are skipped"
+
+
+def test_casting_reaches_into_containers_and_leaves_whole_numbers():
+    pair = torch.ones(2), {"a": [torch.ones(1)], "b": torch.arange(2)}
+    floats, nested = amp.cast(pair, torch.bfloat16)
+    assert floats.dtype == nested["a"][0].dtype == torch.bfloat16 and nested["b"].dtype == torch.int64
+
+
+# --- Wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; allowed: one of them"),
+    ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "bf16 and torch_autocast are both enabled"),
+    ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1, but bf16 has the range of fp32"),
+    ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale is -1.0; allowed: a number from 0 up"),
+    ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0"),
+    ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis is 0; allowed: a number from 1 up"),
+    ({"fp16": {"min_loss_scale": 0}}, "fp16.min_loss_scale is 0.0"),
+    ({"fp16": {"enabled": True, "min_loss_scale": 4, "initial_scale_power": 1}}, "min_loss_scale is 4.0; allowed: at most"),
+    ({"fp16": {"enable": True}}, "unknown key fp16.enable, .* did you mean 'enabled'"),
+    ({"fp16": {"enabled": 1}}, "fp16.enabled is 1; allowed: true or false"),
+    ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states is True; allowed: the value of"),
+    ({"torch_autocast": {"dtype": "int8"}}, "torch_autocast.dtype is 'int8'; allowed: bfloat16 or float16"),
+    ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype is 'fp8'; allowed: fp32, fp16, bf16"),
+    ({"communication_data_type": "half"}, "communication_data_type is 'half'"),
+    ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which prescale_gradients switches on"),
+    ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op is 'max'; allowed: mean or sum"),
+    ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}}, "bf16.keep_fp32 holds 'Norm', but the model has no such module"),
+])
+def test_contradictions_are_refused_by_key(change, told):
+    with pytest.raises(ValueError, match=told):
+        deepspeed.initialize(model=Net(), config={"train_batch_size": 8, "optimizer": ADAM} | change)
+    assert not dist.is_initialized() and issubclass(ConfigError, ValueError)
