@@ -44,6 +44,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import amp
+import checkpointing
 import schedulers
 import zero
 
@@ -98,6 +99,7 @@ class Config:
     communication_data_type: str | None = None         # fp32, fp16 or bf16: what gradients are summed in over ranks
     gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
+    activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # its presence turns recomputation on
     gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
 
@@ -151,7 +153,7 @@ class Config:
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
 NOT_YET = {"sparse_gradients",
-           "activation_checkpointing", "checkpoint", "managed_gradient_accumulation", "dump_state",
+           "checkpoint", "managed_gradient_accumulation", "dump_state",
            "zero_force_ds_cpu_optimizer"}
 NOT_YET |= {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
 NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
@@ -400,6 +402,7 @@ class Engine(nn.Module):
     optimizer        a torch optimizer, or None for an engine that only evaluates
     lr_scheduler     stepped by ``step()``, or None
     zero             the sharded model: its buckets, the communication, the update
+    checkpointing    what recomputes activations, or None; its ``report()`` tells bytes kept and seconds recomputed
     global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
     global_samples   samples they used, over all ranks
     micro_steps      calls of ``step()``: micro-batches on this rank
@@ -417,6 +420,7 @@ class Engine(nn.Module):
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.checkpointing: checkpointing.Checkpointing | None = None
         self._started_process_group = started_process_group
         self._in_no_sync = False
         self._window = 0  # micro-batches of the accumulation window that are done
@@ -597,6 +601,8 @@ class Engine(nn.Module):
         if self.config.comms_logger.enabled and self.global_rank == 0:
             print(self.zero.communicator.table(), flush=True)
         self.zero.release()
+        if self.checkpointing is not None:
+            self.checkpointing.remove()
         if self._started_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -749,6 +755,9 @@ def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, tr
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
                             lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
                             settings.predivide(engine.world_size))
+    if settings.activation_checkpointing is not None:
+        blocks = list(zero.find_blocks(model).values())
+        engine.checkpointing = checkpointing.apply(model, settings.activation_checkpointing, blocks)
     if settings.gradient_allreduce_op == "sum":
         engine.zero.divisor = 1.0
     engine._tell_boundary()

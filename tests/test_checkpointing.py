@@ -1,0 +1,901 @@
+"""Recomputation against plain autograd, against ``torch.utils.checkpoint``, and against what theory says it costs.
+
+    .venv/bin/python -m pytest -q tests/test_checkpointing.py
+"""
+
+import copy
+import gc
+import json
+import logging
+import math
+import weakref
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpointing
+import engine as deepspeed
+import zero
+from checkpointing import CheckpointingConfig, RecomputationError, checkpoint
+
+WIDTH = 8
+
+
+@pytest.fixture(autouse=True)
+def unconfigured(monkeypatch):
+    monkeypatch.setattr(checkpointing, "_explicit", checkpointing._DEFAULTS)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention, dropout and a feed-forward layer; what it returns is ``tensor``, ``tuple`` or ``dict``."""
+
+    def __init__(self, returns: str = "tensor", dropout: float = 0.3):
+        super().__init__()
+        self.norm, self.qkv, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.dropout, self.returns = nn.Dropout(dropout), returns
+
+    def forward(self, x, mask=None, scale=1.0):
+        q, k, v = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(1)
+        x = x + scale * self.dropout(F.gelu(self.down(self.dropout(attended))))
+        return {"tensor": x, "tuple": (x, None), "dict": {"hidden": x, "scale": scale}}[self.returns]
+
+
+def hidden(output):
+    return output if isinstance(output, torch.Tensor) else output["hidden"] if isinstance(output, dict) else output[0]
+
+
+class LinearTanh(nn.Linear):
+    """A matrix product, and tanh, which saves its result: so a recomputation runs to the end."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class Net(nn.Module):
+    """Blocks in the order of ``order`` (a block may come twice), with whatever ``between`` does between them."""
+
+    def __init__(self, blocks, order=None, between="nothing", mask=False):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(WIDTH, 2)
+        self.order, self.between = order or range(len(blocks)), between
+        self.mask = torch.rand(5, 5) < 0.8 if mask else None
+        self.register_buffer("stretch", torch.linspace(0.5, 2, WIDTH))
+
+    def forward(self, x):
+        for number in self.order:
+            if self.between == "layerdrop" and torch.rand(()) < 0.3:
+                continue
+            x = hidden(self.blocks[number](x, mask=self.mask, scale=1.5))
+            if self.between == "add":
+                x = x + self.stretch
+            elif self.between == "in place":
+                x.mul_(self.stretch)
+        return self.head(x)
+
+
+@contextmanager
+def checkpointing_of(model, **config):
+    """``apply`` for the length of a with statement, with the children of ``model`` as its blocks."""
+    handle = checkpointing.apply(model, CheckpointingConfig(**config), list(model.children()))
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def gradients(model, x, steps=2, autocast=False):
+    """Losses, gradients and the random state after some micro-batches."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    results = []
+    for _ in range(steps):
+        x = x.detach().clone().requires_grad_(x.requires_grad)
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = model(x).float().square().mean()
+        loss.backward()
+        results += [loss.detach(), x.grad]
+    return results + [p.grad for p in model.parameters()] + [torch.get_rng_state()]
+
+
+def assert_equal(results, expected):
+    for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        if wanted is None or result is None:
+            assert result is wanted, f"result {index}: {result} instead of {wanted}"
+        else:
+            assert torch.equal(result, wanted), f"result {index} is off by {(result - wanted).abs().max()}"
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most memory that tensors created inside have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.storages:
+                storage = leaf.untyped_storage()
+                if any(isinstance(a, torch.Tensor) and a.untyped_storage()._cdata == storage._cdata
+                       for a in tree_leaves((args, kwargs))):
+                    continue  # a view of a tensor from outside
+                self.storages.add(storage._cdata)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def freed(self, key, size):
+        self.storages.discard(key)
+        self.now -= size
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def saved_bytes(run):
+    """What autograd holds for backward after ``run()``, each tensor counted as often as it is saved."""
+    sizes = []
+    with saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        result = run()  # noqa: F841  kept until the end
+    return sum(sizes)
+
+
+def peak(step):
+    """The peak of ``step()``, which runs once before to get lasting allocations out of the way."""
+    step()
+    with PeakBytes() as measured:
+        step()
+    return measured.peak
+
+
+# --- Equal to plain autograd, on drawn models and configs -------------------------------------------------------------
+
+
+@st.composite
+def nets(draw):
+    kinds = draw(st.lists(st.sampled_from(["tensor", "tuple", "dict"]), min_size=1, max_size=5))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    order = draw(st.one_of(st.none(), st.lists(st.integers(0, len(kinds) - 1), min_size=1, max_size=6)))
+    net = Net([Block(kind, draw(st.sampled_from([0.0, 0.4]))) for kind in kinds], order,
+              draw(st.sampled_from(["nothing", "nothing", "layerdrop", "add", "in place"])), draw(st.booleans()))
+    for p in net.blocks.parameters():
+        p.requires_grad_(draw(st.sampled_from([True, True, True, False])))
+    return net
+
+
+@st.composite
+def configs(draw, blocks):
+    chosen = st.lists(st.sampled_from([f"blocks.{i}" for i in range(blocks)]), min_size=1)
+    config = {"modules": draw(st.one_of(st.none(), chosen, st.just(["Block"]), st.just(["*.qkv", "*.down"]))),
+              "mode": draw(st.sampled_from(["full", "selective"])), "profile": draw(st.booleans())}
+    return config | draw(st.one_of(st.builds(lambda n: {"every": n}, st.integers(1, 4)),
+                                   st.builds(lambda n: {"number_checkpoints": n}, st.integers(1, 4))))
+
+
+@given(st.data(), nets(), st.booleans(), st.sampled_from(["fp32", "bf16", "autocast to bf16"]))
+def test_gradients_and_random_state_equal_plain_autograd_bit_for_bit(data, net, input_needs_grad, precision):
+    dtype, autocast = torch.bfloat16 if precision == "bf16" else torch.float32, precision.startswith("autocast")
+    net.to(dtype).train(data.draw(st.booleans()))
+    x = torch.randn(2, 5, WIDTH, dtype=dtype, requires_grad=input_needs_grad)
+    expected = gradients(net, x, autocast=autocast)
+    handle = checkpointing.apply(net, CheckpointingConfig(**data.draw(configs(len(net.blocks)))), list(net.blocks))
+    assert_equal(gradients(net, x, autocast=autocast), expected)
+    handle.remove()
+    assert_equal(gradients(net, x, autocast=autocast), expected)
+
+
+def test_a_segment_is_a_chain_of_as_many_blocks_as_the_config_says():
+    net = Net([Block() for _ in range(7)])
+    x = torch.randn(2, 5, WIDTH)
+    for config, regions in (({}, 7), ({"every": 2}, 4), ({"every": 3}, 3), ({"number_checkpoints": 2}, 2),
+                            ({"number_checkpoints": 3}, 3), ({"every": 9}, 1)):
+        kept = []
+        handle = checkpointing.apply(net, CheckpointingConfig(**config), list(net.blocks))
+        with saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            net(x)
+        handle.remove()
+        assert kept.count(x.shape) == regions, config
+
+
+def test_blocks_side_by_side_or_with_a_change_in_place_between_them_are_no_chain():
+    model = nn.Sequential(LinearTanh(WIDTH, WIDTH), LinearTanh(WIDTH, WIDTH))
+
+    def beside(x):
+        return model[0](x) + model[1](x)
+
+    def changed(x):
+        x = model[0](x) * 1 if plain else model[0](x)
+        return model[1](x.add_(1))
+
+    for function in (beside, changed):
+        x, kept = torch.randn(2, WIDTH, requires_grad=True), []
+        plain = True  # tanh needs its result for backward, unless that is recomputed
+        expected, = torch.autograd.grad(function(x).sum(), x)
+        plain = False
+        with checkpointing_of(model, every=2):
+            with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                y = function(x)
+            assert_equal(torch.autograd.grad(y.sum(), x), [expected])
+        assert len(kept) == 2, function
+
+
+# --- Equal to torch.utils.checkpoint ----------------------------------------------------------------------------------
+
+
+def test_checkpoint_equals_torchs_in_results_and_peak_memory():
+    def torchs(function, *args, **kwargs):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256, requires_grad=True)
+
+    def small(x, factor, *, shift=0.0):
+        y = F.dropout(torch.tanh(x @ weight), 0.5) * factor
+        return {"y": y.sin(), "pair": (torch.relu(y + shift), "text")}
+
+    def outer(run):
+        def function(x, factor):
+            first = run(small, x.exp(), factor, shift=x)
+            return run(small, first["y"] + first["pair"][0], 2)["pair"][0].cos() * first["y"]
+        return function
+
+    def step(run, needs_grad, nested):
+        torch.manual_seed(5)
+        weight.grad = None
+        x = torch.rand(64, 256).requires_grad_(needs_grad)
+        for _ in range(6):
+            out = run(outer(run) if nested else small, x, 3)
+            x = out if nested else out["y"] + out["pair"][0]
+        x.sum().backward()
+        return x.detach(), weight.grad, torch.get_rng_state()
+
+    def plain(function, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    for needs_grad in (False, True):
+        for nested in (False, True):
+            case = (needs_grad, nested)
+            assert_equal(step(checkpoint, *case), step(plain, *case))
+            ours, theirs = peak(lambda: step(checkpoint, *case)), peak(lambda: step(torchs, *case))
+            assert ours <= theirs * 1.001, case
+            assert ours < 0.8 * peak(lambda: step(plain, *case)), case
+
+
+# --- What it costs, against theory ------------------------------------------------------------------------------------
+
+
+class Tanhs(nn.Module):
+    """Three operations, which each save one activation: their result."""
+
+    def forward(self, x):
+        return x.tanh().tanh().tanh()
+
+
+@pytest.mark.parametrize("layers", [4, 16, 64])
+def test_saved_bytes_fall_from_L_to_L_over_k_plus_k(layers):
+    every = math.isqrt(layers)
+    model = nn.Sequential(*[Tanhs() for _ in range(layers)])
+    x = torch.randn(1000, requires_grad=True)
+    activation, saves = x.nbytes, 3
+
+    def step():
+        model(x).sum().backward()
+
+    assert saved_bytes(lambda: model(x)) == saves * layers * activation
+    assert peak(step) / activation == pytest.approx(saves * layers + 1, abs=0.01)  # and a gradient
+    with checkpointing_of(model, every=every):
+        assert saved_bytes(lambda: model(x)) == pytest.approx(layers / every * activation, abs=0.01 * activation)
+        # The kept inputs and one segment; a gradient comes on top, and the first input was there before.
+        assert peak(step) / activation == pytest.approx(layers / every + saves * every + 1 - 1, abs=0.01)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_three_units_of_flops_become_four_and_the_selective_mode_recomputes_only_the_cheap_ones(every):
+    model = nn.Sequential(*[LinearTanh(WIDTH, WIDTH) for _ in range(6)])
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    unit = 6 * 2 * 16 * WIDTH * WIDTH  # the forward pass
+
+    def cost():
+        with FlopCounterMode(display=False) as flops, Operations() as operations:
+            model(x).sum().backward()
+        return flops.get_total_flops() / unit, operations.counts["tanh"]
+
+    assert cost() == (3, 6)
+    with checkpointing_of(model, every=every):
+        assert cost() == (4, 12)
+    with checkpointing_of(model, every=every, mode="selective"):
+        assert cost() == (3, 12)
+
+
+def test_the_selective_mode_lies_between_in_memory():
+    net = Net([Block(dropout=0.0) for _ in range(6)])
+    x, peaks = torch.randn(16, 64, WIDTH, requires_grad=True), {}
+    for mode in ("selective", "full"):
+        handle = checkpointing.apply(net, CheckpointingConfig(mode=mode), list(net.blocks))
+        peaks[mode] = peak(lambda: net(x).sum().backward())
+        handle.remove()
+    assert peaks["full"] < peaks["selective"] < peak(lambda: net(x).sum().backward())
+
+
+def test_selective_peak_memory_equals_torchs_and_a_retained_graph_works_again():
+    policy = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, list(checkpointing.EXPENSIVE))
+    net = Net([Block(dropout=0.0) for _ in range(3)])
+    x = torch.randn(16, 64, WIDTH, requires_grad=True)
+
+    def theirs():
+        y = x
+        for block in net.blocks:
+            y = torch.utils.checkpoint.checkpoint(block, y, use_reentrant=False, context_fn=policy)
+        net.head(y).sum().backward()
+
+    reference = peak(theirs)
+    handle = checkpointing.apply(net, CheckpointingConfig(mode="selective"), list(net.blocks))
+    assert peak(lambda: net(x).sum().backward()) <= 1.001 * reference
+    y = net(x)
+    first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True) for _ in range(2))
+    handle.remove()
+    assert_equal(first + second, torch.autograd.grad(net(x).sum(), x) * 2)
+
+
+def test_selective_mode_recomputes_attention_that_drops_out_and_keeps_the_rest():
+    assert not checkpointing._is_kept(torch.ops.aten.tanh.default, (), {})
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    q = torch.zeros(1)
+    assert checkpointing._is_kept(flash, (q, q, q), {})
+    assert not checkpointing._is_kept(flash, (q, q, q, 0.1), {})
+    assert not checkpointing._is_kept(flash, (q, q, q), {"dropout_p": 0.1})
+
+
+# --- Backward in other ways -------------------------------------------------------------------------------------------
+
+
+def twice(x):
+    return (x * x).sin().exp()
+
+
+@pytest.mark.parametrize("run", [checkpoint, lambda f, x: checkpoint(checkpoint, f, x)], ids=["once", "nested"])
+def test_several_backward_calls_parts_of_the_graph_and_second_derivatives(run):
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: run(twice, x), x)
+    assert torch.autograd.gradgradcheck(lambda x: run(twice, x), x)
+    y, expected = run(lambda v: twice(v * w), x), twice(x * w)
+    for inputs in (x, w, (x, w)):  # each call needs other parts of the region
+        assert_equal(torch.autograd.grad(y.sum(), inputs, retain_graph=True),
+                     torch.autograd.grad(expected.sum(), inputs, retain_graph=True))
+    for _ in range(3):
+        y.sum().backward(retain_graph=True)
+    assert torch.equal(x.grad, 3 * torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_each_backward_call_recomputes_afresh_and_leaves_nothing():
+    x, v, w = torch.randn(1000, requires_grad=True), torch.randn(1000, requires_grad=True), torch.randn(1000)
+    y = checkpoint(lambda x, v: (x * w).exp() + (v * w).exp(), x, v)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)  # recomputes what the other half needs, too
+    with torch.no_grad():
+        w.zero_()
+    assert torch.equal(torch.autograd.grad(y.sum(), v, retain_graph=True)[0], torch.zeros(1000))
+    with PeakBytes() as memory:
+        torch.autograd.grad(y.sum(), (x, v), retain_graph=True)
+    assert memory.peak > 2 * x.nbytes and memory.now == 0
+
+
+def test_a_function_that_reads_its_saved_tensors_twice_and_one_that_differentiates_inside():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, x + 1)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (ctx.saved_tensors[0] + ctx.saved_tensors[1] - 1)
+
+    def penalized(x):
+        y = x.sin() * x.exp()
+        slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y + slope.square()
+
+    for function in (Twice.apply, penalized):
+        x = torch.randn(4, requires_grad=True)
+        expected, = torch.autograd.grad(function(x).sum(), x)
+        assert torch.equal(torch.autograd.grad(checkpoint(function, x).sum(), x)[0], expected)
+
+
+def test_recomputation_stops_after_the_last_saved_tensor():
+    seen = []
+
+    def function(x):
+        seen.append("start")
+        y = x.tanh()
+        seen.append("end")
+        return y + 1
+
+    def stubborn(x):
+        try:
+            return x.tanh()
+        except Exception:
+            return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(function, x).sum().backward()
+    assert seen == ["start", "end", "start"]
+    expected, = torch.autograd.grad(x.tanh().sum(), x)
+    assert torch.equal(torch.autograd.grad(checkpoint(stubborn, x).sum(), x)[0], expected)
+
+
+def test_a_default_device_is_restored():
+    seen = []
+
+    def function(x):
+        seen.append(torch.empty(1).device.type)
+        return x.exp()
+
+    with torch.device("meta"):
+        y = checkpoint(function, torch.ones(2, device="cpu", requires_grad=True))
+    y.sum().backward()
+    assert seen == ["meta", "meta"]
+
+
+class Taking(LinearTanh):
+    """Takes its input a second time, in an object that can't be looked into."""
+
+    def forward(self, x, box=None):
+        return super().forward(x)
+
+
+def test_nothing_is_left_of_regions_that_were_used_or_dropped():
+    def regions():
+        return sum(type(o) is checkpointing._Region for o in gc.get_objects())
+
+    model = nn.Sequential(*[Taking(WIDTH, WIDTH) for _ in range(4)])
+    gc.collect()
+    gc.disable()  # cycles would stay
+    try:
+        with checkpointing_of(model, every=2):
+            y = model(torch.randn(2, WIDTH))
+            assert regions() == 2
+            y.sum().backward()
+            assert regions() == 0
+            y = model(torch.randn(2, WIDTH))
+            del y
+            assert regions() == 0
+            y = model[0](torch.randn(2, WIDTH))
+            y = model[1](y, box=SimpleNamespace(content=y))
+            del y
+            assert regions() == 0
+    finally:
+        gc.enable()
+
+
+def test_without_grad_mode_nothing_is_done_at_all():
+    model = nn.Sequential(LinearTanh(2, 2), LinearTanh(2, 2))
+    with checkpointing_of(model, profile=True) as handle:
+        with torch.no_grad():
+            y = model(torch.ones(1, 2))
+            assert not checkpoint(twice, torch.ones(2, requires_grad=True)).requires_grad
+        assert not y.requires_grad and handle.report() == {}
+
+
+# --- From outside the model -------------------------------------------------------------------------------------------
+
+
+class Sharded:
+    """Frees a block's weights outside of its use, by module hooks, as a sharding library does."""
+
+    def __init__(self, module, log, name):
+        self.module, self.log, self.name = module, log, name
+        self.weights = [(p, p.detach().clone()) for p in module.parameters()]
+        module.register_forward_pre_hook(lambda *_: self.gather("forward"))
+        module.register_forward_hook(self.after_forward)
+        self.free()
+
+    def gather(self, why):
+        self.log.append((self.name, why))
+        for p, value in self.weights:
+            p.untyped_storage().resize_(value.nbytes)
+            p.data.copy_(value)
+
+    def free(self):
+        for p, _ in self.weights:
+            p.untyped_storage().resize_(0)
+
+    def after_forward(self, module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: self.gather("backward"))
+        self.free()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_hooks_that_gather_weights_are_called_where_the_weights_are_needed(every, mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[LinearTanh(WIDTH, WIDTH) for _ in range(3)])
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    expected = gradients(model, x, steps=1)
+    log = []
+    units = [Sharded(block, log, name) for name, block in enumerate(model)]
+    with checkpointing_of(model, every=every, mode=mode):
+        assert_equal(gradients(model, x, steps=1), expected)
+    forward, backward = [(i, "forward") for i in range(3)], [(i, "backward") for i in range(3)]
+    again = {1: [*backward[::-1]],
+             2: [backward[2], backward[1], forward[0], backward[0]],
+             3: [backward[2], forward[0], forward[1], backward[1], backward[0]]}
+    assert log == forward + again[every], "the last block of a chain is not gathered twice"
+    with checkpointing_of(model, every=every, mode=mode):  # backward through the first block only
+        model[0].register_forward_hook(lambda *args: outputs.append(args[-1]))
+        outputs = []
+        y = model(x)
+        log.clear()
+        grad, = torch.autograd.grad(outputs[0].square().sum(), x)
+        assert y.requires_grad and log == [(0, "backward")], "blocks that backward does not reach are not recomputed"
+    with torch.no_grad():
+        units[0].gather("check")
+    x = x.detach().requires_grad_()
+    assert torch.equal(grad, torch.autograd.grad(LinearTanh.forward(model[0], x).square().sum(), x)[0])
+
+
+def test_hooks_that_change_arguments_or_results_do_it_once():
+    model = nn.Sequential(*[LinearTanh(WIDTH, WIDTH) for _ in range(4)])
+    for number, block in enumerate(model):
+        block.register_forward_pre_hook(lambda _, args: (args[0] * 2 if number == 0 else args[0],))
+        if number == 2:
+            block.register_forward_hook(lambda *args: args[-1] + 1)
+    x = torch.randn(3, WIDTH)
+    expected = gradients(model, x)
+    with checkpointing_of(model, every=2):
+        assert_equal(gradients(model, x), expected)
+
+
+def test_removal_restores_and_copies_are_independent():
+    model = nn.Sequential(LinearTanh(2, 2), LinearTanh(2, 2))
+    own = model[1].forward = lambda x: LinearTanh.forward(model[1], x) + 1
+    names = [sorted(vars(block)) for block in model]
+    with checkpointing_of(model, every=2) as handle:
+        y = model(torch.ones(1, 2))
+        twin = copy.deepcopy(model[0])
+    assert model[1].forward is own and [sorted(vars(block)) for block in model] == names
+    assert handle.blocks == []
+    y.sum().backward()  # the graph from before still works
+    with torch.no_grad():
+        twin.weight.zero_()
+        twin.bias.zero_()
+    assert torch.equal(twin(torch.ones(1, 2)), torch.zeros(1, 2)), "the copy must use its own weights"
+
+
+def test_profile_tells_bytes_kept_and_recomputations_per_module():
+    model = nn.Sequential(*[LinearTanh(WIDTH, WIDTH) for _ in range(4)])
+    x = torch.randn(5, WIDTH)
+    with checkpointing_of(model, every=2, profile=True) as handle:
+        for _ in range(3):
+            model(x).sum().backward()
+        report = handle.report()
+    assert [(n, p.calls, p.bytes_kept, p.recomputations) for n, p in report.items()] == [
+        ("0", 3, 3 * x.nbytes, 3), ("1", 3, 0, 3), ("2", 3, 3 * x.nbytes, 3), ("3", 3, 0, 3)]
+    assert all(0 < p.seconds_recomputed < 10 for p in report.values())
+    with checkpointing_of(model, mode="selective", profile=True) as handle:
+        model(x).sum().backward()
+        assert [p.bytes_kept for p in handle.report().values()] == [2 * x.nbytes] * 4  # input, and product
+    with checkpointing_of(model) as handle, pytest.raises(RuntimeError, match="profile"):
+        handle.report()
+
+
+def test_a_forward_that_failed_leaves_no_trace_in_its_segment():
+    model = nn.Sequential(*[LinearTanh(WIDTH, WIDTH) for _ in range(2)])
+
+    def run(x):
+        x = model[0](x)
+        try:
+            model[1](x.unsqueeze(0), "one argument too many")
+        except TypeError:
+            pass
+        failing = True
+        def fail(*_):
+            if failing:
+                raise KeyError
+        handle = model[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            model[1](x)
+        handle.remove()
+        return model[1](x)
+
+    x = torch.randn(3, WIDTH)
+    run(x).sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with checkpointing_of(model, every=2):
+        run(x).sum().backward()
+    assert_equal([p.grad for p in model.parameters()], expected)
+
+
+# --- What goes wrong must say so --------------------------------------------------------------------------------------
+
+
+def flaky(first, later):
+    """A function that does ``first`` when called first and ``later`` after that."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        return (first if len(calls) == 1 else later)(x)
+
+    return function
+
+
+@pytest.mark.parametrize("first, later, told", [
+    (lambda x: x.exp().exp(), lambda x: x.exp(), "saved 2 tensors .* only 1"),
+    (lambda x: x.exp(), lambda x: x[:2].exp(), r"tensor 1 of 1 .* was \(torch.float32, \(3,\), .* is .* \(2,\)"),
+    (lambda x: x.exp(), lambda x: x.double().exp(), "was .*float32.* is .*float64"),
+    (lambda x: x.exp(), lambda x: x.to("meta").exp(), "was .*cpu.* is .*meta"),
+], ids=["fewer", "shape", "dtype", "device"])
+def test_a_function_that_does_not_do_the_same_twice_is_an_error(first, later, told):
+    y = checkpoint(flaky(first, later), torch.ones(3, requires_grad=True))
+    with pytest.raises(RecomputationError, match=told):
+        y.sum().backward()
+
+
+def test_more_saved_tensors_are_an_error_where_the_end_of_a_call_is_reached():
+    model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
+    model[1].forward = flaky(lambda x: x.exp(), lambda x: x.exp().exp())
+    model[2] = nn.Tanh()
+    with checkpointing_of(model, every=3):
+        y = model(torch.ones(3, requires_grad=True))
+        with pytest.raises(RecomputationError, match=r"^1 saved 1 tensors .* and more"):
+            y.sum().backward()
+
+
+def test_modifications_in_place_are_noticed():
+    x = torch.ones(3, requires_grad=True)
+    given = x * 1
+    y = checkpoint(torch.exp, given)
+    given.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = checkpoint(lambda v: v.exp().add_(1).sin(), x)
+    with pytest.raises(RuntimeError, match="modified in place in the recomputed"):
+        y.sum().backward()
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Tanh()))
+    with checkpointing_of(model, mode="selective"):
+        y = model(x)
+        with pytest.raises(RuntimeError, match="0: the kept result of aten.addmm.default was modified in place"):
+            y.sum().backward()
+
+
+def test_other_expensive_operations_when_recomputed_are_an_error():
+    checkpointing.configure(None, {"activation_checkpointing": {"mode": "selective"}})
+    x = torch.ones(3, 3, requires_grad=True)
+    y = checkpoint(flaky(lambda v: v.mm(v).exp(), lambda v: torch.addmm(v, v, v).exp()), x)
+    with pytest.raises(RecomputationError, match="operation 1 was aten.mm.default .* is aten.addmm.default"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("config, told", [
+    ({"partition_activations": True}, "partition_activations is True; allowed: false, .* model parallelism"),
+    ({"cpu_checkpointing": 1}, "cpu_checkpointing is 1; allowed: true or false"),
+    ({"profile": "yes"}, "profile is 'yes'"),
+    ({"every": 0}, "every is 0; allowed: a whole number from 1 up"),
+    ({"every": True}, "every is True"),
+    ({"every": None}, "every is None"),
+    ({"number_checkpoints": 0}, "number_checkpoints is 0"),
+    ({"number_checkpoints": 2, "every": 2}, "number_checkpoints is 2; allowed: null beside every 2"),
+    ({"mode": "some"}, "mode is 'some'; allowed: 'full' or 'selective'"),
+    ({"modules": "Block"}, "modules is 'Block'; allowed: a list"),
+    ({"modules": [3]}, r"modules is \[3\]"),
+])
+def test_wrong_values_are_refused_by_name(config, told):
+    with pytest.raises(ValueError, match=told):
+        CheckpointingConfig(**config)
+
+
+def test_modules_are_chosen_by_class_or_pattern_and_the_outermost_wins():
+    net = Net([Block(), Block()])
+
+    def chosen(*modules):
+        handle = checkpointing.apply(net, CheckpointingConfig(modules=list(modules)), [])
+        names = [block.name for block in handle.blocks]
+        handle.remove()
+        return names
+
+    assert chosen("Block") == ["blocks.0", "blocks.1"] == chosen("blocks.*") == chosen("blocks*")
+    assert chosen("Block", "*.qkv") == ["blocks.0", "blocks.1"]
+    assert chosen("blocks.1", "head") == ["blocks.1", "head"]
+    with pytest.raises(ValueError, match=r"modules has \['Blok'\], which no module matches; .*Block"):
+        chosen("Blok", "head")
+
+
+def warnings_of(caplog, function):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "checkpointing"):
+        function()
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they have an effect")
+def test_what_has_no_effect_says_so_once(caplog):
+    model = nn.Sequential(LinearTanh(2, 2))
+
+    def run(config, blocks):
+        checkpointing.apply(model, CheckpointingConfig(**config), blocks)
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+
+    for key in ("cpu_checkpointing", "contiguous_memory_optimization", "synchronize_checkpoint_boundary"):
+        message, = warnings_of(caplog, lambda: run({key: True}, list(model)))
+        assert message.startswith(f"activation_checkpointing.{key} has no effect: ")
+    assert warnings_of(caplog, lambda: run({}, list(model))) == []
+    assert "no repeated blocks" in warnings_of(caplog, lambda: run({}, []))[0]
+    assert "configure()" in warnings_of(caplog, lambda: run({"modules": []}, list(model)))[0]
+
+
+# --- DeepSpeed's face -------------------------------------------------------------------------------------------------
+
+
+def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
+    assert not checkpointing.is_configured()
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(twice, x).sum().backward()
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"activation_checkpointing": {"mode": "selective", "profile": True}}))
+    explicit = checkpointing.configure(None, deepspeed_config=path)
+    assert checkpointing.is_configured() and explicit.config == CheckpointingConfig(mode="selective", profile=True)
+    checkpoint(twice, x).sum().backward()
+    assert explicit.report()["twice"].recomputations == 1
+    checkpointing.reset()
+    assert explicit.report() == {} and checkpointing.is_configured()
+    explicit = checkpointing.configure(None, {"activation_checkpointing": {"profile": True}}, profile=False)
+    assert not explicit.config.profile
+    said = warnings_of(caplog, lambda: checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=4))
+    assert [text.split(" has no effect")[0] for text in said] == [
+        "num_checkpoints", "activation_checkpointing.contiguous_memory_optimization"]
+    for given, told in (({"mpu_": object()}, "mpu_ is <object"),
+                        ({"mpu_": None, "partition_activations": True}, "partition_activations is True"),
+                        ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": {"evry": 2}}},
+                         "unknown key activation_checkpointing.evry")):
+        with pytest.raises(ValueError, match=told):
+            checkpointing.configure(**given)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [{}, {"every": 2}, {"cpu_checkpointing": True}, {"mode": "selective"}])
+def test_on_a_gpu_dropout_and_host_memory(config):
+    net = Net([Block() for _ in range(4)]).cuda()
+    x = torch.randn(2, 5, WIDTH, device="cuda", requires_grad=True)
+    expected = gradients(net, x)
+    checkpointing.apply(net, CheckpointingConfig(**config), list(net.blocks))
+    torch.testing.assert_close(gradients(net, x), expected)  # GPU kernels may add up in another order
+
+
+# --- Through the engine, over every ZeRO stage ------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """A block with dropout, of which some parameters may be frozen."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(width, 2 * width), nn.Dropout(0.3), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.drop(torch.tanh(self.up(x))))
+
+
+class Deep(nn.Module):
+    def __init__(self, layers: int, shared: bool, frozen: bool):
+        super().__init__()
+        self.token, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.blocks = nn.ModuleList(Dropping() for _ in range(layers))
+        self.shared = shared
+        if frozen:
+            self.blocks[0].up.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.token(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.blocks[0](x) if self.shared else x)
+
+
+def trained_with(sections: list[dict], stage: int, shape: dict, precision: dict, backwards: int) -> list:
+    """For each section (None: no recomputation): the weights after two steps, and the elements that gathers sent."""
+    results = []
+    for section in sections:
+        torch.manual_seed(0)
+        model = Deep(**shape)
+        config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+                  "zero_optimization": {"stage": stage, "reduce_bucket_size": 200}} | precision
+        engine, *_ = deepspeed.initialize(
+            model=model, config=config if section is None else config | {"activation_checkpointing": section})
+        torch.manual_seed(dist.get_rank())
+        for step in range(2):
+            loss = engine(torch.randint(0, 9, (2, 5))).float().square().mean()
+            for turn in range(backwards):
+                engine.backward(loss / backwards, retain_graph=turn + 1 < backwards)
+            engine.step()
+        gathered = engine.zero.communicator.traffic["all-gather"].elements
+        results.append(([zero.safe_get_full_fp32_param(p) for p in model.parameters()], gathered))
+        engine.destroy()
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@given(st.integers(0, 3), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 2),
+       st.sampled_from([{}, {"modules": ["blocks.1*", "token"]}, {"mode": "selective"}, {"modules": ["Dropping"]}]),
+       st.integers(1, 3))
+@settings(max_examples=12, phases=[Phase.generate])
+def test_training_is_bit_equal_with_and_without_it_at_every_stage(run_ranks, world_size, stage, layers, shared, frozen,
+                                                                   half, backwards, section, every):
+    shape = {"layers": max(2, layers), "shared": shared, "frozen": frozen}
+    precision = {"bf16": {"enabled": True}} if half else {}
+    for results in run_ranks(trained_with, world_size, [None, section | {"every": every}], stage, shape, precision,
+                             backwards):
+        (plain, _), (recomputed, _) = results
+        for a, b in zip(plain, recomputed, strict=True):
+            assert torch.equal(a, b), f"stage {stage}, {section}, every {every}"
+
+
+def test_at_stage_3_recomputation_gathers_each_unit_once_more_and_not_twice(run_ranks):
+    shape = {"layers": 4, "shared": False, "frozen": False}
+    for results in run_ranks(trained_with, 2, [None, {}, {"every": 2}, {"every": 4}, {"mode": "selective"}], 3, shape, {},
+                             1):
+        assert {gathered for _, gathered in results} == {results[0][1]}, "once in forward, once in backward, as without"
+
+
+def test_the_profile_is_told_per_module(run_ranks):
+    (report,) = run_ranks(profiled, 1)
+    assert set(report) == {"blocks.0", "blocks.1"} and all(row.recomputations == row.calls == 1 for row in report.values())
+    assert all(row.bytes_kept == 2 * 5 * 8 * 4 and row.seconds_recomputed > 0 for row in report.values())
+
+
+def profiled() -> dict:
+    engine, *_ = deepspeed.initialize(model=Deep(2, False, False), config={
+        "train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "activation_checkpointing": {"profile": True}})
+    engine.backward(engine(torch.randint(0, 9, (2, 5))).square().mean())
+    engine.step()
+    return engine.checkpointing.report()
+
+
+def test_the_section_is_checked_by_the_engine():
+    for section, told in (({"partition_activations": True}, "partition_activations is True"),
+                          ({"module": []}, "unknown key activation_checkpointing.module, .* did you mean 'modules'"),
+                          ({"modules": "Block"}, "activation_checkpointing.modules is 'Block'; allowed: a list or null"),
+                          ({"modules": ["Blok"]}, "modules has .'Blok'., which no module matches")):
+        with pytest.raises(ValueError, match=told):
+            deepspeed.initialize(model=Deep(2, False, False), config={"train_batch_size": 2,
+                                                                      "activation_checkpointing": section})
