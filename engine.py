@@ -520,6 +520,8 @@ class Engine(nn.Module):
         if self.is_gradient_accumulation_boundary():
             self._update(lr_kwargs)
         else:
+            if self.zero.pending:  # the caller ran backward() on the loss itself
+                self.zero.finish_backward()
             self._window += 1
         self.micro_steps += 1
         self._tell_boundary()

@@ -46,13 +46,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.optim import Optimizer
 
 logger = logging.getLogger("engine.zero")
@@ -73,7 +73,8 @@ class LeafModules:
 class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
     stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
-    reduce_bucket_size: int | str = "auto"            # largest bucket; auto: see Zero._bucket_size (DeepSpeed: 5e8)
+    reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket); auto:
+                                                      # see Zero._bucket_size (DeepSpeed: 5e8)
     overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
     reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
     ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
@@ -176,10 +177,15 @@ class Communicator:
     spare     buffers to receive into, and of gradients in stages 2 and 3
     """
 
+    numbers = count()  # tell the messages of several engines apart; rank 0's count
+
     def __init__(self, device: torch.device):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self.seconds = 0.0
+        number = torch.tensor([next(Communicator.numbers)], device=device)
+        self.broadcast(number, source=0)
+        self.number = int(number)
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
         self.direct = dist.get_backend() == "gloo" and device.type == "cpu"
         self.spare = SpareBuffers(device)
@@ -251,7 +257,7 @@ class Communicator:
     def _tag(self, kind: str) -> int:
         """Each kind counts for itself, as only within a kind is the order the same on all ranks."""
         self.messages[kind] += 1
-        return (2 * self.messages[kind] + (kind == "all-gather")) % 2**31
+        return (2 * self.messages[kind] + (kind == "all-gather")) % 2**24 + 2**24 * (self.number % 64)
 
     def _count(self, kind: str, tensor: Tensor, times: int) -> None:
         record = self.traffic[kind]
@@ -367,6 +373,7 @@ class Bucket:
         self.fits_alone = slots[0].shape.numel() == self.numel and slots[0].parameter.is_contiguous() \
             and dtypes.compute == dtypes.gradient
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
+        self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
         self.segments: list[Segment] = []
         self.is_split = False     # each segment is (a part of) one parameter
         self.grad: Tensor | None = None
@@ -374,6 +381,8 @@ class Bucket:
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
         self.reduced = False      # grad_shard holds a sum of this window
         self.fired: set[int] = set()  # slots that have had a gradient in this backward
+        self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
+        self.ran = False  # a backward has gone through
         self.expected = sum(slot.parameter.requires_grad for slot in slots)
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
@@ -413,6 +422,8 @@ class Bucket:
             self.late = True
             return
         gradient = slot.parameter.grad
+        if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
+            gradient = gradient.to_dense()
         if self.fits_alone and self.grad is None and gradient.is_contiguous() and gradient.dtype == self.dtypes.gradient:
             self.grad = gradient.view(-1)
         else:
@@ -481,10 +492,12 @@ class Bucket:
         self.grad = None
 
     def end_backward(self) -> None:
-        """Be ready for the next backward of the window."""
-        self.fired.clear()
-        self.launched = False
-        self.expected = sum(slot.parameter.requires_grad for slot in self.slots)
+        """Be ready for the next backward of the window. A parameter that never had a gradient is not waited for."""
+        if self.fired:
+            self.awaited = self.fired | self.awaited if self.ran else self.fired
+            self.ran = True
+        self.fired, self.launched = set(), False
+        self.expected = sum(self.slots[index].parameter.requires_grad for index in self.awaited)
 
     def reduce_late(self) -> None:
         """Reduce the gradients that came after this backward's launch; every rank must call it."""
@@ -499,6 +512,9 @@ class Bucket:
     def reset_gradients(self) -> None:
         """Forget the window's gradients; persistent buffers stay allocated for the next one."""
         self.reduction.wait()
+        if self.sent is not None and self.sent is not self.grad:
+            self.communicator.spare.give_back(self.sent)
+        self.sent = None
         if not self.sharded.gradients:
             self.grad_shard = None
             if self.fits_alone:
@@ -627,13 +643,10 @@ class Bucket:
         self.shard.copy_(torch.where(changed, new.to(self.shard.dtype), self.shard))
 
     def has_changed(self, slot: Slot) -> bool:
-        """Whether the whole parameter differs from what the shards hold. All ranks must call it."""
+        """Whether the whole parameter differs from this rank's shard of it."""
         low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
         own, shard = self.flat[low:high], self.shard[low - self.own[0]:high - self.own[0]].to(self.flat.dtype)
-        same = low >= high or torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is itself
-        changed = torch.tensor(float(not same), device=self.flat.device)
-        self.communicator.all_reduce(changed, "scalars").wait()
-        return bool(changed)
+        return low < high and not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # bytes: NaN is itself
 
     def collect(self, slot: Slot, part: Tensor, start: int, everywhere: bool) -> Tensor:
         """A parameter's elements out of a flat tensor of which each rank holds a part: whole, in its own shape.
@@ -708,10 +721,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Module]:
-    """The modules that are a unit of stage 3 each: those that ``leaf`` names, or else
+    """The modules that are a unit of stage 3 each: those that ``leaf`` names.
 
-    the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by itself. The
-    model itself is always one: it takes what is in no other.
+    Without it: the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by
+    itself. The model itself is always one: it takes what is in no other.
     """
     if leaf is not None:
         return _named_units(model, leaf)
@@ -734,19 +747,19 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
 
 
 def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
+    wanted = {(key, what) for key in ("classes", "names", "name_suffixes") for what in getattr(leaf, key) or ()}
     units: dict[str, nn.Module] = {}
-    unmatched = {("classes", c) for c in leaf.classes or ()} | {("names", n) for n in leaf.names or ()} \
-        | {("name_suffixes", s) for s in leaf.name_suffixes or ()}
+    matched = set()
     for name, module in model.named_modules():
         kind = type(module)
         hits = {("classes", kind.__name__), ("classes", f"{kind.__module__}.{kind.__qualname__}"), ("names", name)}
-        hits |= {("name_suffixes", s) for s in leaf.name_suffixes or () if name.endswith(s)}
-        if name and hits & unmatched | {h for h in hits if h[1] in (getattr(leaf, h[0]) or ())}:
+        hits |= {("name_suffixes", name[start:]) for start in range(len(name))}
+        if name and hits & wanted:
             units[name] = module
-        unmatched -= hits
-    if unmatched:
+            matched |= hits
+    if wanted - matched:
         raise ValueError("zero_optimization.leaf_module: the model has no module of "
-                         + ", ".join(f"{key} {value!r}" for key, value in sorted(unmatched)))
+                         + ", ".join(f"{key} {what!r}" for key, what in sorted(wanted - matched)))
     return units
 
 
@@ -765,12 +778,16 @@ class Unit:
     calls   the module's forward calls under way
     """
 
-    def __init__(self, name: str, module: nn.Module, buckets: list[Bucket]):
-        self.name, self.module, self.buckets = name, module, buckets
+    def __init__(self, name: str, module: nn.Module):
+        self.name, self.module = name, module
+        self.buckets: list[Bucket] = []
         self.state = UnitState.SHARDED
         self.users: set[Any] = set()
         self.calls: list[Any] = []
-        self.numel = sum(bucket.numel for bucket in buckets)
+        self.numel = 0  # of all its buckets
+
+    def __deepcopy__(self, memo: dict) -> "Unit":
+        return self  # see Zero
 
     def start_gather(self) -> None:
         """SHARDED to GATHERING."""
@@ -828,6 +845,10 @@ class ShardedParameter(nn.Parameter):
         if func not in METADATA:
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
+                    if not _is_held(tensor):
+                        raise RuntimeError(f"{getattr(func, '__name__', func)}: a parameter of shape {tuple(tensor.shape)} "
+                                           "was sharded at stage 3 by an engine that is gone; read the model before "
+                                           "destroy(), inside zero.GatheredParameters")
                     zero, _, slot = _find(tensor)
                     zero.gather_on_demand(slot, getattr(func, "__name__", str(func)))
         with torch._C.DisableTorchFunctionSubclass():
@@ -887,6 +908,9 @@ ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
                torch.optim.ASGD}
 
 
+RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
+
+
 class StepResult(NamedTuple):
     """The scalars of a step."""
     norm: float            # 2-norm of the mean gradient over the whole model, before clipping
@@ -918,13 +942,20 @@ class Zero:
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
         self.queue: list[Bucket] = []  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
-        self.root = Unit("", model, [])
-        self.units, self.companions = [], []
+        self.root = Unit("", model)
+        self.units: list[Unit] = []
+        self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
         self._make_buckets(model, dtypes or (lambda p: [p.dtype] * 4))
         self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
+        listed = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
+        self.frozen = [slot for bucket in self.buckets if not bucket.trained for slot in bucket.slots
+                       if id(slot.parameter) in listed]
         self.hooks: list[Any] = []
+        self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
+        self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
+        self.gathered = 0  # a digest of the order in which units were gathered
         self._hand_over(elementwise)
         self._register_hooks()
         _LIVE.add(self)
@@ -970,6 +1001,7 @@ class Zero:
                 not self.config.reduce_scatter, self._predivide(kinds))
             self.buckets.append(bucket)
             if unit is not None:
+                bucket.unit = unit
                 unit.buckets.append(bucket)
                 unit.numel += bucket.numel
 
@@ -984,12 +1016,14 @@ class Zero:
                 close(key)
         for key in list(open_slots):
             close(key)
-        for unit in [self.root, *self.units] if self.sharded.parameters else ():
+        for unit in self.all_units if self.sharded.parameters else ():
             unit.free()
         _return_free_memory()
 
     def _predivide(self, dtypes: Dtypes) -> float:
         """What gradients are divided by before they are summed: in fp16 a sum over ranks may overflow where a mean fits."""
+        if self.communicator.world_size == 1:
+            return 1.0
         if self.predivide is not None:
             return self.predivide
         return float(self.communicator.world_size) if dtypes.reduction == torch.float16 else 1.0
@@ -1007,7 +1041,7 @@ class Zero:
     def _owners(self, model: nn.Module) -> dict[int, Unit]:
         """The unit of each parameter, by its id: the innermost one that holds all modules which share it."""
         modules = find_units(model, self.config.leaf_module)
-        by_path = {path: Unit(path, module, []) for path, module in modules.items()}
+        by_path = {path: Unit(path, module) for path, module in modules.items()}
         self.units = list(by_path.values())
         paths: dict[int, list[list[str]]] = defaultdict(list)
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -1037,14 +1071,17 @@ class Zero:
                 hook = partial(self._on_gradient, bucket, index)
                 self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
         if self.sharded.parameters:
-            for unit in [self.root, *self.units]:
+            for unit in self.all_units:
                 self.hooks.append(unit.module.register_forward_pre_hook(
                     partial(self._before_forward, unit), prepend=True, with_kwargs=True))
                 self.hooks.append(unit.module.register_forward_hook(
                     partial(self._after_forward, unit), always_call=True))
 
+    def __deepcopy__(self, memo: dict) -> "Zero":
+        return self  # a deep copy of the model takes its hooks along; on the copy's modules they do nothing
+
     def release(self) -> None:
-        """Let go of the model: it can be given to another engine."""
+        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -1052,21 +1089,38 @@ class Zero:
 
     # Stage 3: parameters come before each use and go after it.
 
-    def _before_forward(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if module is not unit.module:
+            return None  # a deep copy
         call = object()
         if unit is self.root and not unit.calls and not _in_backward():
             self._begin_forward()
         unit.calls.append(call)
         self._acquire(unit, call)
-        if torch.is_grad_enabled():
-            # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs
-            # need none (the first layers), finish_backward is the end.
-            inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
-            if inputs:
-                register_multi_grad_hook(list(inputs.values()), partial(self._after_backward, unit, call))
+        if not torch.is_grad_enabled():
+            return None
+        if self.saving is None and not _in_backward():
+            self.saving = call, saved_tensors_hooks(self._pack, self._unpack)
+            self.saving[1].__enter__()
+        # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
+        # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps before
+        # the rest of the call: so the call is given a view of it, which keeps the order.
+        inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
+        leaves = {key: t.view_as(t) for key, t in inputs.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
+        inputs |= leaves
+        if inputs:
+            register_multi_grad_hook(list(inputs.values()), partial(self._after_backward, unit, call))
+        if not leaves:
+            return None
+        return tuple(leaves.get(id(a), a) for a in args), {key: leaves.get(id(a), a) for key, a in kwargs.items()}
 
     def _after_forward(self, unit: Unit, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is not unit.module:
+            return
         call = unit.calls.pop()
+        if self.saving is not None and self.saving[0] is call:
+            self.saving[1].__exit__()
+            self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
@@ -1075,19 +1129,46 @@ class Zero:
             unit.users.add(RECOMPUTED)
         self._release(unit, call)
 
-    def _before_backward(self, unit: Unit, call: Any, grad: Tensor) -> None:
-        """The first gradient of a call's outputs has come: its backward begins."""
+    def _before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
+        """A call's backward begins: its output has a gradient, or autograd wants a weight that it saved."""
         if not self.pending:
             self._begin_backward()
         self._acquire(unit, call)
+
+    def _pack(self, tensor: Tensor) -> tuple:
+        """What autograd keeps of a tensor that it saves in forward: a weight remembers its unit.
+
+        The output's hook is not enough: an operation in place on a view rebuilds its graph without the hook, and a
+        side output, such as a loss that the module keeps as an attribute, has none.
+        """
+        unit = self.storages.get(tensor.untyped_storage()._cdata)
+        if unit is None:
+            return tensor, tensor._version
+        return tensor, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
+
+    def _unpack(self, saved: tuple) -> Tensor:
+        """The inverse of _pack, when backward wants the tensor."""
+        if len(saved) == 3:
+            tensor, call, unit = saved
+            self._before_backward(unit, call)
+        else:
+            tensor, version = saved
+            if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
+                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
+                                   "after forward had saved it")
+        return tensor
 
     def hold(self, unit: Unit, user: Any) -> None:
         """Have the unit's parameters whole until ``user`` lets go of it."""
         unit.users.add(user)
         if unit.state is UnitState.SHARDED:
-            unit.start_gather()
+            self._start_gather(unit)
         if unit.state is UnitState.GATHERING:
             unit.finish_gather()
+
+    def _start_gather(self, unit: Unit) -> None:
+        unit.start_gather()
+        self.gathered = (31 * self.gathered + self.all_units.index(unit) + 1) % 2**20
 
     def let_go(self, unit: Unit, user: Any) -> None:
         """``user`` needs the unit no more; the last one to go frees it."""
@@ -1099,26 +1180,31 @@ class Zero:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
         if call in unit.users:
             return
-        for needed in [unit, *self.companions] if unit is self.root else [unit]:
+        for needed in self._with_companions(unit):
             self.hold(needed, call)
         following = self.traces[_in_backward()].next_after(unit)
         if following is not None and following.state is UnitState.SHARDED and self._may_prefetch(following):
-            following.start_gather()
+            self._start_gather(following)
+
+    def _with_companions(self, unit: Unit) -> list[Unit]:
+        return [unit, *self.companions] if unit is self.root else [unit]
 
     def _may_prefetch(self, unit: Unit) -> bool:
         limit = self.config.stage3_prefetch_bucket_size
-        live = sum(u.numel for u in [self.root, *self.units] if u.state is not UnitState.SHARDED)
+        live = sum(u.numel for u in self.all_units if u.state is not UnitState.SHARDED)
         return (limit == "auto" or unit.numel <= limit) and live + unit.numel <= self.config.stage3_max_live_parameters
 
     def _release(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward is over."""
-        for needed in [unit, *self.companions] if unit is self.root else [unit]:
+        for needed in self._with_companions(unit):
             self.let_go(needed, call)
         if unit is self.root and not unit.calls and not _in_backward():
             self._free_unused()
 
     def _after_backward(self, unit: Unit, call: Any, grads: Any) -> None:
         """The gradients of all of a call's inputs are there."""
+        if torch.is_grad_enabled():
+            return  # create_graph: the backward of this backward reads the parameters again; finish_backward frees them
         unit.users.discard(RECOMPUTED)
         self._release(unit, call)
         self.queue += [b for b in unit.buckets if b.trained and not b.launched and b not in self.queue]
@@ -1126,7 +1212,7 @@ class Zero:
 
     def _free_unused(self) -> None:
         """Free what was gathered ahead for a use that did not come."""
-        for unit in [self.root, *self.units]:
+        for unit in self.all_units if self.sharded.parameters else ():
             if not unit.users and unit.state is not UnitState.SHARDED:
                 unit.free()
 
@@ -1135,13 +1221,9 @@ class Zero:
             self.finish_backward()
         self.traces[False].restart()
 
-    def unit_of(self, bucket: Bucket) -> Unit | None:
-        """The unit that gathers and frees ``bucket``; None for one that stays whole."""
-        return next((unit for unit in [self.root, *self.units] if bucket in unit.buckets), None)
-
     def gather_on_demand(self, slot: Slot, operation: str) -> None:
         """A sharded parameter's values are wanted; see ShardedParameter."""
-        unit = self.unit_of(self.places[id(slot.parameter)][0])
+        unit = self.places[id(slot.parameter)][0].unit
         if not self.root.calls:
             raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
                                f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
@@ -1162,6 +1244,11 @@ class Zero:
             self._begin_backward()
         bucket.take(index)
         self._launch_ready()
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """The model's own unit, and the others."""
+        return [self.root, *self.units]
 
     @property
     def reduces_now(self) -> bool:
@@ -1187,6 +1274,8 @@ class Zero:
         bucket.launch()
         self.in_flight.append(bucket)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def finish_backward(self) -> None:
         """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
         if not self.pending:
@@ -1200,17 +1289,21 @@ class Zero:
                 self.in_flight.popleft().finish_reduction()
         for bucket in self.trained:
             bucket.end_backward()
+        self._end_backward()
+
+    def _end_backward(self) -> None:
         self.queue, self.pending = [], False
-        for unit in [self.root, *self.units]:
-            unit.users.intersection_update(unit.calls)
-        if self.sharded.parameters:
-            self._free_unused()
+        for unit in self.all_units:
+            unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
+        self._free_unused()
 
     def clear_gradients(self) -> None:
-        """Forget the window's gradients."""
+        """Forget the window's gradients, and a backward pass that has not ended."""
         for bucket in self.trained:
             bucket.reset_gradients()
             bucket.grad = None
+        self.in_flight.clear()
+        self._end_backward()
 
     # The step.
 
@@ -1225,6 +1318,7 @@ class Zero:
         """
         if self.pending:
             self.finish_backward()
+        self._check_parameters()
         self._reduce_the_rest()
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
@@ -1235,6 +1329,18 @@ class Zero:
         for bucket in self.trained:
             bucket.reset_gradients()
         return StepResult(norm, coefficient, overflow, culprit)
+
+    def _check_parameters(self) -> None:
+        """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
+        for bucket in self.buckets:
+            for slot in bucket.slots if bucket.unit is None else ():
+                if slot.shape.numel() and slot.parameter.data_ptr() != slot.view(bucket.flat).data_ptr():
+                    raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
+                                       "to(), half() or load_state_dict(assign=True) after initialize()")
+        for slot in self.frozen:
+            if slot.parameter.requires_grad:
+                raise RuntimeError(f"{slot.name} was frozen at initialize() and is not frozen now; make a new engine for "
+                                   "the next phase: destroy() this one and call initialize() again")
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1249,9 +1355,13 @@ class Zero:
         square = sum((b.norm_part().double().square() * b.predivide ** 2 for b in self.trained),
                      torch.zeros((), dtype=torch.float64, device=self.communicator.device))
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
+        flags += [self.gathered, self.gathered ** 2]  # where all ranks have the same, the sums agree
         message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
         self.communicator.all_reduce(message, "scalars").wait()
-        square, *flags = message.tolist()
+        square, *flags, total, squares = message.tolist()
+        if total ** 2 != squares * self.communicator.world_size:
+            raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed up; "
+                               "name the module that chooses among them in zero_optimization.leaf_module")
         late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
         if late:
             # Gradients that came after their bucket was sent, on some rank: sums are linear, so send them after it.
@@ -1288,24 +1398,26 @@ class Zero:
         scale = torch.tensor(1 / factor, device=self.communicator.device) if fused and factor != 1.0 else None
         if scale is not None:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
-        waves = 8 if self.sharded.optimizer and not self.sharded.parameters else 1
+        # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
+        in_waves = self.sharded.optimizer and not self.sharded.parameters and type(self.optimizer) in ELEMENTWISE
+        waves = 8 if in_waves else 1
         size = max(1, -(-len(self.trained) // waves))
         for bucket in self.trained:
             if not all(slot.used for slot in bucket.slots) and bucket.split(self.optimizer):
                 self._refill_groups()
-        for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
-            for bucket in wave:
-                bucket.arm(factor * bucket.predivide if scale is None else 1.0)
-            self.optimizer.step()
-            for bucket in wave:
-                bucket.disarm()
-                bucket.publish()
-        if scale is not None:
-            del self.optimizer.grad_scale, self.optimizer.found_inf
+        try:
+            for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
+                for bucket in wave:
+                    bucket.arm(factor * bucket.predivide if scale is None else 1.0)
+                self.optimizer.step()
+                for bucket in wave:
+                    bucket.disarm()
+                    bucket.publish()
+        finally:
+            if scale is not None:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
         for bucket in self.trained:
             bucket.gather.wait()
-
-RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
 
 # --- Reading and writing what is sharded ------------------------------------------------------------------------------
@@ -1347,26 +1459,33 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         for zero, bucket, _ in self.places:
-            unit = zero.unit_of(bucket)
-            if unit is not None:
-                zero.hold(unit, self)
+            if bucket.unit is not None:
+                zero.hold(bucket.unit, self)
 
     def __exit__(self, error: Any, *rest: Any) -> None:
-        lost = []
-        if error is None and self.modifier_rank is not None:
+        lost = self._keep_changes() if error is None else []
+        for zero, bucket, _ in self.places:
+            if bucket.unit is not None:
+                zero.let_go(bucket.unit, self)
+        if lost:
+            raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a modifier_rank, "
+                             "and are lost; give the rank whose changes shall be kept")
+
+    def _keep_changes(self) -> list[str]:
+        """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
+        if self.modifier_rank is not None:
             for zero, bucket, slot in self.places:
                 zero.communicator.broadcast(bucket.flat[slot.offset:slot.end], self.modifier_rank)
             for _, bucket, _ in self.places:
                 bucket.keep_changes()
-        elif error is None:
-            lost = [slot.name for zero, bucket, slot in self.places if zero.unit_of(bucket) and bucket.has_changed(slot)]
-        for zero, bucket, _ in self.places:
-            unit = zero.unit_of(bucket)
-            if unit is not None:
-                zero.let_go(unit, self)
-        if lost:
-            raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a modifier_rank, "
-                             "and are lost; give the rank whose changes shall be kept")
+            return []
+        sharded = [(zero, bucket, slot) for zero, bucket, slot in self.places if bucket.unit is not None]
+        if not sharded:
+            return []
+        communicator = sharded[0][0].communicator
+        changed = torch.tensor([float(bucket.has_changed(slot)) for _, bucket, slot in sharded]).to(communicator.device)
+        communicator.all_reduce(changed, "scalars").wait()  # a rank sees changes in its own shard alone
+        return [slot.name for (_, _, slot), flag in zip(sharded, changed.tolist()) if flag]
 
 
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
@@ -1382,25 +1501,28 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the whole parameter, masters included. ``value``, in the parameter's shape, must be the same on all ranks."""
     zero, bucket, slot = _find(parameter)
     _check_shape(slot, value)
-    unit = zero.unit_of(bucket)
-    if unit is None or unit.state is UnitState.WHOLE:
+    if bucket.unit is None or bucket.unit.state is UnitState.WHOLE:
         slot.view(bucket.flat).copy_(value)
     if bucket.shard is not None:
         bucket.scatter(slot, value, bucket.shard, bucket.own[0])
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
-    """The whole gradient of the window so far, the mean over ranks, before clipping. None if there is none."""
+    """The whole gradient of the window so far, the mean over ranks, before clipping. None if no rank has one."""
     zero, bucket, slot = _find(parameter)
-    if not bucket.trained or not (bucket.reduced or bucket.grad is not None):
+    if not bucket.trained:
         return None
+    if zero.pending:
+        zero.finish_backward()
     if bucket.reduced:
         whole = bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer)
         return whole * (bucket.predivide / zero.divisor)
-    own = slot.view(bucket.grad).clone() if slot.filled else torch.zeros_like(slot.view(bucket.grad))
-    dense = own.contiguous()
-    zero.communicator.all_reduce(dense, "scalars").wait()
-    return own.copy_(dense) / zero.divisor
+    own = torch.zeros(slot.end - slot.offset, dtype=bucket.dtypes.gradient, device=bucket.flat.device)
+    if slot.filled:
+        slot.view(own, slot.offset).copy_(slot.view(bucket.grad))
+    message = torch.cat([own, own.new_tensor([float(slot.filled)])])
+    zero.communicator.all_reduce(message, "scalars").wait()
+    return slot.view(message[:-1] / zero.divisor, slot.offset) if message[-1] else None
 
 
 @torch.no_grad()
@@ -1408,6 +1530,8 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the whole reduced gradient, as safe_get_full_grad gives it; between backward() and step() at a boundary."""
     zero, bucket, slot = _find(parameter)
     _check_shape(slot, value)
+    if zero.pending:
+        zero.finish_backward()
     if not bucket.reduced:
         raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last backward() "
                            "and step()")
@@ -1444,9 +1568,9 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
 
 
 def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
-    """Where a parameter's optimizer state is: its bucket, slot, this rank's segment with it, its value there; or else
+    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, state that is a scalar.
 
-    the scalar that it is. All ranks compare notes, since a rank may hold no part of the parameter.
+    All ranks compare notes, since a rank may hold no part of the parameter.
     """
     zero, bucket, slot = _find(parameter)
     if not bucket.trained:
