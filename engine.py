@@ -24,18 +24,24 @@ data, the engine, ``initialize``. A single process needs no launcher; it runs no
 
 import difflib
 import inspect
+import io
 import json
 import logging
 import os
+import pickle
+import random
+import shutil
 import time
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -79,6 +85,16 @@ class CommsLoggerConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """The ``checkpoint`` section."""
+    keep_last: int | None = None   # how many checkpoints stay; older ones go once a new one is complete. None: all
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last is {self.keep_last}; allowed: a whole number from 1 up, or null")
+
+
+@dataclass
 class Config:
     """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
     train_batch_size: int | None = None                # per optimizer step, over all ranks and micro-batches
@@ -102,6 +118,7 @@ class Config:
     activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # its presence turns recomputation on
     gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -152,9 +169,7 @@ class Config:
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
-NOT_YET = {"sparse_gradients",
-           "checkpoint", "managed_gradient_accumulation", "dump_state",
-           "zero_force_ds_cpu_optimizer"}
+NOT_YET = {"sparse_gradients", "managed_gradient_accumulation", "dump_state", "zero_force_ds_cpu_optimizer"}
 NOT_YET |= {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
 NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
             "data_efficiency", "disable_allgather", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine",
@@ -164,6 +179,7 @@ NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_mo
 NOT_HERE |= {f"zero_optimization.{key}" for key in (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
     "mics_shard_size", "mics_hierarchical_params_gather")}
+NOT_HERE |= {f"checkpoint.{key}" for key in ("tag_validation", "load_universal", "use_node_local_storage")}
 NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops", "debug")}
 
 
@@ -375,21 +391,46 @@ class ShardedLoader:
             dist.broadcast(seed, src=0)
         self.sampler = None if isinstance(dataset, IterableDataset) else DistributedSampler(
             dataset, shuffle=True, seed=int(seed), drop_last=False)
-        self.loader = DataLoader(dataset, batch_size=batch_size, sampler=self.sampler, collate_fn=collate_fn,
-                                 drop_last=drop_last)
+        self.dataset, self.batch_size, self.collate_fn, self.drop_last = dataset, batch_size, collate_fn, drop_last
+        self.generator = torch.Generator()  # what DataLoader draws must not depend on how often it is made
         self.device = device
-        self.epoch = 0  # how many epochs have begun
+        self.epoch = 0          # how many epochs have begun
+        self.position = 0       # micro-batches of the last one that were given out
+        self.resuming = False   # the next iteration goes on with that epoch
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
-        return len(self.loader)
+        return len(self._loader(self.sampler))
 
     def __iter__(self) -> Iterator[Any]:
-        if self.sampler is not None:
-            self.sampler.set_epoch(self.epoch)
-        self.epoch += 1
-        for batch in self.loader:
+        """A new epoch's micro-batches; after load_state_dict those that are left of the one at hand."""
+        if not self.resuming:
+            self.epoch, self.position = self.epoch + 1, 0
+        self.resuming = False
+        order = self.sampler
+        if order is not None:
+            order.set_epoch(self.epoch - 1)
+            order = list(order)[self.position * self.batch_size:]
+        for batch in self._loader(order):
+            self.position += 1
             yield _to_device(batch, self.device)
+
+    def _loader(self, order: Any) -> DataLoader:
+        return DataLoader(self.dataset, batch_size=self.batch_size, sampler=order, collate_fn=self.collate_fn,
+                          drop_last=self.drop_last, generator=self.generator)
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the data: the epoch, how many samples of it all ranks have had together, and the order's seed."""
+        return {"epoch": self.epoch, "samples": self.position * self.batch_size * dist.get_world_size(),
+                "seed": getattr(self.sampler, "seed", 0)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the place where ``state`` was taken, also with another number of ranks."""
+        self.epoch = state["epoch"]
+        if self.sampler is not None:
+            self.sampler.seed = state["seed"]
+        self.position = state["samples"] // (self.batch_size * dist.get_world_size())
+        self.resuming = 0 < self.position < len(self)
 
 
 # --- The engine -------------------------------------------------------------------------------------------------------
@@ -418,6 +459,7 @@ class Engine(nn.Module):
         self.global_rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.optimizer: Optimizer | None = None
+        self.loader: ShardedLoader | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.checkpointing: checkpointing.Checkpointing | None = None
@@ -598,6 +640,173 @@ class Engine(nn.Module):
             self._in_no_sync = False
             self._tell_boundary()
 
+    # Save and resume.
+
+    def save_checkpoint(self, save_dir: str | os.PathLike, tag: str | None = None,
+                        client_state: dict[str, Any] | None = None, save_latest: bool = True) -> bool:
+        """Save everything that training needs under ``save_dir/tag``; every rank must call it.
+
+        Each rank writes its own share, into a folder with another name, which takes the place of ``tag`` once all of it
+        has reached the disk; the file ``latest`` changes last. So whenever a save dies, the one before it still loads.
+
+        tag            a folder name; default: ``global_step`` and the step
+        client_state   plain data of the caller's (numbers, text, tensors, containers), given back by load_checkpoint()
+
+        Returns True. Raises CheckpointError on every rank if any of them can't write; what was there before stays.
+        """
+        tag = f"global_step{self.global_steps}" if tag is None else tag
+        zero.check_tag(tag)
+        save_dir, failure, shares = Path(save_dir), None, None
+        folder = save_dir / f".{tag}.tmp"
+        self._say_same("save_checkpoint()", f"{save_dir} {tag}")
+        try:
+            if self.global_rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+        except OSError as error:
+            failure = str(error)
+        self._agree_on(failure)
+        try:
+            shares = zero.write_pieces(self.zero, folder)
+        except OSError as error:
+            failure = f"{error.strerror}: {error.filename or folder}"
+        every = _all_gather((shares, _random_state(), _persistent_buffers(self.module)))
+        try:
+            if self.global_rank == 0 and all(share is not None for share, *_ in every):
+                self._complete_checkpoint(folder, save_dir / tag, every, client_state or {})
+                if save_latest:
+                    _write_and_rename(save_dir / "latest", tag.encode())
+                self._remove_old(save_dir)
+        except (OSError, zero.CheckpointError) as error:
+            failure = str(error)
+        self._agree_on(failure)
+        return True
+
+    def _complete_checkpoint(self, folder: Path, target: Path, every: list, client_state: dict[str, Any]) -> None:
+        """Rank 0: write the index and what is small, and put the folder in its place."""
+        training = {key: getattr(self, key) for key in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups] \
+            if self.optimizer else []
+        state = {"training": training, "groups": groups, "scaler": self.scaler.state_dict(),
+                 "optimizer": type(self.optimizer).__name__, "client_state": client_state,
+                 "random": [generators for _, generators, _ in every], "buffers": every[0][2],
+                 "rank_buffers": [_differing(buffers, every[0][2]) for *_, buffers in every],
+                 "schedule": self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None,
+                 "data": self.loader.state_dict() if self.loader else None}
+        stored = io.BytesIO()
+        torch.save(state, stored)
+        try:
+            torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise zero.CheckpointError(f"client_state (or the schedule's state) holds what can't be loaded safely; allowed: "
+                                       f"numbers, text, tensors and containers of these ({str(error).splitlines()[0]})") from None
+        _write_synced(folder / "state.pt", stored.getvalue())
+        files = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir())}
+        files["state.pt"]["checksum"] = zlib.crc32(stored.getvalue())
+        content = {"step": self.global_steps, "stage": self.config.zero_optimization.stage, "ranks": self.world_size,
+                   "parameters": zero.describe_parameters(self.zero, self.module), "files": files,
+                   "pieces": [piece for (pieces, _), *_ in every for piece in pieces],
+                   "scalars": {name: numbers for (_, scalars), *_ in every for name, numbers in scalars.items()}}
+        content = json.loads(json.dumps(content))
+        checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+        _write_synced(folder / "meta.json", json.dumps({"checksum": checksum, "content": content}).encode())
+        _sync_folder(folder)
+        aside = target.with_name(f".{target.name}.old")
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(folder, target)
+        _sync_folder(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _remove_old(self, save_dir: Path) -> None:
+        """Keep the last ``keep_last`` checkpoints, by when they were written."""
+        if self.config.checkpoint.keep_last is not None:
+            folders = [path.parent for path in save_dir.glob("[!.]*/meta.json")]
+            folders.sort(key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
+            for folder in folders[:-self.config.checkpoint.keep_last]:
+                shutil.rmtree(folder)
+
+    def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False) -> tuple[str | None, dict[str, Any]]:
+        """Go on where save_checkpoint() was called, at any stage, number of ranks or precision; every rank must call it.
+
+        tag                        which; default: the one that the file ``latest`` names
+        load_module_strict         False: parameters that the model or the checkpoint lacks are left alone
+        load_optimizer_states      False: the optimizer starts anew, from the loaded weights
+        load_lr_scheduler_states   False: the schedule goes on where it is
+        load_module_only           the weights and buffers alone
+
+        Returns the folder and the saved ``client_state``; ``(None, {})``, with a warning, where nothing was saved.
+        Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model.
+        """
+        folder = zero.checkpoint_folder(load_dir, tag)
+        self._say_same("load_checkpoint()", str(folder))
+        if folder is None:
+            if self.global_rank == 0:
+                logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
+            return None, {}
+        failure = None
+        with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
+        try:
+            reader = zero.CheckpointReader(folder)
+            state = reader.state()
+            zero.check_fits(self.zero, reader, load_module_strict, with_optimizer)
+            if with_optimizer and state["optimizer"] != type(self.optimizer).__name__:
+                raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's optimizer is "
+                                           f"{type(self.optimizer).__name__}; load it with load_optimizer_states=False")
+        except (zero.CheckpointError, OSError) as error:
+            failure = str(error)
+        self._agree_on(failure)
+        zero.load_pieces(self.zero, reader, with_optimizer)
+        own = dict(self.module.named_buffers())
+        mine = state["rank_buffers"][self.global_rank] if len(state["rank_buffers"]) == self.world_size else {}
+        for name, buffer in (state["buffers"] | mine).items():
+            if name in own:
+                own[name].copy_(buffer)
+        if not load_module_only:
+            self._load_training(state, with_optimizer, load_lr_scheduler_states)
+        return str(folder), state["client_state"]
+
+    def _load_training(self, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
+        """Counters, rates, schedule, loss scale, random state, and the place in the data."""
+        for key, value in state["training"].items():
+            setattr(self, key, value)
+        self._window = 0
+        self._tell_boundary()
+        if with_optimizer:
+            for group, saved in zip(self.optimizer.param_groups, state["groups"]):
+                group.update(saved)
+        if with_schedule and self.lr_scheduler is not None and state["schedule"] is not None:
+            self.lr_scheduler.load_state_dict(state["schedule"])
+        if state["scaler"].keys() == self.scaler.state_dict().keys():
+            self.scaler.load_state_dict(state["scaler"])
+        self._show_scale()
+        if len(state["random"]) == self.world_size:
+            _set_random_state(state["random"][self.global_rank])
+        if self.loader is not None and state["data"] is not None:
+            self.loader.load_state_dict(state["data"])
+
+    def _say_same(self, call: str, what: str) -> None:
+        """Make sure that all ranks make this call, and with the same arguments."""
+        try:
+            if dist.get_backend() == "gloo" and self.world_size > 1:
+                dist.monitored_barrier()
+        except RuntimeError as error:
+            raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
+                               f"{str(error).splitlines()[0]}") from None
+        said = _all_gather(what)
+        if len(set(said)) > 1:
+            raise ValueError(f"{call}: ranks were given different arguments: {said}")
+
+    def _agree_on(self, failure: str | None) -> None:
+        """Raise CheckpointError on every rank if any has a failure to tell."""
+        failures = {rank: text for rank, text in enumerate(_all_gather(failure)) if text is not None}
+        if failures:
+            rank, text = next(iter(failures.items()))
+            raise zero.CheckpointError(f"rank {rank}: {text}")
+
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more."""
         if self.config.comms_logger.enabled and self.global_rank == 0:
@@ -615,6 +824,62 @@ class Engine(nn.Module):
         if self.optimizer is None:
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer
+
+
+def _all_gather(value: Any) -> list[Any]:
+    """What every rank has for ``value``."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of this rank's random generators, as plain data."""
+    numpy_state = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(), "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:])}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, copied to the CPU."""
+    return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach().cpu().clone()
+            for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set}
+
+
+def _differing(buffers: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``buffers`` that are not the same in ``others``, such as a rank's own running means."""
+    return {name: buffer for name, buffer in buffers.items() if not torch.equal(buffer, others[name])}
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
+    """Replace a file such that there is always either the old or the new one."""
+    _write_synced(path.with_name(f".{path.name}.tmp"), data)
+    os.rename(path.with_name(f".{path.name}.tmp"), path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` reach the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 class _Progress:
@@ -768,6 +1033,7 @@ def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, tr
         logger.info("precision:\n%s", table)
     loader = None if training_data is None else ShardedLoader(
         training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn, settings.dataloader_drop_last)
+    engine.loader = loader
     return engine, engine.optimizer, loader, engine.lr_scheduler
 
 

@@ -88,7 +88,8 @@ def start_processes(processes: int, script: str, arguments: list[str]) -> int:
     # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
-        run.main(["--standalone", "--nproc_per_node", str(processes), script, *arguments])
+        # "--": or the launcher takes an option of the script's, such as --nproc, for a short form of its own.
+        run.main(["--standalone", "--nproc_per_node", str(processes), "--", script, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"launch.py: error: {script} failed on rank {rank} with exit code {failure.exitcode}", file=sys.stderr)

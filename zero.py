@@ -34,19 +34,25 @@ The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Z
 reading and writing what is sharded. With one process there is nothing to share out: no collective runs at any stage.
 """
 
+import argparse
 import ctypes
 import hashlib
+import json
 import logging
 import math
 import os
+import pickle
+import sys
 import time
 import weakref
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -1085,6 +1091,7 @@ class Zero:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
         _LIVE.discard(self)
 
     # Stage 3: parameters come before each use and go after it.
@@ -1546,7 +1553,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
     """
     bucket, slot, segment, value, scalar = _state_of(parameter, key)
     if scalar is not None:
-        return torch.as_tensor(scalar)
+        return torch.as_tensor(scalar).clone()
     if value is not None and value.dim() != 1:  # of an optimizer that is given whole parameters, at stage 0
         return value.clone()
     part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device) if value is None else value
@@ -1596,6 +1603,333 @@ def _check_shape(slot: Slot, value: Any) -> None:
         raise ValueError(f"the value for {slot.name} is {given}; allowed: a tensor of shape {tuple(slot.shape)}")
 
 
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written or read; the message names the file, the parameter and what to do."""
+
+
+@dataclass
+class Piece:
+    """A stretch of a parameter, or of its optimizer state, in a checkpoint's file.
+
+    start, end   in elements of the parameter as it lies in memory; whoever loads it takes the stretches that it needs, so
+                 a checkpoint knows nothing of buckets, stages or the number of ranks that will read it
+    shape        of state that is not an element's (Adafactor's rows); None: 1-D, from start to end
+    """
+    name: str
+    key: str       # "": the parameter itself, in the dtype of its master; else the optimizer state's name
+    start: int
+    end: int
+    dtype: str
+    file: str
+    offset: int    # in bytes, in the file
+    size: int      # in bytes
+    checksum: int  # crc32
+    shape: list | None = None
+
+
+def write_pieces(zero: Zero, folder: Path) -> tuple[list[dict], dict[str, dict]]:
+    """Write this rank's share of parameters and optimizer state; returns its pieces, and the state that is scalars."""
+    name, offset, pieces = f"rank_{zero.communicator.rank:05d}.bin", 0, []
+    with open(folder / name, "wb") as file:
+        for parameter, key, start, tensor in _shares(zero):
+            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            shape = None if tensor.dim() == 1 else list(tensor.shape)
+            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name, offset,
+                                       len(data), zlib.crc32(data), shape)))
+            file.write(data)
+            offset += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return pieces, _scalars(zero)
+
+
+def _shares(zero: Zero) -> Iterator[tuple[str, str, int, Tensor]]:
+    """What this rank saves: its slice of every bucket, parameter by parameter, whoever holds it beside this rank."""
+    for bucket in zero.buckets:
+        size = bucket.numel // zero.communicator.world_size
+        mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
+        held, start = (bucket.flat, 0) if bucket.shard is None else (bucket.shard, bucket.own[0])
+        for slot in bucket.slots:
+            yield from _cut(slot, "", held, start, mine)
+        for segment in bucket.segments:
+            for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
+                if not _is_like(key, value, segment.parameter.shape):
+                    if isinstance(value, Tensor) and value.dim() and zero.communicator.rank == 0:
+                        yield segment.slot.name, key, 0, value.view(1, *value.shape)
+                elif value.dim() == 1:
+                    for slot in [segment.slot] if segment.slot else bucket.slots:
+                        yield from _cut(slot, key, value, segment.start, mine)
+                elif zero.communicator.rank == 0:
+                    yield segment.slot.name, key, 0, value.view(1, *value.shape)
+
+
+def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[tuple[str, str, int, Tensor]]:
+    """The part of a parameter that lies in ``held``, which begins at element ``start`` of the bucket, and in ``mine``."""
+    low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
+    if low < high:
+        yield slot.name, key, low - slot.offset, held[low - start:high - start]
+
+
+def _scalars(zero: Zero) -> dict[str, dict]:
+    """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
+    found: dict[str, dict] = {}
+    for bucket in zero.trained:
+        for segment in bucket.segments:
+            state = zero.optimizer.state.get(segment.parameter, {})
+            numbers = {key: float(value) for key, value in state.items()
+                       if not _is_like(key, value, segment.parameter.shape) and not (
+                           isinstance(value, Tensor) and value.dim()) and value is not None}
+            for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
+                found[slot.name] = numbers
+    return found
+
+
+def describe_parameters(zero: Zero, model: nn.Module) -> dict[str, dict]:
+    """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    described = {}
+    for name, p in model.named_parameters():
+        bucket, slot = zero.places[id(p)]
+        described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
+                           "dtype": str(bucket.dtypes.compute)[6:], "aliases": []}
+    for alias, p in model.named_parameters(remove_duplicate=False):
+        if alias != names[id(p)]:
+            described[names[id(p)]]["aliases"].append(alias)
+    return described
+
+
+class CheckpointReader:
+    """An opened checkpoint folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
+
+    meta   what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            wrapped = json.loads((folder / "meta.json").read_text())
+            self.meta = wrapped["content"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; load "
+                                  "another tag") from None
+        if wrapped.get("checksum") != zlib.crc32(json.dumps(self.meta, sort_keys=True).encode()):
+            raise CheckpointError(f"{folder / 'meta.json'} is damaged: its checksum does not match; load another tag")
+        self.files: dict[str, Tensor] = {}
+        self.pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        for raw in self.meta["pieces"]:
+            piece = Piece(**raw)
+            self.pieces[piece.name, piece.key].append(piece)
+        for name, facts in self.meta["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != facts["size"] or Path(name).name != name:
+                raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the checkpoint "
+                                      f"has {facts['size']}: it is not complete; load another tag")
+
+    def keys(self, name: str) -> list[str]:
+        """The optimizer state that is there for a parameter, value by value."""
+        return [key for owner, key in self.pieces if owner == name and key]
+
+    def verify(self, name: str, key: str) -> None:
+        """Raise CheckpointError unless every piece of a parameter, or of its state, is there and undamaged."""
+        covered = 0
+        for piece in sorted(self.pieces[name, key], key=lambda p: p.start):
+            if piece.start != covered and piece.shape is None:
+                break
+            covered = piece.end
+            if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
+                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of {key or 'the values'} of {name} "
+                                      "does not match; load another tag")
+        if covered != math.prod(self.meta["parameters"][name]["shape"]) and not any(
+                piece.shape for piece in self.pieces[name, key]):
+            raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
+
+    def read(self, name: str, key: str, start: int, out: Tensor) -> None:
+        """The elements of a parameter from ``start`` on, as it lies in memory, into the 1-D ``out``."""
+        for piece in self.pieces[name, key]:
+            low, high = max(start, piece.start), min(start + out.numel(), piece.end)
+            if low < high:
+                values = self._bytes(piece).view(getattr(torch, piece.dtype))
+                out[low - start:high - start] = values[low - piece.start:high - piece.start]
+
+    def whole(self, name: str, key: str = "") -> Tensor:
+        """A parameter, or state of it, in its shape."""
+        pieces, facts = self.pieces[name, key], self.meta["parameters"][name]
+        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        if pieces and pieces[0].shape is not None:
+            return self._bytes(pieces[0]).view(dtype).view(pieces[0].shape[1:]).clone()
+        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
+        self.read(name, key, 0, flat)
+        return flat.as_strided(facts["shape"], facts["stride"])
+
+    def state(self) -> dict[str, Any]:
+        """Counters, schedule, buffers and the like: the file ``state.pt``."""
+        path = self.folder / "state.pt"
+        if zlib.crc32(path.read_bytes()) != self.meta["files"]["state.pt"]["checksum"]:
+            raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError:
+            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to unpickle: "
+                                  "it was not written by save_checkpoint(); load another tag") from None
+
+    def _bytes(self, piece: Piece) -> Tensor:
+        if piece.file not in self.files:
+            size = self.meta["files"][piece.file]["size"]
+            self.files[piece.file] = torch.from_file(str(self.folder / piece.file), size=size, dtype=torch.uint8)
+        return self.files[piece.file][piece.offset:piece.offset + piece.size]
+
+
+def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_states: bool) -> None:
+    """Raise CheckpointError, with nothing changed, unless the checkpoint has what this rank needs, undamaged."""
+    saved, own = reader.meta["parameters"], {slot.name: slot for bucket in zero.buckets for slot in bucket.slots}
+    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if strict and (missing or extra):
+        raise CheckpointError(f"{reader.folder} is of another model: it lacks {missing or 'nothing'}, and has beside it "
+                              f"{extra or 'nothing'}; load it into the model that saved it, or with "
+                              "load_module_strict=False")
+    for name in own.keys() & saved.keys():
+        if saved[name]["shape"] != list(own[name].shape):
+            raise CheckpointError(f"{reader.folder}: {name} has the shape {saved[name]['shape']}, and in this model "
+                                  f"{list(own[name].shape)}")
+        for key in ["", *(reader.keys(name) if optimizer_states else ())]:
+            reader.verify(name, key)
+
+
+@torch.no_grad()
+def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) -> None:
+    """Take over parameters and optimizer state, each rank the stretches that it holds. All ranks must call it."""
+    for bucket in zero.buckets:
+        held, start = (bucket.flat, 0) if bucket.shard is None else (bucket.shard, bucket.own[0])
+        for slot in bucket.slots:
+            if slot.name in reader.meta["parameters"]:
+                _read_slot(reader, slot, "", held, start)
+        if bucket.trained and optimizer_states:
+            _load_state(zero, bucket, reader)
+        if bucket.shard is not None:
+            bucket.publish()
+            bucket.gather.wait()
+    if zero.optimizer is not None:
+        zero._refill_groups()
+
+
+def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, start: int) -> None:
+    """A parameter's elements into ``held``, as far as it lies there."""
+    low, high = max(slot.offset, start), min(slot.end, start + held.numel())
+    if low >= high:
+        return
+    out = held[low - start:high - start]
+    if tuple(reader.meta["parameters"][slot.name]["stride"]) == slot.stride:
+        reader.read(slot.name, key, low - slot.offset, out)
+    else:  # saved by a model that lays it out in another way
+        flat = torch.empty(slot.end - slot.offset, dtype=held.dtype)
+        slot.view(flat, slot.offset).copy_(reader.whole(slot.name, key))
+        out.copy_(flat[low - slot.offset:high - slot.offset])
+
+
+def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
+    """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
+    scalars, state = reader.meta["scalars"], zero.optimizer.state
+    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name)) for slot in bucket.slots if slot.shape.numel()]
+    if any(history != histories[0] for history in histories):
+        bucket.split(zero.optimizer)
+    for segment in bucket.segments:
+        state.pop(segment.parameter, None)
+        members = [slot for slot in ([segment.slot] if segment.slot else bucket.slots) if slot.shape.numel()]
+        first = next((slot for slot in members if slot.name in scalars), None)
+        if first is None:
+            continue  # never updated, or without elements: the optimizer begins anew
+        entry: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[first.name].items()}
+        for key in reader.keys(first.name):
+            if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
+                entry[key] = reader.whole(first.name, key).to(bucket.master.device)
+                continue
+            dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
+            entry[key] = torch.zeros(segment.end - segment.start, dtype=dtype, device=bucket.master.device)
+            for slot in members:
+                _read_slot(reader, slot, key, entry[key], segment.start)
+        state[segment.parameter] = entry
+
+
+def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
+
+    dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
+    """
+    reader, whole = CheckpointReader(folder), {}
+    for name, facts in reader.meta["parameters"].items():
+        reader.verify(name, "")
+        tensor = reader.whole(name)
+        whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        whole |= dict.fromkeys(facts["aliases"], whole[name])
+    return whole | reader.state()["buffers"]
+
+
+def checkpoint_folder(directory: str | os.PathLike, tag: str | None) -> Path | None:
+    """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
+    directory = Path(directory)
+    if tag is None:
+        if not (directory / "latest").is_file():
+            return None
+        tag = (directory / "latest").read_text().strip()
+    check_tag(tag)
+    # A save that replaces a tag moves the old folder aside for a moment; if it died in that moment, that one counts.
+    for folder in (directory / tag, directory / f".{tag}.old"):
+        if folder.is_dir():
+            return folder
+    return directory / tag
+
+
+def check_tag(tag: Any) -> None:
+    """Refuse a tag that is no plain folder name."""
+    if not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest" or "\0" in tag:
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100'")
+
+
+def _main(argv: list[str] | None = None) -> int:
+    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..."""
+    parser = argparse.ArgumentParser(prog="zero.py", description="Look into checkpoints, or make plain state dicts of them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    parts = [commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes"),
+             commands.add_parser("inspect", help="print what is inside")]
+    for part in parts:
+        part.add_argument("directory", metavar="CHECKPOINT_DIR", help="the save_dir of save_checkpoint()")
+        part.add_argument("--tag", help="default: the one that the file latest names")
+    parts[0].add_argument("output", metavar="OUT.pt")
+    parts[0].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
+    options = parser.parse_args(argv)
+    try:
+        folder = checkpoint_folder(options.directory, options.tag)
+        if folder is None:
+            raise CheckpointError(f"{options.directory} holds no checkpoint: there is no file latest")
+        if options.command == "consolidate":
+            whole = consolidate(folder, getattr(torch, options.dtype) if options.dtype else None)
+            torch.save(whole, options.output)
+            print(f"wrote {options.output}: {len(whole)} tensors, "
+                  f"{sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB")
+        else:
+            print(_inspection(CheckpointReader(folder)))
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"zero.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _inspection(reader: CheckpointReader) -> str:
+    meta = reader.meta
+    rows = [f"{reader.folder}: step {meta['step']}, saved at stage {meta['stage']} by {meta['ranks']} rank(s)"]
+    for name, facts in meta["parameters"].items():
+        size = sum(piece.size for (owner, _), pieces in reader.pieces.items() if owner == name for piece in pieces)
+        state = ", ".join(reader.keys(name)) or "no optimizer state"
+        rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
+    rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
+                f"{len(meta['files'])} files")
+    return "\n".join(rows)
+
+
 # --- Do all ranks mean the same? --------------------------------------------------------------------------------------
 
 
@@ -1618,3 +1952,7 @@ def check_ranks_agree(description: Sequence[str], device: torch.device) -> None:
     ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
     raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the same "
                      "config and the same model")
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

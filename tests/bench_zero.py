@@ -17,11 +17,11 @@ same batches, with fused AdamW, the gradient clipped to norm 1, and one CPU thre
 Every run is new processes; a round runs every contender once, and every second round in the opposite order, so that
 whatever else the machine does hits all. Except for ``none`` the losses of all steps must agree, or nothing is compared.
 
-The table: *step* is the median over the rounds of each round's median step, and the ratios are ratios of these. *Memory*
-is that of the worst rank and round: on the CPU by how much a process at most grew once it had its model (VmHWM at the
-end less VmRSS before the contender was set up, so this needs Linux), on CUDA the allocator's peak over the training
-steps. *Loss* is that of the last step. In bf16 the floor, ddp and zero1 use autocast, fsdp2 has a MixedPrecisionPolicy
-(sums in fp32), and ours the config's bf16 section.
+The table: *step* is the median over the rounds of each round's median step, and the ratios are ratios of these.
+*Memory* is that of the worst rank and round: on the CPU by how much a process at most grew once it had its model (VmHWM
+at the end less VmRSS before the contender was set up, so this needs Linux), on CUDA the allocator's peak over the
+training steps. *Loss* is that of the last step. In bf16 the floor, ddp and zero1 use autocast, fsdp2 a
+MixedPrecisionPolicy with sums in fp32, and ours the config's bf16 section.
 """
 
 import argparse
@@ -180,7 +180,8 @@ class Run(NamedTuple):
 
 def start(name: str, options: argparse.Namespace) -> Run:
     """Run the contender ``name`` on processes of its own, with this command line's options."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.nproc)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.nproc),
+              "--"]  # what follows is not the launcher's: it would take our --nproc for an abbreviation of its own
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,0 +1,391 @@
+"""Saving and resuming: nothing is lost, any checkpoint loads anywhere, and a damaged one is refused before anything changes.
+
+    .venv/bin/python -m pytest -q tests/test_resume.py
+    .venv/bin/python -m pytest -q tests/test_resume.py --long     with many more draws
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import engine as deepspeed
+import zero
+from conftest import ROOT
+from engine import ConfigError
+
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
+
+
+class Net(nn.Module):
+    """Tied, frozen, turned, zero-size and unused parameters, dropout, and buffers of which one is not kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.token.weight
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)) for _ in range(2))
+        self.turned = nn.Parameter(torch.randn(3, 6).t())
+        self.nothing = nn.Parameter(torch.ones(0, 6))
+        self.never = nn.Parameter(torch.ones(3))
+        self.blocks[0][0].weight.requires_grad_(False)
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, ids):
+        x = self.token(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x + (x @ self.turned).mean() + (x @ self.nothing.t()).sum())
+
+
+def make(stage: int, precision: dict, groups: bool = False, **more):
+    torch.manual_seed(random.randrange(10**6) if "seed" in more else 0)
+    more.pop("seed", None)
+    model = Net()
+    parameters = [p for p in model.parameters() if p.requires_grad or not groups]
+    if groups:
+        parameters = [{"params": parameters[:3], "lr": 0.003}, {"params": parameters[3:]}]
+    data = TensorDataset(torch.arange(40) % 7, torch.arange(40) % 5)
+    config = {"train_batch_size": 12, "optimizer": ADAM, "gradient_clipping": 0.5,
+              "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": [0.01] * (1 + groups)}},
+              "zero_optimization": {"stage": stage, "reduce_bucket_size": 40}} | precision | more
+    engine, _, loader, _ = deepspeed.initialize(model=model, model_parameters=parameters, training_data=data, config=config)
+    return engine, endless(loader)
+
+
+def endless(loader):
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def train(engine, batches, steps: int) -> list:
+    """The rate, loss, norm and loss scale of each step."""
+    seen = []
+    for _ in range(steps):
+        ids, targets = next(batches)
+        rate = engine.get_lr()
+        loss = nn.functional.cross_entropy(engine(ids).float(), targets)
+        engine.backward(loss)
+        engine.step()
+        seen.append((rate, float(loss), engine.get_global_grad_norm(), engine.loss_scale()))
+    return seen
+
+
+def everything(engine) -> dict:
+    """Weights, optimizer state and buffers, by name."""
+    found = {name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+    for name, p in engine.module.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq", "step") if p.requires_grad else ():
+            try:
+                found[f"{name} {key}"] = zero.safe_get_full_optimizer_state(p, key)
+            except ValueError:
+                found[f"{name} {key}"] = torch.tensor(-1.0)  # never used: it has none
+    return found | {name: b.clone() for name, b in engine.module.named_buffers() if name != "scratch"}
+
+
+def save_after(folder: str, stage: int, precision: dict, groups: bool, steps: int, more: int):
+    torch.manual_seed(dist.get_rank())
+    engine, loader = make(stage, precision, groups)
+    torch.manual_seed(dist.get_rank() + 1)
+    train(engine, loader, steps)
+    engine.save_checkpoint(folder, client_state={"note": ["text", 1, torch.ones(2)]})
+    state = everything(engine)
+    return state, train(engine, loader, more), everything(engine)
+
+
+def resume(folder: str, stage: int, precision: dict, groups: bool, more: int):
+    engine, loader = make(stage, precision, groups, seed="another")  # what was there before must not matter
+    train(engine, loader, 1)
+    path, client = engine.load_checkpoint(folder)
+    assert path.endswith(f"global_step{engine.global_steps}") and client["note"][:2] == ["text", 1]
+    state = everything(engine)
+    return (state, train(engine, endless(engine.loader), more), everything(engine),
+            engine.module.head.weight is engine.module.token.weight)
+
+
+def worst_of(a: dict, b: dict) -> tuple[float, str]:
+    assert a.keys() == b.keys()
+    return max((float((a[k] - b[k]).abs().max()) if a[k].numel() else 0.0, k) for k in a)
+
+
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+              "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "auto_cast": True}}}
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_n_steps_save_load_m_steps_equal_n_plus_m_bit_for_bit(run_ranks, tmp_path, stage, name):
+    saved = run_ranks(save_after, 2, str(tmp_path), stage, PRECISIONS[name], False, 3, 4)
+    resumed = run_ranks(resume, 2, str(tmp_path), stage, PRECISIONS[name], False, 4)
+    for (state, steps, end), (their_state, their_steps, their_end, tied) in zip(saved, resumed):
+        assert worst_of(state, their_state)[0] == 0 and steps == their_steps and worst_of(end, their_end)[0] == 0 and tied
+
+
+@given(st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(list(PRECISIONS))),
+       st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(list(PRECISIONS))), st.booleans())
+@settings(phases=[Phase.generate], max_examples=20)
+def test_a_checkpoint_loads_at_any_stage_number_of_ranks_and_precision(run_ranks, saver, loader, groups):
+    with tempfile.TemporaryDirectory() as folder:
+        (state, *_), *_ = run_ranks(save_after, saver[0], folder, saver[1], PRECISIONS[saver[2]], groups, 2, 0)
+        for their_state, *_ in run_ranks(resume, loader[0], folder, loader[1], PRECISIONS[loader[2]], groups, 0):
+            # A half-precision saver has rounded the frozen weight, and a half-precision loader rounds it; the running
+            # means are each rank's own, and rank 0's where the number of ranks is another.
+            exact = {k: v for k, v in state.items() if k != "blocks.0.0.weight" and "running" not in k}
+            worst = worst_of(exact, {k: their_state[k] for k in exact})
+            assert worst[0] == 0, f"{worst[1]} differs by {worst[0]:.3g}"
+            name = "blocks.0.0.weight"
+            assert float((state[name] - their_state[name]).abs().max()) < 0.01
+
+
+def weights_only(folder: str, stage: int):
+    engine, loader = make(stage, PRECISIONS["bf16"])
+    engine.load_checkpoint(folder, load_module_only=True)
+    before = everything(engine)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.lr_scheduler.step = lambda: None
+    train(engine, loader, 1)
+    after = everything(engine)
+    return max(float((before[n] - after[n]).abs().max()) for n, p in engine.module.named_parameters() if p.numel()), \
+        engine.global_steps
+
+
+def test_after_a_weights_only_load_a_step_at_rate_0_keeps_the_loaded_weights(run_ranks, tmp_path):
+    run_ranks(save_after, 2, str(tmp_path), 1, {}, False, 2, 0)
+    for stage in range(4):
+        assert run_ranks(weights_only, 2, str(tmp_path), stage) == [(0.0, 1)] * 2, f"stage {stage}"
+
+
+def two_tags(folder: str):
+    engine, loader = make(1, {}, checkpoint={"keep_last": 2})
+    states = []
+    for tag in ("a", "b", "c", "c"):  # the second c replaces the first
+        train(engine, loader, 1)
+        engine.save_checkpoint(folder, tag)
+        states.append(everything(engine))
+    tags = sorted(os.listdir(folder))
+    engine.load_checkpoint(folder, "b")
+    old = worst_of(everything(engine), states[1])[0]
+    engine.load_checkpoint(folder)
+    return tags, old, worst_of(everything(engine), states[3])[0]
+
+
+def test_the_tag_that_is_asked_for_is_loaded_and_old_ones_go_when_the_new_is_complete(run_ranks, tmp_path):
+    assert run_ranks(two_tags, 2, str(tmp_path)) == [(["b", "c", "latest"], 0.0, 0.0)] * 2
+
+
+# --- Exports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_consolidated_checkpoint_is_one_plain_state_dict(run_ranks, tmp_path, stage, capsys):
+    (state, *_), *_ = run_ranks(save_after, 3, str(tmp_path), stage, PRECISIONS["bf16"], False, 2, 0)
+    out = tmp_path / "whole.pt"
+    assert zero._main(["consolidate", str(tmp_path), str(out)]) == 0
+    whole = torch.load(out, weights_only=True)
+    model = Net()
+    model.load_state_dict(whole, strict=True)
+    assert model.head.weight is model.token.weight and torch.equal(model.token.weight, state["token.weight"])
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(t.shape == Net().state_dict()[name].shape for name, t in whole.items())
+    assert zero._main(["consolidate", str(tmp_path), str(out), "--dtype", "bfloat16"]) == 0
+    assert torch.load(out, weights_only=True)["turned"].dtype == torch.bfloat16
+    capsys.readouterr()
+    assert zero._main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"global_step2: step 2, saved at stage {stage} by 3 rank(s)" in printed and "turned" in printed
+    assert zero._main(["inspect", str(tmp_path / "none")]) == 2
+    assert "zero.py: error: " in capsys.readouterr().err
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+def load_damaged(folder: str, stage: int):
+    engine, _ = make(stage, {})
+    before = everything(engine)
+    try:
+        engine.load_checkpoint(folder)
+    except zero.CheckpointError as error:
+        return str(error), worst_of(before, everything(engine))[0]
+    return "loaded", 0.0
+
+
+def damage(folder: Path, generator: random.Random) -> str:
+    """Harm one file of a checkpoint; says how."""
+    file = generator.choice(sorted(path for path in folder.iterdir()))
+    data = bytearray(file.read_bytes())
+    how = generator.choice(["flip", "cut", "remove", "swap"])
+    if how == "flip":
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        file.write_bytes(data)
+    elif how == "cut":
+        file.write_bytes(data[:generator.randrange(len(data))])
+    elif how == "remove":
+        file.unlink()
+    else:  # with the same file of another tag
+        shutil.copy(folder.parent / "other" / file.name, file)
+        if file.read_bytes() == data:
+            file.unlink()
+    return f"{how} {file.name}"
+
+
+def save_two(folder: str):
+    engine, loader = make(2, {})
+    for tag in ("other", "good"):
+        train(engine, loader, 1)
+        engine.save_checkpoint(folder, tag)
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_changes(run_ranks, tmp_path, request):
+    run_ranks(save_two, 2, str(tmp_path))
+    generator = random.Random(0)
+    shutil.copytree(tmp_path / "good", tmp_path / "kept")
+    for _ in range(200 if request.config.getoption("--long") else 25):
+        shutil.rmtree(tmp_path / "good")
+        shutil.copytree(tmp_path / "kept", tmp_path / "good")
+        how = damage(tmp_path / "good", generator)
+        for told, changed in run_ranks(load_damaged, 2, str(tmp_path), generator.randrange(4)):
+            assert "load another tag" in told and str(tmp_path) in told and changed == 0, f"{how}: {told}"
+
+
+class Bad:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(tempfile.gettempdir()) / "ran-code"),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(run_ranks, tmp_path):
+    run_ranks(save_two, 2, str(tmp_path))
+    meta = json.loads((tmp_path / "good" / "meta.json").read_text())
+    evil = pickle.dumps(Bad())
+    (tmp_path / "good" / "state.pt").write_bytes(evil)
+    import zlib
+    meta["content"]["files"]["state.pt"] = {"size": len(evil), "checksum": zlib.crc32(evil)}
+    meta["checksum"] = zlib.crc32(json.dumps(meta["content"], sort_keys=True).encode())
+    (tmp_path / "good" / "meta.json").write_text(json.dumps(meta))
+    for told, _ in run_ranks(load_damaged, 2, str(tmp_path), 1):
+        assert "state.pt" in told and "weights_only" in told.lower() or "unsafe" in told.lower()
+    assert not (Path(tempfile.gettempdir()) / "ran-code").exists()
+
+
+def other_model(folder: str):
+    model = nn.Linear(3, 3)
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM})
+    with pytest.raises(zero.CheckpointError, match="is of another model: it lacks .'bias', 'weight'."):
+        engine.load_checkpoint(folder)
+    assert engine.load_checkpoint(folder + "/nothing here") == (None, {})
+    sgd, *_ = deepspeed.initialize(model=Net(), config={"train_micro_batch_size_per_gpu": 2, "optimizer": {
+        "type": "SGD", "params": {"lr": 0.1}}})
+    with pytest.raises(zero.CheckpointError, match="holds the state of AdamW, and this engine's optimizer is SGD"):
+        sgd.load_checkpoint(folder)
+    assert sgd.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False)[0]
+    for tag in ("../x", "a/b", "", ".hidden", "latest", 3):
+        with pytest.raises(ValueError, match="allowed: a plain folder name"):
+            engine.save_checkpoint(folder, tag)
+    with pytest.raises(zero.CheckpointError, match="client_state .* holds what can't be loaded safely"):
+        engine.save_checkpoint(folder, "unsafe", client_state={"model": object()})
+    with pytest.raises(ValueError, match="ranks were given different arguments"):
+        engine.save_checkpoint(folder, f"tag{dist.get_rank()}")
+    with pytest.raises(zero.CheckpointError, match="rank 0: .*Not a directory"):
+        engine.save_checkpoint(folder + "/latest")
+    return sorted(os.listdir(folder))
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(run_ranks, tmp_path):
+    run_ranks(save_two, 2, str(tmp_path))
+    for left in run_ranks(other_model, 2, str(tmp_path)):
+        assert [name for name in left if not name.startswith(".")] == ["good", "latest", "other"]
+
+
+def only_rank_0_saves(folder: str):
+    engine, _ = make(1, {})
+    if dist.get_rank() == 0:
+        from datetime import timedelta
+        barrier = dist.monitored_barrier
+        dist.monitored_barrier = lambda: barrier(timeout=timedelta(seconds=1))
+        try:
+            with pytest.raises(RuntimeError, match=r"save_checkpoint\(\) was not called by every rank in time"):
+                engine.save_checkpoint(folder)
+        finally:
+            dist.monitored_barrier = barrier
+    return True
+
+
+def test_saving_on_rank_0_alone_raises_and_says_so(run_ranks, tmp_path):
+    assert run_ranks(only_rank_0_saves, 2, str(tmp_path)) == [True, True]
+    run_ranks.stop()  # the barrier has left the group in a state that no other test shall meet
+
+
+@pytest.mark.parametrize("section, told", [({"keep_last": 0}, "checkpoint.keep_last is 0"),
+                                           ({"tag_validation": "Fail"}, "checkpoint.tag_validation belongs to a part")])
+def test_the_section_is_checked(section, told):
+    with pytest.raises(ConfigError, match=told):
+        deepspeed.load_config({"train_batch_size": 1, "checkpoint": section})
+
+
+# --- Killed while saving ----------------------------------------------------------------------------------------------
+
+
+SAVER = """
+import os, sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.set_num_threads(1)
+import test_resume
+engine, loader = test_resume.make(1, {{}})
+print("ready", flush=True)
+sys.stdin.readline()
+while True:
+    test_resume.train(engine, loader, 1)
+    engine.save_checkpoint({folder!r}, "only" if engine.global_steps % 3 else None)
+"""
+
+
+def load_after_kill(folder: str):
+    engine, loader = make(2, {})
+    path, _ = engine.load_checkpoint(folder)
+    steps, state = engine.global_steps, everything(engine)
+    following = train(engine, loader, 1)
+    reference, other = make(2, {})
+    train(reference, other, steps)
+    return path is not None, worst_of(state, everything(reference))[0], following == train(reference, other, 1)
+
+
+def test_killed_at_any_moment_of_a_save_the_last_complete_checkpoint_loads(run_ranks, tmp_path, request):
+    generator = random.Random(1)
+    for round_ in range(50 if request.config.getoption("--long") else 3):
+        folder = tmp_path / str(round_)
+        saver = subprocess.Popen(
+            [sys.executable, "-c", SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert saver.stdout.readline() == "ready\n"
+        saver.stdin.write("go\n")
+        saver.stdin.flush()
+        deadline = time.monotonic() + 20
+        while not (folder / "latest").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+        for loaded, difference, goes_on in run_ranks(load_after_kill, 1, str(folder)):
+            assert loaded and difference < 1e-5 and goes_on, f"round {round_}"
