@@ -31,6 +31,7 @@ import os
 import pickle
 import random
 import shutil
+import threading
 import time
 import types
 import typing
@@ -38,6 +39,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ class CommsLoggerConfig:
 @dataclass
 class CheckpointConfig:
     """The ``checkpoint`` section."""
+    async_: bool = False           # "async": write behind training, from a copy in host memory
     keep_last: int | None = None   # how many checkpoints stay; older ones go once a new one is complete. None: all
 
     def __post_init__(self) -> None:
@@ -210,7 +213,9 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
         raise ConfigError(f'zero_optimization is {raw}, a form that DeepSpeed gave up; write {{"stage": {int(raw)}}}')
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
-    known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
+    # A key that is a word of Python's, such as async, has a field with an underscore behind it.
+    names = {f.name.removesuffix("_"): f.name for f in fields(cls)}
+    known, hints = list(names), typing.get_type_hints(cls)
     for key in raw:
         if key in known:
             continue
@@ -226,7 +231,7 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
     for f in fields(cls):
         if f.name not in raw and f.default is f.default_factory:  # both are MISSING: the key has no default
             raise ConfigError(f"{path}{f.name} is missing")
-    values = {key: _convert(hints[key], value, f"{path}{key}") for key, value in raw.items()}
+    values = {names[key]: _convert(hints[names[key]], value, f"{path}{key}") for key, value in raw.items()}
     try:
         return cls(**values)
     except ValueError as error:  # a section's own checks
@@ -460,6 +465,7 @@ class Engine(nn.Module):
         self.world_size = dist.get_world_size()
         self.optimizer: Optimizer | None = None
         self.loader: ShardedLoader | None = None
+        self._saver: _Saver | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.checkpointing: checkpointing.Checkpointing | None = None
@@ -643,7 +649,8 @@ class Engine(nn.Module):
     # Save and resume.
 
     def save_checkpoint(self, save_dir: str | os.PathLike, tag: str | None = None,
-                        client_state: dict[str, Any] | None = None, save_latest: bool = True) -> bool:
+                        client_state: dict[str, Any] | None = None, save_latest: bool = True,
+                        exclude_frozen_parameters: bool = False) -> bool:
         """Save everything that training needs under ``save_dir/tag``; every rank must call it.
 
         Each rank writes its own share, into a folder with another name, which takes the place of ``tag`` once all of it
@@ -651,73 +658,83 @@ class Engine(nn.Module):
 
         tag            a folder name; default: ``global_step`` and the step
         client_state   plain data of the caller's (numbers, text, tensors, containers), given back by load_checkpoint()
+        save_latest    make it the one that load_checkpoint() takes without a tag
+        exclude_frozen_parameters   leave them out; such a checkpoint loads with ``load_module_strict=False``
 
-        Returns True. Raises CheckpointError on every rank if any of them can't write; what was there before stays.
+        Returns True. With ``checkpoint.async`` it returns once the copy is made, and the next save, load, destroy() or
+        the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
+        ``async`` where it is waited for); what was there before stays.
         """
         tag = f"global_step{self.global_steps}" if tag is None else tag
         zero.check_tag(tag)
-        save_dir, failure, shares = Path(save_dir), None, None
-        folder = save_dir / f".{tag}.tmp"
+        self.wait_for_save()
         self._say_same("save_checkpoint()", f"{save_dir} {tag}")
-        try:
-            if self.global_rank == 0:
+        target, failure = Path(save_dir) / tag, None
+        folder = target.with_name(f".{tag}.tmp")
+        if self.global_rank == 0:
+            try:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-        except OSError as error:
-            failure = str(error)
+            except OSError as error:
+                failure = str(error)
         self._agree_on(failure)
-        try:
-            shares = zero.write_pieces(self.zero, folder)
-        except OSError as error:
-            failure = f"{error.strerror}: {error.filename or folder}"
-        every = _all_gather((shares, _random_state(), _persistent_buffers(self.module)))
-        try:
-            if self.global_rank == 0 and all(share is not None for share, *_ in every):
-                self._complete_checkpoint(folder, save_dir / tag, every, client_state or {})
-                if save_latest:
-                    _write_and_rename(save_dir / "latest", tag.encode())
-                self._remove_old(save_dir)
-        except (OSError, zero.CheckpointError) as error:
-            failure = str(error)
-        self._agree_on(failure)
+        stored = _to_bytes(self._state(client_state or {}))
+        self._agree_on(stored if isinstance(stored, str) else None)
+        index = {"step": self.global_steps, "stage": self.config.zero_optimization.stage, "ranks": self.world_size,
+                 "parameters": zero.describe_parameters(self.zero, self.module, not exclude_frozen_parameters)}
+        shares = zero.shares_of(self.zero, not exclude_frozen_parameters)
+        write = partial(self._write_checkpoint, folder, target, stored, index, zero.scalars_of(self.zero), save_latest)
+        if self.config.checkpoint.async_:
+            if self._saver is None:
+                self._saver = _Saver()
+            copies = [(name, key, start, t.detach().to("cpu", copy=True)) for name, key, start, t in shares]
+            self._saver.start(partial(write, copies))
+        else:
+            write(shares, None)
         return True
 
-    def _complete_checkpoint(self, folder: Path, target: Path, every: list, client_state: dict[str, Any]) -> None:
-        """Rank 0: write the index and what is small, and put the folder in its place."""
-        training = {key: getattr(self, key) for key in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups] \
-            if self.optimizer else []
-        state = {"training": training, "groups": groups, "scaler": self.scaler.state_dict(),
-                 "optimizer": type(self.optimizer).__name__, "client_state": client_state,
-                 "random": [generators for _, generators, _ in every], "buffers": every[0][2],
-                 "rank_buffers": [_differing(buffers, every[0][2]) for *_, buffers in every],
-                 "schedule": self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None,
-                 "data": self.loader.state_dict() if self.loader else None}
-        stored = io.BytesIO()
-        torch.save(state, stored)
+    def wait_for_save(self) -> None:
+        """Wait for an asynchronous save, and raise what went wrong in it."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def _state(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """All but parameters and optimizer state: what all ranks have in common from rank 0, the rest of every rank."""
+        buffers = _persistent_buffers(self.module)
+        every = _all_gather((_random_state(), buffers))
+        return {
+            "training": {key: getattr(self, key) for key in
+                         ("global_steps", "global_samples", "micro_steps", "skipped_steps")},
+            "optimizer": type(self.optimizer).__name__, "scaler": self.scaler.state_dict(),
+            "groups": [{key: value for key, value in group.items() if key != "params"}
+                       for group in (self.optimizer.param_groups if self.optimizer else ())],
+            "schedule": self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None,
+            "data": self.loader.state_dict() if self.loader else None, "client_state": client_state,
+            "random": [generators for generators, _ in every], "buffers": every[0][1],
+            "rank_buffers": [_differing(mine, every[0][1]) for _, mine in every]}
+
+    def _write_checkpoint(self, folder: Path, target: Path, stored: bytes, index: dict[str, Any], scalars: dict[str, dict],
+                          save_latest: bool, shares: Iterable, group: Any) -> None:
+        """Write this rank's file; rank 0 adds the index and puts the folder in its place. Speaks to ranks in ``group``."""
+        pieces, failure = None, None
         try:
-            torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise zero.CheckpointError(f"client_state (or the schedule's state) holds what can't be loaded safely; allowed: "
-                                       f"numbers, text, tensors and containers of these ({str(error).splitlines()[0]})") from None
-        _write_synced(folder / "state.pt", stored.getvalue())
-        files = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir())}
-        files["state.pt"]["checksum"] = zlib.crc32(stored.getvalue())
-        content = {"step": self.global_steps, "stage": self.config.zero_optimization.stage, "ranks": self.world_size,
-                   "parameters": zero.describe_parameters(self.zero, self.module), "files": files,
-                   "pieces": [piece for (pieces, _), *_ in every for piece in pieces],
-                   "scalars": {name: numbers for (_, scalars), *_ in every for name, numbers in scalars.items()}}
-        content = json.loads(json.dumps(content))
-        checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-        _write_synced(folder / "meta.json", json.dumps({"checksum": checksum, "content": content}).encode())
-        _sync_folder(folder)
-        aside = target.with_name(f".{target.name}.old")
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-        os.rename(folder, target)
-        _sync_folder(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+            pieces = zero.write_pieces(shares, folder, self.global_rank)
+        except OSError as error:
+            failure = f"{error.strerror}: {error.filename or folder}"
+        every = _all_gather((pieces, scalars), group)
+        try:
+            if self.global_rank == 0 and all(theirs is not None for theirs, _ in every):
+                index["pieces"] = [piece for theirs, _ in every for piece in theirs]
+                index["scalars"] = {name: numbers for _, theirs in every for name, numbers in theirs.items()}
+                _complete_checkpoint(folder, target, stored, index)
+                if save_latest:
+                    _write_synced(target.parent / ".latest.tmp", target.name.encode())
+                    os.rename(target.parent / ".latest.tmp", target.parent / "latest")
+                    _sync_folder(target.parent)
+                self._remove_old(target.parent)
+        except OSError as error:
+            failure = f"{error.strerror}: {error.filename or folder}"
+        self._agree_on(failure, group)
 
     def _remove_old(self, save_dir: Path) -> None:
         """Keep the last ``keep_last`` checkpoints, by when they were written."""
@@ -741,6 +758,7 @@ class Engine(nn.Module):
         Returns the folder and the saved ``client_state``; ``(None, {})``, with a warning, where nothing was saved.
         Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model.
         """
+        self.wait_for_save()
         folder = zero.checkpoint_folder(load_dir, tag)
         self._say_same("load_checkpoint()", str(folder))
         if folder is None:
@@ -788,6 +806,32 @@ class Engine(nn.Module):
         if self.loader is not None and state["data"] is not None:
             self.loader.load_state_dict(state["data"])
 
+    def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
+        """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere an empty one. All must call it."""
+        return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).float())
+
+    def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin") -> bool:
+        """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
+        whole = self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype))
+        if self.global_rank == 0:
+            path = Path(save_dir) / save_filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(whole, path.with_name(f".{path.name}.tmp"))
+            os.rename(path.with_name(f".{path.name}.tmp"), path)
+        return True
+
+    def _whole_state_dict(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Parameters, read one after the other, and buffers; tied ones are one tensor."""
+        whole: dict[int, Tensor] = {}
+        for p in self.module.parameters():
+            value = read(p)
+            if self.global_rank == 0:
+                whole[id(p)] = value.cpu()
+        if self.global_rank != 0:
+            return {}
+        named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        return named | _persistent_buffers(self.module)
+
     def _say_same(self, call: str, what: str) -> None:
         """Make sure that all ranks make this call, and with the same arguments."""
         try:
@@ -800,15 +844,16 @@ class Engine(nn.Module):
         if len(set(said)) > 1:
             raise ValueError(f"{call}: ranks were given different arguments: {said}")
 
-    def _agree_on(self, failure: str | None) -> None:
+    def _agree_on(self, failure: str | None, group: Any = None) -> None:
         """Raise CheckpointError on every rank if any has a failure to tell."""
-        failures = {rank: text for rank, text in enumerate(_all_gather(failure)) if text is not None}
+        failures = {rank: text for rank, text in enumerate(_all_gather(failure, group)) if text is not None}
         if failures:
             rank, text = next(iter(failures.items()))
             raise zero.CheckpointError(f"rank {rank}: {text}")
 
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more."""
+        self.wait_for_save()
         if self.config.comms_logger.enabled and self.global_rank == 0:
             print(self.zero.communicator.table(), flush=True)
         self.zero.release()
@@ -826,11 +871,68 @@ class Engine(nn.Module):
         return self.optimizer
 
 
-def _all_gather(value: Any) -> list[Any]:
+class _Saver:
+    """Writes checkpoints in a thread of its own, and speaks to the other ranks' in a process group of its own."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def start(self, write: Callable[[Any], None]) -> None:
+        """Run ``write(group)`` behind training."""
+        def run() -> None:
+            try:
+                write(self.group)
+            except BaseException as error:
+                self.failure = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint")  # no daemon: the program's end waits for it
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until it has been written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread, failure, self.failure = None, self.failure, None
+            if failure is not None:
+                raise failure
+
+
+def _all_gather(value: Any, group: Any = None) -> list[Any]:
     """What every rank has for ``value``."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group)
     return gathered
+
+
+def _to_bytes(state: dict[str, Any]) -> bytes | str:
+    """``state`` as the contents of a file that loads safely, or why that can't be."""
+    stored = io.BytesIO()
+    try:
+        torch.save(state, stored)
+        torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        return ("client_state (or the schedule's state) holds what can't be loaded safely; allowed: numbers, text, tensors "
+                f"and containers of these ({str(error).splitlines()[0]})")
+    return stored.getvalue()
+
+
+def _complete_checkpoint(folder: Path, target: Path, stored: bytes, index: dict[str, Any]) -> None:
+    """Add what is small to the ranks' files in ``folder``, and give it the name of ``target``."""
+    _write_synced(folder / "state.pt", stored)
+    index["files"] = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir())}
+    index["files"]["state.pt"]["checksum"] = zlib.crc32(stored)
+    content = json.dumps(index, sort_keys=True)
+    _write_synced(folder / "meta.json", f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+    _sync_folder(folder)
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():  # a folder can't take another's place at once; zero.checkpoint_folder knows of this moment
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(folder, target)
+    _sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _random_state() -> dict[str, Any]:
@@ -865,13 +967,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_and_rename(path: Path, data: bytes) -> None:
-    """Replace a file such that there is always either the old or the new one."""
-    _write_synced(path.with_name(f".{path.name}.tmp"), data)
-    os.rename(path.with_name(f".{path.name}.tmp"), path)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1630,11 +1630,14 @@ class Piece:
     shape: list | None = None
 
 
-def write_pieces(zero: Zero, folder: Path) -> tuple[list[dict], dict[str, dict]]:
-    """Write this rank's share of parameters and optimizer state; returns its pieces, and the state that is scalars."""
-    name, offset, pieces = f"rank_{zero.communicator.rank:05d}.bin", 0, []
+Share = tuple[str, str, int, Tensor]  # a parameter's name, a key as in Piece, the first element, and the values
+
+
+def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]:
+    """Write a rank's shares into a file of its own, and see them on the disk; returns the pieces of the index."""
+    name, offset, pieces = f"rank_{rank:05d}.bin", 0, []
     with open(folder / name, "wb") as file:
-        for parameter, key, start, tensor in _shares(zero):
+        for parameter, key, start, tensor in shares:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
             pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name, offset,
@@ -1643,60 +1646,60 @@ def write_pieces(zero: Zero, folder: Path) -> tuple[list[dict], dict[str, dict]]
             offset += len(data)
         file.flush()
         os.fsync(file.fileno())
-    return pieces, _scalars(zero)
+    return pieces
 
 
-def _shares(zero: Zero) -> Iterator[tuple[str, str, int, Tensor]]:
+def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
     """What this rank saves: its slice of every bucket, parameter by parameter, whoever holds it beside this rank."""
     for bucket in zero.buckets:
         size = bucket.numel // zero.communicator.world_size
         mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
         held, start = (bucket.flat, 0) if bucket.shard is None else (bucket.shard, bucket.own[0])
-        for slot in bucket.slots:
+        for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
         for segment in bucket.segments:
             for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
-                if not _is_like(key, value, segment.parameter.shape):
-                    if isinstance(value, Tensor) and value.dim() and zero.communicator.rank == 0:
-                        yield segment.slot.name, key, 0, value.view(1, *value.shape)
-                elif value.dim() == 1:
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue  # see scalars_of
+                if _is_like(key, value, segment.parameter.shape) and value.dim() == 1:
                     for slot in [segment.slot] if segment.slot else bucket.slots:
                         yield from _cut(slot, key, value, segment.start, mine)
-                elif zero.communicator.rank == 0:
+                elif zero.communicator.rank == 0:  # in a shape of its own; the leading 1 tells it from a stretch
                     yield segment.slot.name, key, 0, value.view(1, *value.shape)
 
 
-def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[tuple[str, str, int, Tensor]]:
+def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at element ``start`` of the bucket, and in ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
     if low < high:
         yield slot.name, key, low - slot.offset, held[low - start:high - start]
 
 
-def _scalars(zero: Zero) -> dict[str, dict]:
+def scalars_of(zero: Zero) -> dict[str, dict]:
     """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
     found: dict[str, dict] = {}
     for bucket in zero.trained:
         for segment in bucket.segments:
             state = zero.optimizer.state.get(segment.parameter, {})
             numbers = {key: float(value) for key, value in state.items()
-                       if not _is_like(key, value, segment.parameter.shape) and not (
-                           isinstance(value, Tensor) and value.dim()) and value is not None}
+                       if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
             for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
                 found[slot.name] = numbers
     return found
 
 
-def describe_parameters(zero: Zero, model: nn.Module) -> dict[str, dict]:
+def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
     """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
     for name, p in model.named_parameters():
         bucket, slot = zero.places[id(p)]
+        if not (bucket.trained or with_frozen):
+            continue
         described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
                            "dtype": str(bucket.dtypes.compute)[6:], "aliases": []}
     for alias, p in model.named_parameters(remove_duplicate=False):
-        if alias != names[id(p)]:
+        if alias != names[id(p)] and names[id(p)] in described:
             described[names[id(p)]]["aliases"].append(alias)
     return described
 

@@ -217,6 +217,78 @@ def test_a_consolidated_checkpoint_is_one_plain_state_dict(run_ranks, tmp_path, 
     assert "zero.py: error: " in capsys.readouterr().err
 
 
+def exported(folder: str, stage: int):
+    engine, batches = make(stage, PRECISIONS["bf16"])
+    train(engine, batches, 1)
+    engine.save_16bit_model(folder, "half.bin")
+    engine.save_checkpoint(folder, "thawed", exclude_frozen_parameters=True)
+    fp32 = engine.consolidated_fp32_state_dict()
+    with pytest.raises(zero.CheckpointError, match="is of another model: it lacks .'blocks.0.0.weight'."):
+        engine.load_checkpoint(folder, "thawed")
+    engine.load_checkpoint(folder, "thawed", load_module_strict=False)
+    return fp32, {name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+
+
+def test_the_whole_model_is_exported_in_16_bits_and_in_fp32(run_ranks, tmp_path):
+    for stage in (1, 3):
+        (fp32, masters), (nothing, _) = run_ranks(exported, 2, str(tmp_path), stage)
+        half = torch.load(tmp_path / "half.bin", weights_only=True)
+        model = Net()
+        assert fp32.keys() == half.keys() == model.state_dict().keys() and nothing == {}
+        model.load_state_dict(fp32, strict=True)
+        for name, value in masters.items():
+            assert torch.equal(fp32[name], value.float()) and torch.equal(half[name], value.to(half[name].dtype)), name
+        assert half["turned"].dtype == torch.bfloat16 and fp32["head.weight"] is fp32["token.weight"]
+
+
+def saved_behind(folder: str):
+    """Training goes on while the checkpoint is written, and what is written is what was there at the call."""
+    engine, batches = make(2, {}, checkpoint={"async": True})
+    train(engine, batches, 2)
+    engine.save_checkpoint(folder)
+    state = everything(engine)
+    train(engine, batches, 3)
+    engine.save_checkpoint(folder + "/no", "later")
+    engine.load_checkpoint(folder)
+    same = worst_of(state, everything(engine))[0]
+    if dist.get_rank() == 0:
+        (Path(folder) / "file").write_text("")
+    dist.barrier()
+    with pytest.raises(zero.CheckpointError, match="rank 0: "):
+        engine.save_checkpoint(folder + "/file")
+        engine.wait_for_save()
+    engine.destroy()
+    return same, sorted(os.listdir(folder + "/no"))
+
+
+def test_an_asynchronous_save_writes_what_was_there_and_the_next_one_waits_for_it(run_ranks, tmp_path):
+    assert run_ranks(saved_behind, 2, str(tmp_path)) == [(0.0, ["later", "latest"])] * 2
+
+
+def full_disk(folder: str):
+    """A save that finds the disk full on rank 1."""
+    engine, batches = make(1, {})
+    train(engine, batches, 1)
+    engine.save_checkpoint(folder, "good")
+    if dist.get_rank() == 1:
+        write = zero.write_pieces
+
+        def fail(*args):
+            zero.write_pieces = write
+            raise OSError(28, "No space left on device", "rank_00001.bin")
+
+        zero.write_pieces = fail
+    with pytest.raises(zero.CheckpointError, match="rank 1: No space left on device: rank_00001.bin"):
+        engine.save_checkpoint(folder, "bad")
+    state = everything(engine)
+    engine.load_checkpoint(folder)
+    return worst_of(state, everything(engine))[0], [name for name in sorted(os.listdir(folder)) if name[0] != "."]
+
+
+def test_a_full_disk_is_told_on_every_rank_and_the_old_checkpoint_stays(run_ranks, tmp_path):
+    assert run_ranks(full_disk, 2, str(tmp_path)) == [(0.0, ["good", "latest"])] * 2
+
+
 # --- Damage -----------------------------------------------------------------------------------------------------------
 
 
