@@ -5,12 +5,18 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
 import train_gpt
+
+from conftest import ROOT
 
 SMALL = ["--dim=16", "--layers=1", "--heads=2", "--context=16", "--batch=8", "--steps=20", "--report=10", "--sample=8"]
 
@@ -37,11 +43,31 @@ def test_it_learns_real_text_the_same_on_one_rank_and_on_two(run_ranks, tmp_path
     assert losses(together) == pytest.approx(losses(alone), abs=2e-4)
 
 
+def test_a_run_that_was_killed_goes_on_where_it_was(run_ranks, tmp_path):
+    """A run of one process is killed after a checkpoint, and resumed on two."""
+    common = [*SMALL, "--sample=1", f"--plot={tmp_path / 'loss.png'}"]
+    whole, _ = run_ranks(run_script, 2, common)
+    saving = [*common, f"--save_dir={tmp_path / 'runs'}", "--save_every=5"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    run = subprocess.Popen([sys.executable, "-u", str(ROOT / "tutorials" / "train_gpt.py"), *saving, "--steps=2000"],
+                           env=environment | {"CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs" / "latest").exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    saved = int((tmp_path / "runs" / "latest").read_text().removeprefix("global_step"))
+    resumed, _ = run_ranks(run_script, 2, [*saving, f"--steps={saved + 10}", "--resume"])
+    assert f"resumed from {tmp_path / 'runs' / f'global_step{saved}'}" in resumed
+    assert f"step {saved + 10:5d}/{saved + 10}" in resumed and losses(resumed)[-1] < losses(whole)[0]
+
+
 @pytest.mark.parametrize("arguments, told", [
     (["--data", "no such file"], "train_gpt.py: error: --data no such file can't be read"),
     (["--data", "SHORT"], "too little text: 27 bytes to train on and 3 held out"),
     (["--config", "no such file"], "train_gpt.py: error: the config file no such file can't be read"),
-    (["--heads", "5"], "--heads 5 does not divide --dim 96"), (["--steps", "0"], "--steps is 0; allowed")])
+    (["--resume"], "--resume needs --save_dir"), (["--heads", "5"], "--heads 5 does not divide --dim 96"), (["--steps", "0"], "--steps is 0; allowed")])
 def test_bad_input_is_refused(tmp_path, capsys, arguments, told):
     (tmp_path / "short").write_text("x" * 30)
     arguments = [str(tmp_path / "short") if a == "SHORT" else a for a in arguments]

@@ -4,6 +4,7 @@
     python tutorials/train_gpt.py --data book.txt --steps 2000        on a file of yours
     torchrun --nproc_per_node 2 tutorials/train_gpt.py                on two processes: the same batches, shared out
     python tutorials/train_gpt.py --config ds_config.json             with a DeepSpeed config of yours
+    python tutorials/train_gpt.py --save_dir runs --save_every 50 --resume    go on after whatever ended the last run
 
 The model reads bytes, so any file will do and no tokenizer is needed; its loss is in nats per byte. One file in ten
 (of a single file, its last tenth) is held out, never trained on, and measures what was learned. At the end the model
@@ -139,9 +140,11 @@ def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: arg
     curve, held_curve = [], []
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     generator = torch.Generator().manual_seed(options.seed)
-    started, tokens = time.perf_counter(), 0
+    started, tokens, first = time.perf_counter(), 0, engine.global_steps
     for step in range(1, options.steps + 1):
         offsets = torch.randint(len(text) - options.context, (engine.train_batch_size(),), generator=generator)
+        if step <= first:
+            continue  # done before this run, and resumed from
         share = offsets[engine.global_rank::engine.world_size]
         loss_sum = torch.zeros((), device=engine.device)
         rate = engine.get_lr()[0]
@@ -157,12 +160,14 @@ def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: arg
             if engine.global_rank == 0:
                 seconds = time.perf_counter() - started
                 print(f"step {step:5d}/{options.steps}  loss {loss:.4f}  lr {rate:.2e}  {tokens / seconds:7.0f} "
-                      f"tokens/s  {seconds / step * (options.steps - step):4.0f} s left", flush=True)
+                      f"tokens/s  {seconds / (step - first) * (options.steps - step):4.0f} s left", flush=True)
         if step % (10 * options.report) == 0 or step == options.steps:
             held_curve.append((step, held_out_loss(engine, held_out, options)))
             if engine.global_rank == 0:
                 print(f"step {step:5d}/{options.steps}  held-out loss {held_curve[-1][1]:.4f} nats per byte",
                       flush=True)
+        if options.save_dir and (step % options.save_every == 0 or step == options.steps):
+            engine.save_checkpoint(options.save_dir)
     return curve, held_curve
 
 
@@ -184,11 +189,12 @@ def draw_curves(curve: list, held_curve: list, path: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
-    axis.plot(*zip(*curve), label="training text")
-    axis.plot(*zip(*held_curve), "o--", color="black", label="held-out text")
+    if curve:
+        axis.plot(*zip(*curve), label="training text")
+        axis.plot(*zip(*held_curve), "o--", color="black", label="held-out text")
     axis.set(xlabel="optimizer step", ylabel="loss (nats per byte)")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend() if curve else None
     figure.savefig(path, dpi=110)
 
 
@@ -208,10 +214,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the sample")
     parser.add_argument("--sample", type=int, default=200, metavar="BYTES", help="text to write at the end")
     parser.add_argument("--report", type=int, default=20, help="steps between progress lines")
+    parser.add_argument("--save_dir", metavar="DIR", help="where to save checkpoints; none: nowhere")
+    parser.add_argument("--save_every", type=int, default=100, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --save_dir, if any")
     parser.add_argument("--plot", default="train_gpt.png", metavar="FILE", help="where to save the loss curve")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     options = parser.parse_args(argv)
-    for name in ("steps", "batch", "context", "dim", "layers", "heads", "report"):
+    if options.resume and not options.save_dir:
+        parser.error("--resume needs --save_dir, the folder to resume from")
+    for name in ("steps", "batch", "context", "dim", "layers", "heads", "report", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; allowed: a whole number from 1 up")
     if options.dim % options.heads:
@@ -242,6 +253,10 @@ def main() -> None:
         count = sum(p.numel() for p in model.parameters())
         print(f"{count / 1e6:.2f} M parameters, {len(text) / 1e6:.1f} MB of text, {engine.world_size} process(es), "
               f"{engine.train_batch_size() * options.context} bytes per step")
+    if options.resume:
+        folder, _ = engine.load_checkpoint(options.save_dir)
+        if engine.global_rank == 0 and folder:
+            print(f"resumed from {folder}")
     curve, held_curve = train(engine, text, held_out, options)
     sample = write_text(engine, options.sample, options.seed)
     if engine.global_rank == 0:
