@@ -497,9 +497,9 @@ class Bucket:
             self.communicator.spare.give_back(self.grad)
         self.grad = None
 
-    def end_backward(self) -> None:
+    def end_backward(self, ran: bool = False) -> None:
         """Be ready for the next backward of the window. A parameter that never had a gradient is not waited for."""
-        if self.fired:
+        if self.fired or ran:
             self.awaited = self.fired | self.awaited if self.ran else self.fired
             self.ran = True
         self.fired, self.launched = set(), False
@@ -621,8 +621,11 @@ class Bucket:
 
     def publish(self) -> None:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
-        if self.sharded.parameters:
-            return  # the next gather reads the shard
+        if self.sharded.parameters:  # the next gather reads the shard
+            if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
+                self.communicator.shard_of(self.flat).copy_(self.shard)
+                self.gather = self.communicator.all_gather(self.flat)
+            return
         if self.dtypes.master != self.dtypes.compute:
             self.flat[self.own[0]:self.own[1]].copy_(self.master)
         if self.sharded.optimizer:
@@ -1294,8 +1297,9 @@ class Zero:
                 self._launch(bucket)
             while self.in_flight:
                 self.in_flight.popleft().finish_reduction()
+        ran = any(bucket.fired for bucket in self.trained)  # a bucket without any gradient is not waited for either
         for bucket in self.trained:
-            bucket.end_backward()
+            bucket.end_backward(ran)
         self._end_backward()
 
     def _end_backward(self) -> None:
@@ -1736,18 +1740,23 @@ class CheckpointReader:
         """The optimizer state that is there for a parameter, value by value."""
         return [key for owner, key in self.pieces if owner == name and key]
 
-    def verify(self, name: str, key: str) -> None:
-        """Raise CheckpointError unless every piece of a parameter, or of its state, is there and undamaged."""
+    def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
+        """Raise CheckpointError unless a parameter, or its state, is there without a gap, and undamaged from start to end.
+
+        Every piece is checked by a rank that reads it.
+        """
+        size = math.prod(self.meta["parameters"][name]["shape"])
+        end = size if end is None else end
         covered = 0
         for piece in sorted(self.pieces[name, key], key=lambda p: p.start):
-            if piece.start != covered and piece.shape is None:
-                break
-            covered = piece.end
+            if piece.start == covered or piece.shape is not None:
+                covered = size if piece.shape is not None else piece.end
+            if piece.shape is None and (piece.start >= end or piece.end <= start):
+                continue
             if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
                 raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of {key or 'the values'} of {name} "
                                       "does not match; load another tag")
-        if covered != math.prod(self.meta["parameters"][name]["shape"]) and not any(
-                piece.shape for piece in self.pieces[name, key]):
+        if covered != size:
             raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
 
     def read(self, name: str, key: str, start: int, out: Tensor) -> None:
@@ -1794,12 +1803,16 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
         raise CheckpointError(f"{reader.folder} is of another model: it lacks {missing or 'nothing'}, and has beside it "
                               f"{extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
-    for name in own.keys() & saved.keys():
-        if saved[name]["shape"] != list(own[name].shape):
-            raise CheckpointError(f"{reader.folder}: {name} has the shape {saved[name]['shape']}, and in this model "
-                                  f"{list(own[name].shape)}")
-        for key in ["", *(reader.keys(name) if optimizer_states else ())]:
-            reader.verify(name, key)
+    for bucket in zero.buckets:
+        low, high = (0, bucket.numel) if bucket.shard is None else bucket.own
+        for slot in [slot for slot in bucket.slots if slot.name in saved]:
+            facts = saved[slot.name]
+            if facts["shape"] != list(slot.shape):
+                raise CheckpointError(f"{reader.folder}: {slot.name} has the shape {facts['shape']}, and in this model "
+                                      f"{list(slot.shape)}")
+            mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
+            for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
+                reader.verify(slot.name, key, *mine)
 
 
 @torch.no_grad()
