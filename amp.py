@@ -18,9 +18,10 @@ given, before these are rounded: a master that starts from the rounded weight ha
 **Accumulation.** bf16 has 8 bits of precision, so 1 + 1/512 is 1: a sum of many small gradients stands still. Gradients
 are therefore added up in fp32, and rounded nowhere on their way to the optimizer.
 
-**Loss scale.** fp16 ends at 6e-8, below which gradients vanish. Backward is linear, so the loss is multiplied by a large
-scale before it and the gradients divided by it after. How large? As large as possible: the scale doubles after every
-window of steps without overflow, and halves when one overflows to infinity, which then is skipped (DynamicLossScaler).
+**Loss scale.** fp16 ends at 6e-8, below which gradients vanish. Backward is linear, so the loss is multiplied by a
+large scale before it and the gradients divided by it after. How large? As large as possible: the scale doubles after
+every window of steps without overflow, and halves when one overflows to infinity, which then is skipped
+(DynamicLossScaler).
 
 **Overflow costs no extra pass.** The step takes the global gradient norm anyway, over all ranks in one scalar; it is
 infinite or NaN exactly when a gradient is. And unscaling is one more factor in the one multiplication that averages and
@@ -201,7 +202,7 @@ class Precision:
         return torch.autocast(self.device.type, NAMES[self.config.torch_autocast.dtype])
 
     def cast_inputs(self, value: Any) -> Any:
-        """The model's inputs: floating-point tensors in the dtype of its weights (fp16: where ``auto_cast`` says so)."""
+        """The model's inputs: floating-point tensors in its weights' dtype (fp16: where ``auto_cast`` says so)."""
         if self.half is None or self.config.fp16.enabled and not self.config.fp16.auto_cast:
             return value
         return cast(value, self.half)
@@ -308,7 +309,8 @@ class DynamicLossScaler(LossScaler):
     """A loss scale as large as the gradients allow; DeepSpeed's rule, to the last bit.
 
     window        good steps after which the next good one doubles the scale, and again after as many more
-    hysteresis    overflows that it takes to halve it: all but the last are forgiven. Once used up, every overflow halves
+    hysteresis    overflows that it takes to halve it: all but the last are forgiven. Once used up, every overflow
+                  halves
     consecutive   any good step gives the hysteresis back; else only a full window does
     minimum       never smaller than this; an overflow that would need it raises MinimumLossScaleError
     """
@@ -327,9 +329,9 @@ class DynamicLossScaler(LossScaler):
                 self.forgiving -= 1
             elif self.scale <= self.minimum:
                 raise MinimumLossScaleError(
-                    f"the gradient of {culprit or 'a parameter'} is not finite although the loss scale is at its minimum, "
-                    f"{self.scale:g}: the numbers are too large for fp16, or the training has diverged. Use bf16, which "
-                    "has fp32's range, or a lower learning rate; nothing was changed by this step")
+                    f"the gradient of {culprit or 'a parameter'} is not finite although the loss scale is at its "
+                    f"minimum, {self.scale:g}: the numbers are too large for fp16, or the training has diverged. Use "
+                    "bf16, which has fp32's range, or a lower learning rate; nothing was changed by this step")
             else:
                 self.scale = max(self.scale / 2, self.minimum)
             return

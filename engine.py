@@ -134,10 +134,11 @@ class Config:
         if self.gradient_allreduce_op not in ("mean", "sum"):
             raise ConfigError(f"gradient_allreduce_op is {self.gradient_allreduce_op!r}; allowed: mean or sum")
         if not 0 < self.gradient_predivide_factor < float("inf"):
-            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number above 0")
+            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number "
+                              "above 0")
         if self.gradient_predivide_factor != 1 and not self.prescale_gradients:
-            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}, which prescale_gradients "
-                              "switches on; set that to true, or take the factor out")
+            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}, which "
+                              "prescale_gradients switches on; set that to true, or take the factor out")
         self.precision()
 
     def precision(self) -> amp.PrecisionConfig:
@@ -180,8 +181,8 @@ NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_mo
             "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "tensor_parallel",
             "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization"}
 NOT_HERE |= {f"zero_optimization.{key}" for key in (
-    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
-    "mics_shard_size", "mics_hierarchical_params_gather")}
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather")}
 NOT_HERE |= {f"checkpoint.{key}" for key in ("tag_validation", "load_universal", "use_node_local_storage")}
 NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops", "debug")}
 
@@ -220,8 +221,8 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
         if key in known:
             continue
         if path == "bf16." and "scale" in key:
-            raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; take it "
-                              "out, or use fp16")
+            raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; "
+                              "take it out, or use fp16")
         if f"{path}{key}" in NOT_YET | NOT_HERE:
             why = "is not implemented yet" if f"{path}{key}" in NOT_YET else \
                 "belongs to a part of DeepSpeed that is not covered"
@@ -296,7 +297,7 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
                               f"({name} takes: {', '.join(allowed)})")
     runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
     if cls is torch.optim.SGD and params.get("momentum"):
-        runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later than others
+        runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later
     if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
         params["fused"] = True
     try:
@@ -425,7 +426,7 @@ class ShardedLoader:
                           drop_last=self.drop_last, generator=self.generator)
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the data: the epoch, how many samples of it all ranks have had together, and the order's seed."""
+        """The place in the data: the epoch, how many samples of it all ranks had together, and the order's seed."""
         return {"epoch": self.epoch, "samples": self.position * self.batch_size * dist.get_world_size(),
                 "seed": getattr(self.sampler, "seed", 0)}
 
@@ -535,7 +536,8 @@ class Engine(nn.Module):
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Divide ``loss``, a scalar, by the accumulation steps, run backward, reduce gradients, and return it.
 
-        ``scale_wrt_gas=False`` leaves out the division. The loss scale multiplies what backward runs on, not the result.
+        ``scale_wrt_gas=False`` leaves out the division. The loss scale multiplies what backward runs on, not the
+        result.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -551,9 +553,9 @@ class Engine(nn.Module):
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
-        """What ``backward(loss)`` runs backward on, for callers who do that themselves: ``engine.scale(loss).backward()``.
+        """What ``backward(loss)`` runs backward on, for callers who do that themselves.
 
-        The next forward or ``step()`` then reduces what backward left.
+        They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
         """
         return loss.float() * (self.scaler.scale / self.gradient_accumulation_steps())
 
@@ -612,7 +614,8 @@ class Engine(nn.Module):
         self.scaler.update(result.overflow, result.culprit)
         self._show_scale()
         if result.overflow and self.global_rank == 0:
-            scale = f"; loss scale {before:g}, now {self.scaler.scale:g}" if self.scaler.scale != 1 or before != 1 else ""
+            scaled = self.scaler.scale != 1 or before != 1
+            scale = f"; loss scale {before:g}, now {self.scaler.scale:g}" if scaled else ""
             logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
                            result.culprit or "a parameter", scale, self.skipped_steps)
 
@@ -713,9 +716,9 @@ class Engine(nn.Module):
             "random": [generators for generators, _ in every], "buffers": every[0][1],
             "rank_buffers": [_differing(mine, every[0][1]) for _, mine in every]}
 
-    def _write_checkpoint(self, folder: Path, target: Path, stored: bytes, index: dict[str, Any], scalars: dict[str, dict],
-                          save_latest: bool, shares: Iterable, group: Any) -> None:
-        """Write this rank's file; rank 0 adds the index and puts the folder in its place. Speaks to ranks in ``group``."""
+    def _write_checkpoint(self, folder: Path, target: Path, stored: bytes, index: dict[str, Any],
+                          scalars: dict[str, dict], save_latest: bool, shares: Iterable, group: Any) -> None:
+        """Write this rank's file; rank 0 adds the index and puts the folder in its place. Talks only to ``group``."""
         pieces, failure = None, None
         try:
             pieces = zero.write_pieces(shares, folder, self.global_rank)
@@ -747,7 +750,7 @@ class Engine(nn.Module):
     def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False) -> tuple[str | None, dict[str, Any]]:
-        """Go on where save_checkpoint() was called, at any stage, number of ranks or precision; every rank must call it.
+        """Go on where save_checkpoint() was called, at any stage, number of ranks or precision; all ranks must call it.
 
         tag                        which; default: the one that the file ``latest`` names
         load_module_strict         False: parameters that the model or the checkpoint lacks are left alone
@@ -772,8 +775,9 @@ class Engine(nn.Module):
             state = reader.state()
             zero.check_fits(self.zero, reader, load_module_strict, with_optimizer)
             if with_optimizer and state["optimizer"] != type(self.optimizer).__name__:
-                raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's optimizer is "
-                                           f"{type(self.optimizer).__name__}; load it with load_optimizer_states=False")
+                raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's "
+                                           f"optimizer is {type(self.optimizer).__name__}; load it with "
+                                           "load_optimizer_states=False")
         except (zero.CheckpointError, OSError) as error:
             failure = str(error)
         self._agree_on(failure)
@@ -807,7 +811,7 @@ class Engine(nn.Module):
             self.loader.load_state_dict(state["data"])
 
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
-        """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere an empty one. All must call it."""
+        """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
         return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).float())
 
     def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin") -> bool:
@@ -913,8 +917,8 @@ def _to_bytes(state: dict[str, Any]) -> bytes | str:
         torch.save(state, stored)
         torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
-        return ("client_state (or the schedule's state) holds what can't be loaded safely; allowed: numbers, text, tensors "
-                f"and containers of these ({str(error).splitlines()[0]})")
+        return ("client_state (or the schedule's state) holds what can't be loaded safely; allowed: numbers, text, "
+                f"tensors and containers of these ({str(error).splitlines()[0]})")
     return stored.getvalue()
 
 
@@ -924,7 +928,8 @@ def _complete_checkpoint(folder: Path, target: Path, stored: bytes, index: dict[
     index["files"] = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir())}
     index["files"]["state.pt"]["checksum"] = zlib.crc32(stored)
     content = json.dumps(index, sort_keys=True)
-    _write_synced(folder / "meta.json", f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+    _write_synced(folder / "meta.json",
+                  f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
     _sync_folder(folder)
     aside = target.with_name(f".{target.name}.old")
     if target.exists():  # a folder can't take another's place at once; zero.checkpoint_folder knows of this moment

@@ -21,14 +21,14 @@ One step of N ranks, where *reduce* makes gradients sums over ranks and *gather*
     3          gather each unit,     gather it again, free it; reduce-scatter       update the shard
                use it, free it       as in stage 2
 
-Why there: the optimizer needs only its shard of the *sum*, so a reduce-scatter (half an all-reduce) is enough; the other
-half comes later, as the gather of what was updated. Stages 0 and 1 keep a full gradient buffer, so they can add up an
-accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every micro-batch.
-Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
+Why there: the optimizer needs only its shard of the *sum*, so a reduce-scatter (half an all-reduce) is enough; the
+other half comes later, as the gather of what was updated. Stages 0 and 1 keep a full gradient buffer, so they can add
+up an accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every
+micro-batch. Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
 
 Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts the bucket's reduction once it is full,
-``Bucket.finish_reduction`` leaves the sum in ``grad_shard``, ``Zero.step`` takes the global norm, folds every factor into
-one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
+``Bucket.finish_reduction`` leaves the sum in ``grad_shard``, ``Zero.step`` takes the global norm, folds every factor
+into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
 
 The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Zero`` which ties them together, and
 reading and writing what is sharded. With one process there is nothing to share out: no collective runs at any stage.
@@ -79,8 +79,8 @@ class LeafModules:
 class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
     stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
-    reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket); auto:
-                                                      # see Zero._bucket_size (DeepSpeed: 5e8)
+    reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket);
+                                                      # auto: see Zero._bucket_size (DeepSpeed: 5e8)
     overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
     reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
     ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
@@ -287,7 +287,7 @@ class SpareBuffers:
         self.free: list[Tensor] = []
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of ``numel`` elements with any contents: the smallest spare one that is large enough, or a new one."""
+        """A tensor of ``numel`` elements with any contents: the smallest spare one large enough, or a new one."""
         size = numel * dtype.itemsize
         fitting = [b for b in self.free if size <= b.numel() <= 2 * size]
         buffer = min(fitting, key=Tensor.numel, default=None)
@@ -430,7 +430,8 @@ class Bucket:
         gradient = slot.parameter.grad
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
             gradient = gradient.to_dense()
-        if self.fits_alone and self.grad is None and gradient.is_contiguous() and gradient.dtype == self.dtypes.gradient:
+        if (self.fits_alone and self.grad is None and gradient.is_contiguous()
+                and gradient.dtype == self.dtypes.gradient):
             self.grad = gradient.view(-1)
         else:
             self._prepare_buffer()
@@ -855,9 +856,9 @@ class ShardedParameter(nn.Parameter):
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
                     if not _is_held(tensor):
-                        raise RuntimeError(f"{getattr(func, '__name__', func)}: a parameter of shape {tuple(tensor.shape)} "
-                                           "was sharded at stage 3 by an engine that is gone; read the model before "
-                                           "destroy(), inside zero.GatheredParameters")
+                        raise RuntimeError(f"{getattr(func, '__name__', func)}: a parameter of shape "
+                                           f"{tuple(tensor.shape)} was sharded at stage 3 by an engine that is gone; "
+                                           "read the model before destroy(), inside zero.GatheredParameters")
                     zero, _, slot = _find(tensor)
                     zero.gather_on_demand(slot, getattr(func, "__name__", str(func)))
         with torch._C.DisableTorchFunctionSubclass():
@@ -1030,7 +1031,7 @@ class Zero:
         _return_free_memory()
 
     def _predivide(self, dtypes: Dtypes) -> float:
-        """What gradients are divided by before they are summed: in fp16 a sum over ranks may overflow where a mean fits."""
+        """What gradients are divided by before summing: in fp16 a sum over ranks may overflow where a mean fits."""
         if self.communicator.world_size == 1:
             return 1.0
         if self.predivide is not None:
@@ -1113,8 +1114,8 @@ class Zero:
             self.saving = call, saved_tensors_hooks(self._pack, self._unpack)
             self.saving[1].__enter__()
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
-        # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps before
-        # the rest of the call: so the call is given a view of it, which keeps the order.
+        # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
+        # before the rest of the call: so the call is given a view of it, which keeps the order.
         inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
         leaves = {key: t.view_as(t) for key, t in inputs.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
         inputs |= leaves
@@ -1344,14 +1345,15 @@ class Zero:
     def _check_parameters(self) -> None:
         """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
         for bucket in self.buckets:
+            start, size = bucket.flat.data_ptr(), bucket.flat.element_size()
             for slot in bucket.slots if bucket.unit is None else ():
-                if slot.shape.numel() and slot.parameter.data_ptr() != slot.view(bucket.flat).data_ptr():
+                if slot.shape.numel() and slot.parameter.data_ptr() != start + slot.offset * size:
                     raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
                                        "to(), half() or load_state_dict(assign=True) after initialize()")
         for slot in self.frozen:
             if slot.parameter.requires_grad:
-                raise RuntimeError(f"{slot.name} was frozen at initialize() and is not frozen now; make a new engine for "
-                                   "the next phase: destroy() this one and call initialize() again")
+                raise RuntimeError(f"{slot.name} was frozen at initialize() and is not frozen now; make a new engine "
+                                   "for the next phase: destroy() this one and call initialize() again")
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1371,8 +1373,8 @@ class Zero:
         self.communicator.all_reduce(message, "scalars").wait()
         square, *flags, total, squares = message.tolist()
         if total ** 2 != squares * self.communicator.world_size:
-            raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed up; "
-                               "name the module that chooses among them in zero_optimization.leaf_module")
+            raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
+                               "up; name the module that chooses among them in zero_optimization.leaf_module")
         late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
         if late:
             # Gradients that came after their bucket was sent, on some rank: sums are linear, so send them after it.
@@ -1443,8 +1445,8 @@ def _find(parameter: nn.Parameter) -> tuple[Zero, Bucket, Slot]:
         bucket, slot = zero.places.get(id(parameter), (None, None))
         if slot is not None and slot.parameter is parameter:
             return zero, bucket, slot
-    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters of a "
-                     "model that was given to initialize(), until its engine's destroy()")
+    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters of "
+                     "a model that was given to initialize(), until its engine's destroy()")
 
 
 def _is_held(parameter: nn.Parameter) -> bool:
@@ -1452,7 +1454,7 @@ def _is_held(parameter: nn.Parameter) -> bool:
 
 
 class GatheredParameters:
-    """A context in which parameters are whole, to be read, or written with a ``modifier_rank``. All ranks must enter it.
+    """A context in which parameters are whole, to be read, or written with ``modifier_rank``. All ranks must enter it.
 
     params          a parameter or several; those that no engine holds are left alone
     modifier_rank   the rank whose changes to ``params`` all ranks take over at the end. None: reading only
@@ -1479,8 +1481,8 @@ class GatheredParameters:
             if bucket.unit is not None:
                 zero.let_go(bucket.unit, self)
         if lost:
-            raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a modifier_rank, "
-                             "and are lost; give the rank whose changes shall be kept")
+            raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
+                             "modifier_rank, and are lost; give the rank whose changes shall be kept")
 
     def _keep_changes(self) -> list[str]:
         """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
@@ -1544,8 +1546,8 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     if zero.pending:
         zero.finish_backward()
     if not bucket.reduced:
-        raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last backward() "
-                           "and step()")
+        raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last "
+                           "backward() and step()")
     bucket.scatter(slot, value * (zero.divisor / bucket.predivide), bucket.grad_shard, bucket.own[0])
     slot.used = True
 
@@ -1579,7 +1581,7 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
 
 
 def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
-    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, state that is a scalar.
+    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, scalar state.
 
     All ranks compare notes, since a rank may hold no part of the parameter.
     """
@@ -1597,7 +1599,8 @@ def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment 
         dist.all_gather_object(reports, report)
     keys, scalar = next((r for r in reports if r is not None), ([], None))
     if key not in keys:
-        raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: {', '.join(keys) or 'none before an update'})")
+        raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
+                         f"{', '.join(keys) or 'none before an update'})")
     return bucket, slot, segment, value if per_element else None, scalar
 
 
@@ -1618,8 +1621,8 @@ class CheckpointError(RuntimeError):
 class Piece:
     """A stretch of a parameter, or of its optimizer state, in a checkpoint's file.
 
-    start, end   in elements of the parameter as it lies in memory; whoever loads it takes the stretches that it needs, so
-                 a checkpoint knows nothing of buckets, stages or the number of ranks that will read it
+    start, end   in elements of the parameter as it lies in memory; whoever loads it takes the stretches that it needs,
+                 so a checkpoint knows nothing of buckets, stages or the number of ranks that will read it
     shape        of state that is not an element's (Adafactor's rows); None: 1-D, from start to end
     """
     name: str
@@ -1644,8 +1647,8 @@ def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]
         for parameter, key, start, tensor in shares:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
-            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name, offset,
-                                       len(data), zlib.crc32(data), shape)))
+            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name,
+                                       offset, len(data), zlib.crc32(data), shape)))
             file.write(data)
             offset += len(data)
         file.flush()
@@ -1673,7 +1676,7 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
-    """The part of a parameter that lies in ``held``, which begins at element ``start`` of the bucket, and in ``mine``."""
+    """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
     if low < high:
         yield slot.name, key, low - slot.offset, held[low - start:high - start]
@@ -1720,8 +1723,8 @@ class CheckpointReader:
             wrapped = json.loads((folder / "meta.json").read_text())
             self.meta = wrapped["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; load "
-                                  "another tag") from None
+            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; "
+                                  "load another tag") from None
         if wrapped.get("checksum") != zlib.crc32(json.dumps(self.meta, sort_keys=True).encode()):
             raise CheckpointError(f"{folder / 'meta.json'} is damaged: its checksum does not match; load another tag")
         self.files: dict[str, Tensor] = {}
@@ -1733,15 +1736,15 @@ class CheckpointReader:
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != facts["size"] or Path(name).name != name:
-                raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the checkpoint "
-                                      f"has {facts['size']}: it is not complete; load another tag")
+                raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the "
+                                      f"checkpoint has {facts['size']}: it is not complete; load another tag")
 
     def keys(self, name: str) -> list[str]:
         """The optimizer state that is there for a parameter, value by value."""
         return [key for owner, key in self.pieces if owner == name and key]
 
     def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
-        """Raise CheckpointError unless a parameter, or its state, is there without a gap, and undamaged from start to end.
+        """Raise CheckpointError unless a parameter, or its state, is there without a gap, undamaged from start to end.
 
         Every piece is checked by a rank that reads it.
         """
@@ -1754,8 +1757,8 @@ class CheckpointReader:
             if piece.shape is None and (piece.start >= end or piece.end <= start):
                 continue
             if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
-                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of {key or 'the values'} of {name} "
-                                      "does not match; load another tag")
+                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
+                                      f"{key or 'the values'} of {name} does not match; load another tag")
         if covered != size:
             raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
 
@@ -1785,8 +1788,8 @@ class CheckpointReader:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
-            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to unpickle: "
-                                  "it was not written by save_checkpoint(); load another tag") from None
+            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to "
+                                  "unpickle: it was not written by save_checkpoint(); load another tag") from None
 
     def _bytes(self, piece: Piece) -> Tensor:
         if piece.file not in self.files:
@@ -1800,8 +1803,8 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
     saved, own = reader.meta["parameters"], {slot.name: slot for bucket in zero.buckets for slot in bucket.slots}
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if strict and (missing or extra):
-        raise CheckpointError(f"{reader.folder} is of another model: it lacks {missing or 'nothing'}, and has beside it "
-                              f"{extra or 'nothing'}; load it into the model that saved it, or with "
+        raise CheckpointError(f"{reader.folder} is of another model: it lacks {missing or 'nothing'}, and has beside "
+                              f"it {extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
     for bucket in zero.buckets:
         low, high = (0, bucket.numel) if bucket.shard is None else bucket.own
@@ -1849,7 +1852,8 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
 def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
     """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
     scalars, state = reader.meta["scalars"], zero.optimizer.state
-    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name)) for slot in bucket.slots if slot.shape.numel()]
+    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name))
+                 for slot in bucket.slots if slot.shape.numel()]
     if any(history != histories[0] for history in histories):
         bucket.split(zero.optimizer)
     for segment in bucket.segments:
@@ -1901,13 +1905,15 @@ def checkpoint_folder(directory: str | os.PathLike, tag: str | None) -> Path | N
 
 def check_tag(tag: Any) -> None:
     """Refuse a tag that is no plain folder name."""
-    if not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest" or "\0" in tag:
+    if (not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest"
+            or "\0" in tag):
         raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100'")
 
 
 def _main(argv: list[str] | None = None) -> int:
     """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..."""
-    parser = argparse.ArgumentParser(prog="zero.py", description="Look into checkpoints, or make plain state dicts of them.")
+    parser = argparse.ArgumentParser(prog="zero.py",
+                                     description="Look into checkpoints, or make plain state dicts of them.")
     commands = parser.add_subparsers(dest="command", required=True)
     parts = [commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes"),
              commands.add_parser("inspect", help="print what is inside")]
@@ -1966,8 +1972,8 @@ def check_ranks_agree(description: Sequence[str], device: torch.device) -> None:
     rank = next(r for r, text in enumerate(texts) if text != texts[0])
     pairs = list(zip_longest(texts[0], texts[rank], fillvalue="nothing"))
     ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-    raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the same "
-                     "config and the same model")
+    raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the "
+                     "same config and the same model")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     .venv/bin/torchrun --nproc_per_node 2 tests/bench_resume.py                 33 M parameters, each rank its share
     .venv/bin/torchrun --nproc_per_node 2 tests/bench_resume.py --rounds 9 --dir /some/disk
 
-A round saves and loads once each way, in turn; the medians over the rounds are printed. Both sync their file to the disk
-before they count as saved; plain PyTorch writes one file per rank, with no index, no checksum and nothing renamed. At
-last, what an asynchronous save adds to the time until ``save_checkpoint`` returns, beside the copy that it has to make.
+A round saves and loads once each way, in turn; the medians over the rounds are printed. Both sync their file to the
+disk before they count as saved; plain PyTorch writes one file per rank, with no index, no checksum and nothing renamed.
+At last, what an asynchronous save adds to the time until ``save_checkpoint`` returns, beside the copy that it has to
+make.
 """
 
 import argparse

@@ -22,7 +22,8 @@ from engine import ConfigError
 from test_zero import model_state_bytes, train_wide
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
-HALF = {"fp16": {"fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8}}, "bf16": {"bf16": {"enabled": True}}}
+HALF = {"fp16": {"fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8}},
+        "bf16": {"bf16": {"enabled": True}}}
 
 
 class Net(nn.Module):
@@ -42,7 +43,8 @@ def trained(precision: dict, stage: int, micro_batches: int, steps: int = 5, **m
     """Weights after training on ``micro_batches`` per step: shared out over the ranks, the rest accumulated."""
     torch.manual_seed(0)
     model = Net()
-    config = {"train_batch_size": 4 * micro_batches, "gradient_accumulation_steps": micro_batches // dist.get_world_size(),
+    config = {"train_batch_size": 4 * micro_batches,
+              "gradient_accumulation_steps": micro_batches // dist.get_world_size(),
               "gradient_clipping": 0.0, "optimizer": ADAM,
               "zero_optimization": {"stage": stage, "reduce_bucket_size": 500}} | precision | more
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -71,7 +73,8 @@ def test_every_stage_and_number_of_ranks_trains_what_one_process_trains(run_rank
             # The same sums in the same order, and division by a power of two: the same bits. With 3 ranks the mean is
             # rounded at another place, and stage 0 leaves the order of more than two summands to the all-reduce.
             exact = world_size in (1, 2) or world_size == 4 and stage > 0
-            assert worst == 0 if exact else worst < {"fp16": 5e-3, "bf16": 2e-2}[name], f"stage {stage}, rank {rank} of {world_size}: {worst:.3g}"
+            assert worst == 0 if exact else worst < {"fp16": 5e-3, "bf16": 2e-2}[name], \
+                f"stage {stage}, rank {rank} of {world_size}: {worst:.3g}"
             assert their_scales == scales
 
 
@@ -216,7 +219,8 @@ def test_an_infinite_gradient_on_one_rank_skips_the_step_and_the_schedule_on_all
     second = 128.0 if name == "fp16" else 1.0
     for stage in range(4):
         assert run_ranks(overflowing, 2, precision, stage) == [[
-            (True, 1, 0, [0.01], second, True), (False, 1, 1, [pytest.approx(0.001)], second, True)]] * 2, f"stage {stage}"
+            (True, 1, 0, [0.01], second, True),
+            (False, 1, 1, [pytest.approx(0.001)], second, True)]] * 2, f"stage {stage}"
 
 
 def at_the_minimum():
@@ -263,7 +267,8 @@ def warnings_of_a_skip():
 
 
 def test_bf16_takes_such_a_step_when_told_to(run_ranks):
-    ((same, skipped, *_), _), _ = run_ranks(overflowing, 2, {"bf16": {"enabled": True, "check_grad_overflow": False}}, 1)
+    precision = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    ((same, skipped, *_), _), _ = run_ranks(overflowing, 2, precision, 1)
     assert (same, skipped) == (False, 0)
 
 
@@ -400,11 +405,13 @@ def test_a_caller_may_run_backward_on_the_scaled_loss(run_ranks):
 
 def test_the_precision_in_force_is_told_in_a_table():
     model = Net()
-    config = amp.PrecisionConfig(bf16=amp.BF16Config(enabled=True, keep_fp32=["blocks.*.1"]), communication_data_type="bf16")
+    config = amp.PrecisionConfig(bf16=amp.BF16Config(enabled=True, keep_fp32=["blocks.*.1"]),
+                                 communication_data_type="bf16")
     precision = amp.Precision(config, model, torch.device("cpu"))
     header, half, full, last = precision.table(model, precision.make_scaler()).splitlines()
     assert header.split() == ["parameters", "compute", "masters,", "state", "accumulation", "reduction"]
-    assert half.split() == ["884", "bf16", "fp32", "fp32", "bf16"] and full.split() == ["96", "fp32", "fp32", "fp32", "bf16"]
+    assert half.split() == ["884", "bf16", "fp32", "fp32", "bf16"]
+    assert full.split() == ["96", "fp32", "fp32", "fp32", "bf16"]
     assert last == "autocast: off; loss scale: none; steps with gradients that are not finite are skipped"
 
 
@@ -425,7 +432,8 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
     ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0"),
     ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis is 0; allowed: a number from 1 up"),
     ({"fp16": {"min_loss_scale": 0}}, "fp16.min_loss_scale is 0.0"),
-    ({"fp16": {"enabled": True, "min_loss_scale": 4, "initial_scale_power": 1}}, "min_loss_scale is 4.0; allowed: at most"),
+    ({"fp16": {"enabled": True, "min_loss_scale": 4, "initial_scale_power": 1}},
+     "min_loss_scale is 4.0; allowed: at most"),
     ({"fp16": {"enable": True}}, "unknown key fp16.enable, .* did you mean 'enabled'"),
     ({"fp16": {"enabled": 1}}, "fp16.enabled is 1; allowed: true or false"),
     ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states is True; allowed: the value of"),
@@ -434,7 +442,8 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
     ({"communication_data_type": "half"}, "communication_data_type is 'half'"),
     ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which prescale_gradients switches on"),
     ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op is 'max'; allowed: mean or sum"),
-    ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}}, "bf16.keep_fp32 holds 'Norm', but the model has no such module"),
+    ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}},
+     "bf16.keep_fp32 holds 'Norm', but the model has no such module"),
 ])
 def test_contradictions_are_refused_by_key(change, told):
     with pytest.raises(ValueError, match=told):

@@ -871,14 +871,15 @@ def test_training_is_bit_equal_with_and_without_it_at_every_stage(run_ranks, wor
 
 def test_at_stage_3_recomputation_gathers_each_unit_once_more_and_not_twice(run_ranks):
     shape = {"layers": 4, "shared": False, "frozen": False}
-    for results in run_ranks(trained_with, 2, [None, {}, {"every": 2}, {"every": 4}, {"mode": "selective"}], 3, shape, {},
-                             1):
+    for results in run_ranks(trained_with, 2, [None, {}, {"every": 2}, {"every": 4}, {"mode": "selective"}], 3, shape,
+                             {}, 1):
         assert {gathered for _, gathered in results} == {results[0][1]}, "once in forward, once in backward, as without"
 
 
 def test_the_profile_is_told_per_module(run_ranks):
     (report,) = run_ranks(profiled, 1)
-    assert set(report) == {"blocks.0", "blocks.1"} and all(row.recomputations == row.calls == 1 for row in report.values())
+    assert set(report) == {"blocks.0", "blocks.1"}
+    assert all(row.recomputations == row.calls == 1 for row in report.values())
     assert all(row.bytes_kept == 2 * 5 * 8 * 4 and row.seconds_recomputed > 0 for row in report.values())
 
 
@@ -894,7 +895,8 @@ def profiled() -> dict:
 def test_the_section_is_checked_by_the_engine():
     for section, told in (({"partition_activations": True}, "partition_activations is True"),
                           ({"module": []}, "unknown key activation_checkpointing.module, .* did you mean 'modules'"),
-                          ({"modules": "Block"}, "activation_checkpointing.modules is 'Block'; allowed: a list or null"),
+                          ({"modules": "Block"},
+                           "activation_checkpointing.modules is 'Block'; allowed: a list or null"),
                           ({"modules": ["Blok"]}, "modules has .'Blok'., which no module matches")):
         with pytest.raises(ValueError, match=told):
             deepspeed.initialize(model=Deep(2, False, False), config={"train_batch_size": 2,

@@ -46,7 +46,8 @@ def test_every_rank_takes_its_share_and_rank_0_prints_what_one_process_prints(ru
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_example_is_the_same_at_every_zero_stage(run_ranks, stage):
-    assert run_main(["--zero_stage", str(stage)]) == run_ranks(run_main, 2, ["--zero_stage", str(stage)])[0] == run_main([])
+    arguments = ["--zero_stage", str(stage)]
+    assert run_main(arguments) == run_ranks(run_main, 2, arguments)[0] == run_main([])
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_on_every_rank(run_ranks):

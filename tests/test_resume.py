@@ -1,4 +1,4 @@
-"""Saving and resuming: nothing is lost, any checkpoint loads anywhere, and a damaged one is refused before anything changes.
+"""Saving and resuming: nothing is lost, any checkpoint loads anywhere, a damaged one is refused with nothing changed.
 
     .venv/bin/python -m pytest -q tests/test_resume.py
     .venv/bin/python -m pytest -q tests/test_resume.py --long     with many more draws
@@ -39,7 +39,8 @@ class Net(nn.Module):
         super().__init__()
         self.token, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
         self.head.weight = self.token.weight
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2))
+                                    for _ in range(2))
         self.turned = nn.Parameter(torch.randn(3, 6).t())
         self.nothing = nn.Parameter(torch.ones(0, 6))
         self.never = nn.Parameter(torch.ones(3))
@@ -62,9 +63,11 @@ def make(stage: int, precision: dict, groups: bool = False, **more):
         parameters = [{"params": parameters[:3], "lr": 0.003}, {"params": parameters[3:]}]
     data = TensorDataset(torch.arange(40) % 7, torch.arange(40) % 5)
     config = {"train_batch_size": 12, "optimizer": ADAM, "gradient_clipping": 0.5,
-              "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": [0.01] * (1 + groups)}},
+              "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5,
+                                                         "warmup_max_lr": [0.01] * (1 + groups)}},
               "zero_optimization": {"stage": stage, "reduce_bucket_size": 40}} | precision | more
-    engine, _, loader, _ = deepspeed.initialize(model=model, model_parameters=parameters, training_data=data, config=config)
+    engine, _, loader, _ = deepspeed.initialize(model=model, model_parameters=parameters, training_data=data,
+                                                 config=config)
     return engine, endless(loader)
 
 
@@ -137,7 +140,8 @@ def test_n_steps_save_load_m_steps_equal_n_plus_m_bit_for_bit(run_ranks, tmp_pat
     saved = run_ranks(save_after, 2, str(tmp_path), stage, PRECISIONS[name], False, 3, 4)
     resumed = run_ranks(resume, 2, str(tmp_path), stage, PRECISIONS[name], False, 4)
     for (state, steps, end), (their_state, their_steps, their_end, tied) in zip(saved, resumed):
-        assert worst_of(state, their_state)[0] == 0 and steps == their_steps and worst_of(end, their_end)[0] == 0 and tied
+        assert worst_of(state, their_state)[0] == 0 and steps == their_steps
+        assert worst_of(end, their_end)[0] == 0 and tied
 
 
 @given(st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(list(PRECISIONS))),

@@ -67,7 +67,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run_ranks, tmp_path):
     (["--data", "no such file"], "train_gpt.py: error: --data no such file can't be read"),
     (["--data", "SHORT"], "too little text: 27 bytes to train on and 3 held out"),
     (["--config", "no such file"], "train_gpt.py: error: the config file no such file can't be read"),
-    (["--resume"], "--resume needs --save_dir"), (["--heads", "5"], "--heads 5 does not divide --dim 96"), (["--steps", "0"], "--steps is 0; allowed")])
+    (["--resume"], "--resume needs --save_dir"), (["--heads", "5"], "--heads 5 does not divide --dim 96"),
+    (["--steps", "0"], "--steps is 0; allowed")])
 def test_bad_input_is_refused(tmp_path, capsys, arguments, told):
     (tmp_path / "short").write_text("x" * 30)
     arguments = [str(tmp_path / "short") if a == "SHORT" else a for a in arguments]

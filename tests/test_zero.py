@@ -239,7 +239,8 @@ def draws(draw) -> dict:
             "output": draw(st.sampled_from(["tensor", "tuple", "dict", "dataclass"])), "groups": draw(boolean),
             "accumulation": draw(st.sampled_from([1, 1, 2, 3])), "clip": draw(st.sampled_from([0.0, 0.1, 1.0])),
             "bucket": draw(st.sampled_from(["auto", 1, 100, 500])), "overlap": draw(boolean),
-            "threshold": draw(st.sampled_from([0, 0, 20])), "dtype": draw(st.sampled_from([torch.float64, torch.float32])),
+            "threshold": draw(st.sampled_from([0, 0, 20])),
+            "dtype": draw(st.sampled_from([torch.float64, torch.float32])),
             "optimizer": name, "params": params, "state": state}
 
 
@@ -304,7 +305,8 @@ def model_state_bytes(engine) -> int:
     """What a rank holds between steps: parameters, masters, gradients and optimizer state, by their storages."""
     tensors = [p for p in engine.module.parameters()]
     for bucket in engine.zero.buckets:
-        tensors += [t for t in (bucket.flat, bucket.shard, bucket.master, bucket.grad, bucket.grad_shard) if t is not None]
+        held = bucket.flat, bucket.shard, bucket.master, bucket.grad, bucket.grad_shard
+        tensors += [t for t in held if t is not None]
     for entry in engine.optimizer.state.values():
         tensors += [t for t in entry.values() if isinstance(t, torch.Tensor) and t.dim()]
     return storage_bytes(tensors)
@@ -325,12 +327,13 @@ class Wide(nn.Module):
 
 
 def train_wide(stage: int, accumulation: int = 1, steps: int = 2, watch=None, precision: dict | None = None, **extra):
-    """An engine that has trained a Wide for ``steps`` steps; ``watch(engine)`` is called within each block's forward."""
+    """An engine that has trained a Wide for ``steps`` steps; ``watch(engine)`` is called in each block's forward."""
     torch.manual_seed(0)
     model = Wide()
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulation,
-        "optimizer": ADAM, "zero_optimization": {"stage": stage, "reduce_bucket_size": 9000} | extra, **(precision or {})})
+        "optimizer": ADAM, "zero_optimization": {"stage": stage, "reduce_bucket_size": 9000} | extra,
+        **(precision or {})})
     if watch:
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -518,7 +521,8 @@ def test_units_are_found_named_and_shared():
             self.mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
 
     model = nn.ModuleDict({"token": nn.Embedding(50, 4), "stages": nn.ModuleList(
-        nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(3))}) for _ in range(2)), "norm": nn.LayerNorm(4)})
+        nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(3))}) for _ in range(2)),
+        "norm": nn.LayerNorm(4)})
     layers = [f"stages.{i}.layers.{j}" for i in range(2) for j in range(3)]
     assert list(zero.find_blocks(model)) == layers
     assert list(zero.find_units(model, None)) == [*layers, "token"]
