@@ -64,10 +64,10 @@ def make(stage: int, precision: dict, groups: bool = False, **more):
     data = TensorDataset(torch.arange(40) % 7, torch.arange(40) % 5)
     config = {"train_batch_size": 12, "optimizer": ADAM, "gradient_clipping": 0.5,
               "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5,
-                                                         "warmup_max_lr": [0.01] * (1 + groups)}},
+                                                           "warmup_max_lr": [0.01] * (1 + groups)}},
               "zero_optimization": {"stage": stage, "reduce_bucket_size": 40}} | precision | more
     engine, _, loader, _ = deepspeed.initialize(model=model, model_parameters=parameters, training_data=data,
-                                                 config=config)
+                                                config=config)
     return engine, endless(loader)
 
 
