@@ -1791,6 +1791,10 @@ class CheckpointReader:
             raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to "
                                   "unpickle: it was not written by save_checkpoint(); load another tag") from None
 
+    def let_go(self) -> None:
+        """Unmap the files: what was read of them counts as this process's memory as long as they are mapped."""
+        self.files.clear()
+
     def _bytes(self, piece: Piece) -> Tensor:
         if piece.file not in self.files:
             size = self.meta["files"][piece.file]["size"]
@@ -1816,6 +1820,7 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
             mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
             for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
                 reader.verify(slot.name, key, *mine)
+        reader.let_go()
 
 
 @torch.no_grad()
@@ -1828,6 +1833,7 @@ def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) ->
                 _read_slot(reader, slot, "", held, start)
         if bucket.trained and optimizer_states:
             _load_state(zero, bucket, reader)
+        reader.let_go()
         if bucket.shard is not None:
             bucket.publish()
             bucket.gather.wait()
@@ -1857,7 +1863,7 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
     if any(history != histories[0] for history in histories):
         bucket.split(zero.optimizer)
     for segment in bucket.segments:
-        state.pop(segment.parameter, None)
+        before = state.pop(segment.parameter, {})
         members = [slot for slot in ([segment.slot] if segment.slot else bucket.slots) if slot.shape.numel()]
         first = next((slot for slot in members if slot.name in scalars), None)
         if first is None:
@@ -1868,7 +1874,9 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
                 entry[key] = reader.whole(first.name, key).to(bucket.master.device)
                 continue
             dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
-            entry[key] = torch.zeros(segment.end - segment.start, dtype=dtype, device=bucket.master.device)
+            fits = key in before and before[key].shape == segment.parameter.shape and before[key].dtype == dtype
+            entry[key] = before[key] if fits else torch.zeros(
+                segment.end - segment.start, dtype=dtype, device=bucket.master.device)
             for slot in members:
                 _read_slot(reader, slot, key, entry[key], segment.start)
         state[segment.parameter] = entry
@@ -1885,6 +1893,7 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Ten
         tensor = reader.whole(name)
         whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         whole |= dict.fromkeys(facts["aliases"], whole[name])
+        reader.let_go()
     return whole | reader.state()["buffers"]
 
 
