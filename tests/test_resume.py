@@ -421,6 +421,94 @@ def test_the_section_is_checked(section, told):
 # --- Killed while saving ----------------------------------------------------------------------------------------------
 
 
+class Killed(BaseException):
+    """Ends a save in the middle. No handler of the code catches it, so the files stay as a killed process leaves them."""
+
+
+def killed_at_every_call(folder: str, tag: str):
+    """Ends a save before its n-th change of files, for every n; loads after each; returns how many there were."""
+    (Path(folder) / tag).parent.mkdir(exist_ok=True)
+    calls = [(os, "fsync"), (os, "rename"), (shutil, "rmtree"), (zero, "write_pieces")]
+    for n in range(1000):
+        shutil.rmtree(folder)
+        engine, batches = make(1, {})
+        train(engine, batches, 1)
+        engine.save_checkpoint(folder, "old")
+        states = [everything(engine)]
+        train(engine, batches, 1)
+        states.append(everything(engine))
+        left, kept = [n], {(place, name): getattr(place, name) for place, name in calls}
+
+        def guarded(call):
+            def run(*args, **kwargs):
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+                return call(*args, **kwargs)
+            return run
+
+        for (place, name), call in kept.items():
+            setattr(place, name, guarded(call))
+        try:
+            engine.save_checkpoint(folder, tag)
+            killed = False
+        except Killed:
+            killed = True
+        for (place, name), call in kept.items():
+            setattr(place, name, call)
+        engine.destroy()
+        resumed, batches = make(2, {})
+        assert resumed.load_checkpoint(folder)[0], f"nothing loads after {n} changes"
+        which = min(range(2), key=lambda i: worst_of(states[i], everything(resumed))[0])
+        assert worst_of(states[which], everything(resumed))[0] == 0, f"after {n} changes: neither the old nor the new"
+        assert killed or which == 1
+        train(resumed, batches, 1)
+        resumed.save_checkpoint(folder, tag)  # and what the dead save left behind is in nobody's way
+        resumed.destroy()
+        if not killed:
+            return n
+    return None
+
+
+@pytest.mark.parametrize("tag", ["old", "new"])
+def test_a_save_that_ends_before_any_of_its_changes_of_files_leaves_one_that_loads(run_ranks, tmp_path, tag):
+    (changes,) = run_ranks(killed_at_every_call, 1, str(tmp_path / "runs"), tag)
+    assert changes >= 10
+
+
+def killed_between_files(folder: str):
+    """All ranks end when rank 0 has written its file and rank 1 has not, and then when both have."""
+    engine, batches = make(1, {})
+    train(engine, batches, 1)
+    engine.save_checkpoint(folder, "good")
+    state, write, gather = everything(engine), zero.write_pieces, deepspeed._all_gather
+    train(engine, batches, 1)
+    for last_rank in (0, 1):
+        def stop(*args):
+            raise Killed
+
+        def write_then_stop(*args):
+            pieces = write(*args) if dist.get_rank() <= last_rank else stop()
+            deepspeed._all_gather = stop
+            return pieces
+
+        zero.write_pieces = write_then_stop
+        with pytest.raises(Killed):
+            engine.save_checkpoint(folder, f"tag{last_rank}")
+        zero.write_pieces, deepspeed._all_gather = write, gather
+        dist.barrier()
+        resumed, _ = make(3, {})
+        resumed.load_checkpoint(folder)
+        assert worst_of(state, everything(resumed))[0] == 0
+        with pytest.raises(zero.CheckpointError, match="this is no complete checkpoint"):
+            resumed.load_checkpoint(folder, f"tag{last_rank}")
+    return True
+
+
+def test_a_save_that_ends_between_the_ranks_files_leaves_the_one_before(run_ranks, tmp_path):
+    assert run_ranks(killed_between_files, 2, str(tmp_path)) == [True, True]
+
+
 SAVER = """
 import os, sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
