@@ -1193,6 +1193,8 @@ class Zero:
             return
         for needed in self._with_companions(unit):
             self.hold(needed, call)
+        if not (self.root.calls or _in_backward()):
+            return  # a part of the model is called by itself: there is no pass through the model to learn from
         following = self.traces[_in_backward()].next_after(unit)
         if following is not None and following.state is UnitState.SHARDED and self._may_prefetch(following):
             self._start_gather(following)
