@@ -19,7 +19,8 @@ So with a loss that is the mean over its micro-batch, the gradient is the mean o
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
 
 The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
-data, the engine (which also saves and resumes), ``initialize``. A single process needs no launcher; it runs no collective.
+data, the engine (which also saves and resumes), ``initialize``. A single process needs no launcher; it runs no
+collective.
 """
 
 import difflib
