@@ -422,7 +422,7 @@ def test_the_section_is_checked(section, told):
 
 
 class Killed(BaseException):
-    """Ends a save in the middle. No handler of the code catches it, so the files stay as a killed process leaves them."""
+    """Ends a save in the middle. No handler of the code catches it: the files stay as a killed process leaves them."""
 
 
 def killed_at_every_call(folder: str, tag: str):
