@@ -31,8 +31,8 @@ norm, update; and for the weights the rounding of the updated shard, written whe
 This file knows nothing of sharding: it says which dtype goes where, casts inputs, and keeps the scale.
 """
 
+import copy
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -267,7 +267,6 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _rebuilt(value: dict, items: dict) -> dict:
     """A dict of the class of ``value``, such as an OrderedDict or a model's output class, with other items."""
-    import copy
     changed = copy.copy(value)
     changed.update(items)
     return changed

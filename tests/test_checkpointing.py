@@ -780,12 +780,12 @@ def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
     said = warnings_of(caplog, lambda: checkpointing.configure(None, contiguous_checkpointing=True, num_checkpoints=4))
     assert [text.split(" has no effect")[0] for text in said] == [
         "num_checkpoints", "activation_checkpointing.contiguous_memory_optimization"]
-    for given, told in (({"mpu_": object()}, "mpu_ is <object"),
+    for call, told in (({"mpu_": object()}, "mpu_ is <object"),
                         ({"mpu_": None, "partition_activations": True}, "partition_activations is True"),
                         ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": {"evry": 2}}},
                          "unknown key activation_checkpointing.evry")):
         with pytest.raises(ValueError, match=told):
-            checkpointing.configure(**given)
+            checkpointing.configure(**call)
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------

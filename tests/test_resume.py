@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -354,7 +356,6 @@ def test_a_pickle_that_would_run_code_is_refused(run_ranks, tmp_path):
     meta = json.loads((tmp_path / "good" / "meta.json").read_text())
     evil = pickle.dumps(Bad())
     (tmp_path / "good" / "state.pt").write_bytes(evil)
-    import zlib
     meta["content"]["files"]["state.pt"] = {"size": len(evil), "checksum": zlib.crc32(evil)}
     meta["checksum"] = zlib.crc32(json.dumps(meta["content"], sort_keys=True).encode())
     (tmp_path / "good" / "meta.json").write_text(json.dumps(meta))
@@ -395,7 +396,6 @@ def test_what_does_not_fit_is_refused_on_every_rank(run_ranks, tmp_path):
 def only_rank_0_saves(folder: str):
     engine, _ = make(1, {})
     if dist.get_rank() == 0:
-        from datetime import timedelta
         barrier = dist.monitored_barrier
         dist.monitored_barrier = lambda: barrier(timeout=timedelta(seconds=1))
         try:
