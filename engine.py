@@ -175,7 +175,6 @@ class Config:
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
 NOT_YET = {"sparse_gradients", "managed_gradient_accumulation", "dump_state", "zero_force_ds_cpu_optimizer"}
-NOT_YET |= {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
 NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
             "data_efficiency", "disable_allgather", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine",
             "memory_breakdown", "nebula", "pipeline", "progressive_layer_drop", "quantize_training",
@@ -310,39 +309,6 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
 # --- The process group ------------------------------------------------------------------------------------------------
 
 
-def _own_device(local_rank: int) -> torch.device:
-    """This process's GPU, or the CPU on a machine without any."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # seen by all ranks: all raise, none waits
-    if needed > torch.cuda.device_count():
-        raise ConfigError(f"{needed} processes on this machine need as many GPUs; it has {torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _start_process_group(device: torch.device, port: int, required: bool | None) -> bool:
-    """Start the default process group unless there is one; True when it was started here.
-
-    The launcher's variables say who is in it. Without a launcher, this process is a group of its own.
-    """
-    if dist.is_initialized():
-        return False
-    if required is False:
-        raise ConfigError("dist_init_required is False, but torch.distributed is not initialized")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return True
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
-    if missing:
-        raise ConfigError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
-                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
-    os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(backend)
-    return True
-
-
 @torch.no_grad()
 def _broadcast_buffers(model: nn.Module) -> None:
     """Make every buffer what it is on rank 0; the parameters come with their buckets."""
@@ -353,9 +319,19 @@ def _broadcast_buffers(model: nn.Module) -> None:
             tensor.copy_(dense)
 
 
+def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dictionaries, by the path of its key."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _describe(settings: Config, model: nn.Module) -> list[str]:
     """What all ranks must have in common, a line each."""
-    lines = [f"{key} {value!r} in its config" for key, value in asdict(settings).items()]
+    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(settings))
+             if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
               for name, p in model.named_parameters()]
     return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
@@ -1084,7 +1060,8 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        raise ValueError("the model has tensors on the meta device, without values; materialize it first")
+        raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
+                         "values and shards them")
     settings, failure = None, None
     try:
         settings = load_config(_only_config(args, config, config_params))
@@ -1094,8 +1071,11 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             raise
 
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, getattr(args, "local_rank", None) or 0)))
-    device = _own_device(local_rank)
-    started = _start_process_group(device, distributed_port, dist_init_required)
+    try:
+        device = zero.own_device(local_rank)
+        started = zero.start_process_group(device, distributed_port, dist_init_required) or zero.started_group(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         zero.check_ranks_agree([f"the error: {failure}"] if failure else _describe(settings, model), device)
         if failure:
@@ -1113,7 +1093,8 @@ def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, tr
     """Place the model, and give the engine what trains it; the arguments and the result are those of initialize()."""
     model, settings, device = engine.module, engine.config, engine.device
     settings.settle_batch_sizes(engine.world_size)
-    model.to(device)
+    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
+        module._buffers = {name: None if b is None else b.to(device) for name, b in module._buffers.items()}
     if engine.world_size > 1:
         _broadcast_buffers(model)
 
