@@ -206,6 +206,8 @@ NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops"
 NOT_NEEDED = {"sparse_gradients": "has no effect, as sparse gradients are summed densely here",
               "zero_force_ds_cpu_optimizer": "has no effect, as there is no CPU optimizer of DeepSpeed's here"}
 
+ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm"}  # here; so "false" is refused as well
+
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     """A checked Config, from a dictionary or from the path of a JSON file."""
@@ -244,7 +246,7 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
             raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; "
                               "take it out, or use fp16")
         if f"{path}{key}" in NOT_YET | NOT_HERE | NOT_NEEDED.keys():
-            if _asks_for_nothing(raw[key]):
+            if _is_off(raw[key]) and f"{path}{key}" not in ALWAYS_ON:
                 continue
             why = "is not implemented yet" if f"{path}{key}" in NOT_YET else NOT_NEEDED.get(
                 f"{path}{key}", "belongs to a part of DeepSpeed that is not covered")
@@ -262,7 +264,7 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
         raise ConfigError(str(error)) from None
 
 
-def _asks_for_nothing(value: Any) -> bool:
+def _is_off(value: Any) -> bool:
     """Whether a section or key is there only to say that it is off: then leaving it out changes nothing."""
     return value is False or value is None or isinstance(value, Mapping) and value.get("enabled") is False
 
@@ -1371,6 +1373,7 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
             schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
             _check_data(training_data)
+            zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
         except Exception as error:  # the caller's functions may raise anything
             failure = error
         _raise_on_all(failure, [] if failure else _describe_training(model, chosen, schedule, training_data), device)
