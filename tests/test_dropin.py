@@ -502,7 +502,9 @@ def draw_mistakes(seed: int, count: int) -> list[Mistake]:
         if index % 2:
             what, (arguments, told), all_hear = "config", wrong_config(draw, stage), True
         else:
-            what, arguments, told, all_hear = draw.choice(wrong_calls())
+            names = list(dict.fromkeys(call[0] for call in wrong_calls()))  # each in turn
+            what = names[index // 2 % len(names)]
+            what, arguments, told, all_hear = draw.choice([call for call in wrong_calls() if call[0] == what])
             stage = max(stage, 2) if what == "no_sync" else stage
         mistakes.append(Mistake(what, arguments, told, stage, all_hear and draw.random() < 0.5))
     return mistakes
@@ -557,6 +559,23 @@ def make_mistakes(mistakes: list[Mistake], folder: str) -> list[str]:
         if not largest < 1e-6:
             wrong.append(f"{mistake}: the right calls after it train weights that differ by {largest}")
     return wrong
+
+
+def test_a_refused_call_gives_model_and_optimizer_back_as_they_were(alone):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
+    config = SIZES | {"bf16": {"enabled": True, "keep_fp32": ["Linear"]}, "zero_optimization": {"stage": 3},
+                      "activation_checkpointing": {"modules": ["Tanh"]}, "scheduler": {"type": "WarmupLR"}}
+    with pytest.raises(ValueError, match="modules has .*'Nothing'"):
+        alone(config | {"activation_checkpointing": {"modules": ["Tanh", "Nothing"]}}, model=model, optimizer=optimizer)
+    alone(CONFIG, model=model)
+    with pytest.raises(ValueError, match="another engine already trains this model"):
+        alone(config, model=model, optimizer=optimizer)  # refused last of all, after all that can be changed
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name][0] and torch.equal(value, before[name][1]), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
