@@ -19,8 +19,8 @@ So with a loss that is the mean over its micro-batch, the gradient is the mean o
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
 
 The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
-data, the engine (which also saves and resumes), ``initialize``. A single process needs no launcher; it runs no
-collective.
+data, the engine (which also saves and resumes), ``initialize``, and what else scripts call by DeepSpeed's names. A
+single process needs no launcher; it runs no collective.
 """
 
 import argparse
@@ -158,6 +158,10 @@ class Config:
         """What the config says of dtypes."""
         return amp.PrecisionConfig(self.fp16, self.bf16, self.torch_autocast, self.data_types,
                                    self.communication_data_type)
+
+    def collective_timeout(self) -> timedelta | None:
+        """How long a collective may take; None: as long as PyTorch lets it."""
+        return None if self.timeout is None else timedelta(seconds=self.timeout)
 
     def predivide(self, world_size: int) -> float | None:
         """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
@@ -796,7 +800,7 @@ class Engine(nn.Module):
         """Update now, with the mean over the micro-batches of a window that is not full; False if it is empty.
 
         For the end of an epoch whose micro-batches the accumulation steps do not divide. Every rank must call it, after
-        equally many micro-batches.
+        equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._require_optimizer("flush()")
         if not self._window:
@@ -1098,7 +1102,8 @@ class Engine(nn.Module):
             failure, what = error, f"the error: {error}"
         try:
             if dist.get_backend() == "gloo" and self.world_size > 1:
-                dist.monitored_barrier()
+                # By itself it would wait for 30 minutes, whatever the process group's timeout is.
+                dist.monitored_barrier(timeout=self.config.collective_timeout())
         except RuntimeError as error:
             raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
                                f"{str(error).splitlines()[0]}") from None
@@ -1361,8 +1366,8 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     given = 0 if failure else getattr(args, "local_rank", None) or 0
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, given)))
     device = _own_device(local_rank)
-    timeout = timedelta(seconds=settings.timeout) if settings and settings.timeout else None
-    started = _start_process_group(device, distributed_port, dist_init_required, timeout)
+    started = _start_process_group(device, distributed_port, dist_init_required,
+                                   settings.collective_timeout() if settings else None)
     put_back = None
     try:
         _raise_on_all(failure, [] if failure else _describe(settings, model), device)
