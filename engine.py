@@ -190,7 +190,6 @@ class Config:
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
-NOT_YET = {f"zero_optimization.{key}" for key in ("offload_param", "offload_optimizer")}
 NOT_HERE = {"aio", "amp", "autotuning", "comet", "compile", "compression_training", "csv_monitor",
             "curriculum_learning", "data_efficiency", "disable_allgather", "disable_python_gc", "eigenvalue",
             "elasticity", "expert_parallel", "flops_profiler", "hybrid_engine", "log_level", "memory_breakdown",
@@ -249,11 +248,10 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
         if path == "bf16." and "scale" in key:
             raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; "
                               "take it out, or use fp16")
-        if f"{path}{key}" in NOT_YET | NOT_HERE | NOT_NEEDED.keys():
+        if f"{path}{key}" in NOT_HERE | NOT_NEEDED.keys():
             if _is_off(raw[key]) and f"{path}{key}" not in ALWAYS_ON:
                 continue
-            why = "is not implemented yet" if f"{path}{key}" in NOT_YET else NOT_NEEDED.get(
-                f"{path}{key}", "belongs to a part of DeepSpeed that is not covered")
+            why = NOT_NEEDED.get(f"{path}{key}", "belongs to a part of DeepSpeed that is not covered")
             raise ConfigError(f"{path}{key} {why}; take it out of the config")
         near = _nearest(key, known)
         raise ConfigError(f"unknown key {path}{key}, set to {raw[key]!r}{near} (known: {', '.join(known)})")
@@ -343,17 +341,6 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
 # --- The process group ------------------------------------------------------------------------------------------------
 
 
-def _own_device(local_rank: int) -> torch.device:
-    """This process's GPU, or the CPU on a machine without any."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # seen by all ranks: all raise, none waits
-    if needed > torch.cuda.device_count():
-        raise ConfigError(f"{needed} processes on this machine need as many GPUs; it has {torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
 def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool = True, distributed_port: int = 29500,
                      verbose: bool = True, timeout: timedelta | None = None, init_method: str | None = None,
                      dist_init_required: bool | None = None, config: Any = None, rank: int = -1,
@@ -373,7 +360,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     config              refused: initialize() reads the config
     rank, world_size    who this is, instead of the launcher's variables
 
-    Raises ValueError for arguments that can't be meant, ConfigError for an environment that can't be.
+    Raises ValueError for arguments and environments that can't be meant.
     """
     if config is not None:
         raise ValueError("config is given to init_distributed(); allowed: None. initialize() takes the config, and "
@@ -392,9 +379,13 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
         raise ValueError(f"dist_backend is {dist_backend!r}; allowed: a backend of this PyTorch, such as "
                          f"{', '.join(name for name in ('nccl', 'gloo', 'mpi') if dist.is_backend_available(name))}")
     _check_start(distributed_port, dist_init_required)
-    device = _own_device(int(os.environ.get("LOCAL_RANK", 0)))
-    started = _start_process_group(device, distributed_port, dist_init_required, timeout, dist_backend, init_method,
-                                   rank, world_size)
+    device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized() and dist_init_required is not False and (rank != -1 or init_method is not None):
+        os.environ.setdefault("MASTER_PORT", str(distributed_port))
+        dist.init_process_group(dist_backend, init_method, timeout, world_size, rank)
+        started = True
+    else:
+        started = zero.start_process_group(device, distributed_port, dist_init_required, dist_backend, timeout)
     if not started and world_size not in (-1, dist.get_world_size()):
         raise ValueError(f"world_size is {world_size}, but the process group that there is has {dist.get_world_size()}")
     if verbose and started:
@@ -408,40 +399,6 @@ def _check_start(port: Any, required: Any) -> None:
         raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
 
 
-def _start_process_group(device: torch.device, port: int, required: bool | None, timeout: timedelta | None,
-                         backend: str | None = None, init_method: str | None = None, rank: int = -1,
-                         world_size: int = -1) -> bool:
-    """Start the default process group unless there is one; True when it was started here.
-
-    The launcher's variables say who is in it. Without a launcher, this process is a group of its own.
-    """
-    if dist.is_initialized():
-        if timeout is not None and dist.get_rank() == 0:
-            logger.warning("a timeout of %s has no effect: the process group is there already, and keeps its own",
-                           timeout)
-        return False
-    if required is False:
-        raise ConfigError("dist_init_required is False, but torch.distributed is not initialized")
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    if rank != -1 or init_method is not None:
-        os.environ.setdefault("MASTER_PORT", str(port))
-        dist.init_process_group(backend, init_method, timeout, world_size, rank)
-        return True
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-            raise ConfigError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
-                              "train alone. Start the script with torchrun")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return True
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
-    if missing:
-        raise ConfigError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
-                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
-    os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(backend, timeout=timeout)
-    return True
-
-
 @torch.no_grad()
 def _broadcast_buffers(model: nn.Module) -> None:
     """Make every buffer what it is on rank 0; the parameters come with their buckets."""
@@ -452,9 +409,19 @@ def _broadcast_buffers(model: nn.Module) -> None:
             tensor.copy_(dense)
 
 
+def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dictionaries, by the path of its key."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _describe(settings: Config, model: nn.Module) -> list[str]:
     """What all ranks must have in common, a line each."""
-    lines = [f"{key} {value!r} in its config" for key, value in asdict(settings).items()]
+    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(settings))
+             if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
               for name, p in model.named_parameters()]
     return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
@@ -1365,16 +1332,19 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             raise
     given = 0 if failure else getattr(args, "local_rank", None) or 0
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, given)))
-    device = _own_device(local_rank)
-    started = _start_process_group(device, distributed_port, dist_init_required,
-                                   settings.collective_timeout() if settings else None)
+    try:
+        device = zero.own_device(local_rank)
+        started = zero.start_process_group(device, distributed_port, dist_init_required,
+                                           timeout=settings.collective_timeout() if settings else None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    started = started or isinstance(model, nn.Module) and zero.started_group(model)
     put_back = None
     try:
         _raise_on_all(failure, [] if failure else _describe(settings, model), device)
         put_back = _remember(model, optimizer)
         try:
             settings.settle_batch_sizes(dist.get_world_size())
-            model.to(device)
             chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
             schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
             _check_data(training_data)
@@ -1403,7 +1373,8 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        raise ValueError("the model has tensors on the meta device, without values; materialize it first")
+        raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
+                         "values and shards them")
     if collate_fn is not None and not callable(collate_fn):
         raise ValueError(f"collate_fn is {collate_fn!r}; allowed: a function from a list of samples to a batch")
 
@@ -1437,6 +1408,8 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
+    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
+        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
     if engine.world_size > 1:
         _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)
@@ -1585,7 +1558,7 @@ ABSENT = {
         "engine.set_custom_curriculum_learning_schedule engine.flops_profiler_* engine.monitor engine.zenflow* "
         "engine.*compile* engine.get_autosp_backend engine.register_compile_pass engine.load_universal_checkpoint "
         "engine.uses_parallelization_pass_only engine.optimized_linear_*",
-    "offload is not covered":
+    "offload is the config's alone, `zero_optimization.offload_optimizer` and `offload_param`":
         "engine.offload_states engine.reload_states engine.*offload* engine.aio_config engine.swap_tensor_config "
         "engine.cpuadam_cores_perc engine.zero_use_cpu_optimizer",
     "it is a value of the config: `engine.config` has it":

@@ -46,13 +46,18 @@ import logging
 import math
 import os
 import pickle
+import shutil
+import socket
 import sys
+import tempfile
 import time
 import weakref
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
@@ -80,6 +85,48 @@ class LeafModules:
 
 
 @dataclass
+class OffloadOptimizer:
+    """``offload_optimizer``: masters, reduced gradients and optimizer state leave the GPU; the CPU takes the step."""
+    device: str = "none"           # "cpu": to host memory; "nvme": to files, and gradients to host memory; "none": stay
+    nvme_path: str | None = None   # the folder of the files
+    pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
+    ratio: float = 1.0             # how much of it goes, by elements, in whole buckets
+    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    buffer_count: int = 4
+    fast_init: bool = False
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+
+    def __post_init__(self) -> None:
+        _check_offload("offload_optimizer", self)
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"zero_optimization.offload_optimizer.ratio is {self.ratio}; allowed: 0 to 1")
+
+
+@dataclass
+class OffloadParam:
+    """``offload_param``, stage 3: the shards of the parameters leave the GPU, and come back as they are gathered."""
+    device: str = "none"           # "cpu": to host memory; "nvme": to files; "none": stay
+    nvme_path: str | None = None   # the folder of the files
+    pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
+    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    buffer_count: int = 5
+    buffer_size: int = 10**8
+    max_in_cpu: int = 10**9
+
+    def __post_init__(self) -> None:
+        _check_offload("offload_param", self)
+
+
+def _check_offload(key: str, section: OffloadOptimizer | OffloadParam) -> None:
+    if section.device not in ("none", "cpu", "nvme"):
+        raise ValueError(f"zero_optimization.{key}.device is {section.device!r}; allowed: none, cpu or nvme")
+    if section.device == "nvme" and not section.nvme_path:
+        raise ValueError(f"zero_optimization.{key}.nvme_path is missing, and device is nvme; needed: a folder")
+    _warn_without_effect(f"zero_optimization.{key}", section)
+
+
+@dataclass
 class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
     stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
@@ -92,6 +139,8 @@ class ZeroConfig:
     stage3_max_live_parameters: int = 10**9           # nothing is gathered ahead past this many gathered elements
     stage3_param_persistence_threshold: int | str = 0  # parameters up to this size stay whole (DeepSpeed: 1e5)
     leaf_module: LeafModules | None = None            # the units of stage 3; none: found by find_units
+    offload_optimizer: OffloadOptimizer = field(default_factory=OffloadOptimizer)
+    offload_param: OffloadParam = field(default_factory=OffloadParam)
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
     allgather_partitions: bool = True
     allgather_bucket_size: int | str = "auto"
@@ -113,10 +162,17 @@ class ZeroConfig:
             least = 1 if f.name == "reduce_bucket_size" else 0
             if isinstance(value, int) and value < least:
                 raise ValueError(f"zero_optimization.{f.name} is {value}; allowed: a whole number from {least} up")
-        ineffective = [f.name for f in fields(self) if f.name in NO_EFFECT and getattr(self, f.name) != f.default]
-        if ineffective:
-            logger.warning("zero_optimization: without effect here: %s",
-                           "; ".join(f"{name} ({NO_EFFECT[name]})" for name in ineffective))
+        if self.offload_param.device != "none" and self.stage != 3:
+            raise ValueError(f"zero_optimization.offload_param.device is {self.offload_param.device} at stage "
+                             f"{self.stage}, which keeps whole parameters where they are used; allowed: stage 3")
+        _warn_without_effect("zero_optimization", self)
+
+
+def _warn_without_effect(path: str, section: Any) -> None:
+    """Say which keys were set although they do nothing here, and why they don't."""
+    names = [f.name for f in fields(section) if f.name in NO_EFFECT and getattr(section, f.name) != f.default]
+    if names:
+        logger.warning("%s: without effect here: %s", path, "; ".join(f"{name} ({NO_EFFECT[name]})" for name in names))
 
 
 class Sharded(NamedTuple):
@@ -139,12 +195,59 @@ NO_EFFECT = {
     "stage3_max_reuse_distance": "a unit is freed after each use",
     "stage3_module_granularity_threshold": "units are found by find_units, or given by leaf_module",
     "stage3_gather_16bit_weights_on_model_save": "a call that needs whole weights gathers them by itself",
+    "buffer_count": "buckets and units are the buffers",
+    "buffer_size": "buckets and units are the buffers",
+    "max_in_cpu": "the system keeps in memory what fits of the files",
+    "fast_init": "files are written once, at the start",
+    "pipeline_read": "the system reads ahead in the files",
+    "pipeline_write": "the system writes the files behind the step",
 }
 
 ALIGN = 64  # elements; parameters and shards start at multiples of it: 128 bytes in half precision, 256 in fp32
 
 
 # --- Collectives ------------------------------------------------------------------------------------------------------
+
+
+def own_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU on a machine without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # seen by all ranks: all raise, none waits
+    if needed > torch.cuda.device_count():
+        raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None,
+                        backend: str | None = None, timeout: timedelta | None = None) -> bool:
+    """Start the default process group unless there is one; True when it was started here.
+
+    The launcher's variables say who is in it. Without a launcher, this process is a group of its own. ``timeout``, for
+    each collective, is PyTorch's unless it is given.
+    """
+    if dist.is_initialized():
+        if timeout is not None and dist.get_rank() == 0:
+            logger.warning("a timeout of %s has no effect: the process group is there already, and keeps its own",
+                           timeout)
+        return False
+    if required is False:
+        raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+            raise ValueError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
+                             "train alone. Start the script with torchrun")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return True
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise ValueError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
+                         f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
+    os.environ.setdefault("MASTER_PORT", str(port))
+    dist.init_process_group(backend, timeout=timeout)
+    return True
 
 
 class Handle:
@@ -319,6 +422,81 @@ def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
         out.copy_(total)
 
 
+# --- Offload ----------------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """Where offloaded tensors live: in host memory, or in files of ``folder`` that are mapped into memory.
+
+    A file's pages come and go as the system has room for them, and its name is removed at once, so that nothing is left
+    over however the process ends. Beside a GPU, host memory is pinned, and gradients come down on a stream of their
+    own; on a machine without one the same steps copy from memory to memory.
+    """
+
+    def __init__(self, device: torch.device, folder: str | None, pin_memory: bool):
+        self.folder = folder
+        self.pinned = pin_memory and device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.landed: list[tuple[Tensor, Tensor]] = []  # sums on their way down, and what they will be added to
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A tensor here with any contents. Raises OSError where the disk has no room."""
+        if self.folder is None or numel == 0:
+            return torch.empty(numel, dtype=dtype, pin_memory=self.pinned)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="zero_") as file:  # gone at the end, but for the map
+            if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end the process by a signal
+                os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A tensor with these values here; ``tensor`` itself where it lives here."""
+        if tensor.device.type == "cpu" and (self.folder is None or tensor.untyped_storage().filename is not None):
+            return tensor
+        return self.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def bring_down(self, source: Tensor, target: Tensor, add: bool) -> None:
+        """Start copying the device's ``source`` into ``target``, which lives here, or adding it; see settle."""
+        if self.stream is None:
+            target.add_(source) if add else target.copy_(source)
+            return
+        landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned) if add else target
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            landing.copy_(source, non_blocking=True)
+        source.record_stream(self.stream)  # its memory is not given to another tensor before it was read
+        if add:
+            self.landed.append((landing, target))
+
+    def settle(self) -> None:
+        """Wait for all that was brought down."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        for landing, target in self.landed:
+            target.add_(landing)
+        self.landed.clear()
+
+
+def _disk(folder: str) -> tuple[Any, int | None]:
+    """The disk, as one for all ranks of this machine, and the bytes free on it; None where nothing can be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
+    except OSError:
+        return (socket.gethostname(), folder), None
+
+
+def _state_dtypes(optimizer: Optimizer) -> list[torch.dtype]:
+    """The dtypes of the tensors that an optimizer keeps with a value per element, found by a step on two numbers."""
+    if type(optimizer) not in ELEMENTWISE:
+        return [torch.float32] * 2  # as Adam's; an optimizer that is not PyTorch's may not bear to be tried
+    trial, probe = nn.Parameter(torch.zeros(2)), type(optimizer).__new__(type(optimizer))
+    probe.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict),
+                        "param_groups": [{**optimizer.param_groups[0], "params": [trial]}]})
+    trial.grad = torch.zeros(2)
+    probe.step()
+    return [v.dtype for v in probe.state[trial].values() if isinstance(v, Tensor) and v.shape == trial.shape]
+
+
 # --- Buckets ----------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +521,11 @@ class Slot:
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in the order of its shape."""
+        return self.stride == torch.empty(self.shape, device="meta").stride()
+
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
@@ -365,23 +548,25 @@ class Bucket:
     """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
 
     flat         (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
-    shard        (numel / N,): this rank's slice while ``flat`` has no memory (stage 3), in master dtype if trained
+    shard        (numel / N,), stage 3: this rank's slice while ``flat`` has no memory. It is the master, unless one of
+                 them is offloaded or the bucket is not trained
     master       (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
-                 where the dtypes are the same. None if the bucket is not trained
+                 where dtype and place are the same. None if the bucket is not trained
     grad         (numel,), gradient dtype: the window's gradients on this rank. Stages 2, 3: only during backward
     grad_shard   (numel / N,), stage 0 (numel,): their sum over ranks; in stages 0 and 1 a slice of ``grad``
+    host         where master, grad_shard and optimizer state live, if they are offloaded: the gradients that are
+                 reduced ``land`` on the device and go down at once; ``shard_host`` is where ``shard`` lives
     """
 
-    def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, sharded: Sharded,
-                 communicator: Communicator, all_reduces: bool, predivide: float):
+    def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
+                 communicator: Communicator, all_reduces: bool = False, predivide: float = 1.0,
+                 host: Host | None = None, shard_host: Host | None = None):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
-        self.sharded, self.all_reduces, self.predivide = sharded, all_reduces, predivide
-        self.trained = group is not None
+        self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
+        self.host, self.shard_host = host, shard_host
         ranks = communicator.world_size
         self.numel = _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
-        self.fits_alone = slots[0].shape.numel() == self.numel and slots[0].parameter.is_contiguous() \
-            and dtypes.compute == dtypes.gradient
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
         self.segments: list[Segment] = []
@@ -389,6 +574,7 @@ class Bucket:
         self.grad: Tensor | None = None
         self.grad_shard: Tensor | None = None
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
+        self.landing: Tensor | None = None  # where its sum will be
         self.reduced = False      # grad_shard holds a sum of this window
         self.fired: set[int] = set()  # slots that have had a gradient in this backward
         self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
@@ -401,22 +587,60 @@ class Bucket:
 
     def _flatten(self) -> None:
         """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed."""
-        device = self.slots[0].parameter.device
-        full = torch.zeros(self.numel, dtype=self.dtypes.master, device=device)
+        self.shard = self.master = None
+        device = self.communicator.device
+        if self.sharded.parameters:  # parameter by parameter: there is no time at which all of them have memory twice
+            own = torch.zeros(self.own[1] - self.own[0], dtype=self.dtypes.master, device=device)
+            self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=device)
+        else:
+            own = torch.zeros(self.numel, dtype=self.dtypes.master, device=device)
+        start = self.own[0] if self.sharded.parameters else 0
         for slot in self.slots:
-            slot.view(full).copy_(slot.parameter.data)
-        self.communicator.broadcast(full, source=0)
-        self.flat = full.to(self.dtypes.compute)  # full itself where the dtype is the same
-        own = full[self.own[0]:self.own[1]]
-        is_view = self.flat is full and not self.sharded.parameters
-        self.shard = own if is_view else own.clone()
-        self.master = self.shard if self.trained else None
-        if not (self.trained or self.sharded.parameters):
-            self.shard = None
-        for slot in self.slots:
-            slot.parameter.data = slot.view(self.flat)
+            with _taken_over(slot.parameter) as values:
+                values = _in_memory_order(values, slot.stride).to(device)
+                self.communicator.broadcast(values, source=0)
+                low, high = max(slot.offset, start), min(slot.end, start + own.numel())
+                if low < high:
+                    own[low - start:high - start] = values[low - slot.offset:high - slot.offset]
+            if self.sharded.parameters:
+                slot.parameter.data = slot.view(self.flat)
         if self.sharded.parameters:
             self.free()
+            self._settle_in(own)
+            if self.numel >= 2**20:  # or the holes that large parameters leave add up to another model
+                _return_free_memory()
+            return
+        self.flat = own.to(self.dtypes.compute)  # own itself where the dtype is the same
+        self._settle_in(own[self.own[0]:self.own[1]])
+        for slot in self.slots:
+            slot.parameter.data = slot.view(self.flat)
+
+    def _settle_in(self, own: Tensor) -> None:
+        """Make master and shard from the values ``own``, in memory that is shared where it can be."""
+        if self.trained:
+            own = own.to(self.dtypes.master)
+            in_place = self.host is None and (self.sharded.parameters or _same_memory(own, self.flat))
+            self.master = own if in_place else _copy_at(self.host, own)
+        if self.sharded.parameters:
+            together = self.trained and self.host is self.shard_host and (
+                self.host is None or self.dtypes.compute == self.dtypes.master)
+            self.shard = self.master if together else _copy_at(self.shard_host, own.to(self.dtypes.compute))
+
+    def thaw(self, dtypes: Dtypes, host: Host | None) -> None:
+        """Train from now on what was frozen; the master begins with what the model computed with."""
+        self.trained, self.dtypes, self.host = True, dtypes, host
+        self._settle_in(self.flat[self.own[0]:self.own[1]] if self.shard is None else self.shard)
+
+    @property
+    def fits_alone(self) -> bool:
+        """Whether autograd's gradient of the one parameter here can be the gradient buffer."""
+        slot = self.slots[0]
+        return slot.shape.numel() == self.numel and slot.is_contiguous and self.dtypes.compute == self.dtypes.gradient
+
+    @property
+    def held(self) -> Tensor | None:
+        """The finest values that this rank keeps of the parameters, from ``own[0]`` on; None: all of ``flat``."""
+        return self.shard if self.master is None else self.master
 
     # Gradients: from autograd into the bucket, and their sum over ranks.
 
@@ -467,13 +691,19 @@ class Bucket:
                 slot.view(self.grad).zero_()
         own = slice(*self.own)
         if self.grad_shard is None:
-            self.grad_shard = torch.empty_like(self.grad[own]) if self.sharded.gradients else self.grad[own]
+            if self.host is not None:
+                self.grad_shard = torch.empty(own.stop - own.start, dtype=self.dtypes.gradient,
+                                              pin_memory=self.host.pinned)
+            else:
+                self.grad_shard = torch.empty_like(self.grad[own]) if self.sharded.gradients else self.grad[own]
+        self.landing = self.grad_shard if self.host is None else torch.empty_like(self.grad[own])
+        add = self.reduced and self.host is None
         self.sent = self._to_send()
         if self.all_reduces or not self.sharded.optimizer:
-            finish = partial(_sum, [self.sent[own]], self.grad_shard, self.reduced)
+            finish = partial(_sum, [self.sent[own]], self.landing, add)
             self.reduction = self.communicator.all_reduce(self.sent, finish=finish)
         else:
-            self.reduction = self.communicator.reduce_scatter(self.sent, self.grad_shard, self.reduced)
+            self.reduction = self.communicator.reduce_scatter(self.sent, self.landing, add)
         self.launched = True
 
     def _to_send(self) -> Tensor:
@@ -488,13 +718,16 @@ class Bucket:
     def finish_reduction(self) -> None:
         """Wait for the sum. In stages 2 and 3 the buffer goes, and with it the slices that belong to other ranks."""
         self.reduction.wait()
+        if self.host is not None:
+            self.host.bring_down(self.landing, self.grad_shard, add=self.reduced)
+        self.landing = None
         if self.sent is not self.grad:
             self.communicator.spare.give_back(self.sent)
         self.sent = None
         self.reduced = True
         for slot in self.slots:
             slot.filled = False
-        if self.sharded.gradients:
+        if self.sharded.gradients or self.host is not None:
             self._drop_buffer()
 
     def _drop_buffer(self) -> None:
@@ -526,7 +759,7 @@ class Bucket:
         if self.sent is not None and self.sent is not self.grad:
             self.communicator.spare.give_back(self.sent)
         self.sent = None
-        if not self.sharded.gradients:
+        if not self.sharded.gradients and self.host is None:
             self.grad_shard = None
             if self.fits_alone:
                 self.grad = None
@@ -579,9 +812,17 @@ class Bucket:
                     continue
                 full = torch.zeros(self.numel, dtype=value.dtype, device=value.device)
                 slot.view(full).copy_(value)
-                part = full[segment.start:segment.end]
+                part = full[segment.start:segment.end].to(self.master.device)
                 state[key] = state[key] + part if key in state else part.clone()
         return state
+
+    def keep_state(self, optimizer: Optimizer) -> None:
+        """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
+        for segment in self.segments if self.host is not None else ():
+            state = optimizer.state.get(segment.parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[key] = self.host.keep(value)
 
     def split(self, optimizer: Optimizer) -> bool:
         """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
@@ -627,12 +868,14 @@ class Bucket:
     def publish(self) -> None:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
         if self.sharded.parameters:  # the next gather reads the shard
+            if self.trained and self.shard is not self.master:
+                self.shard.copy_(self.master)
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
                 self.communicator.shard_of(self.flat).copy_(self.shard)
                 self.gather = self.communicator.all_gather(self.flat)
             return
-        if self.dtypes.master != self.dtypes.compute:
-            self.flat[self.own[0]:self.own[1]].copy_(self.master)
+        if not _same_memory(self.master, self.flat):
+            self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
         if self.sharded.optimizer:
             self.gather = self.communicator.all_gather(self.flat)
 
@@ -640,7 +883,7 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         # The same storage object as before, so that the views which autograd saved in forward see the weights again.
         self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
-        self.communicator.shard_of(self.flat).copy_(self.shard)
+        self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
         self.gather = self.communicator.all_gather(self.flat)
 
     def free(self) -> None:
@@ -650,16 +893,20 @@ class Bucket:
 
     def keep_changes(self) -> None:
         """Take what was written into the whole parameters (the same on every rank) over into shard and master."""
-        if self.shard is None or _same_memory(self.shard, self.flat):
+        held = self.held
+        if held is None or _same_memory(held, self.flat):
             return
-        new = self.flat[self.own[0]:self.own[1]]
-        changed = new != self.shard.to(new.dtype)  # elsewhere the master keeps its finer value
-        self.shard.copy_(torch.where(changed, new.to(self.shard.dtype), self.shard))
+        new = self.flat[self.own[0]:self.own[1]].to(held.device)
+        changed = new != held.to(new.dtype)  # elsewhere the master keeps its finer value
+        held.copy_(torch.where(changed, new.to(held.dtype), held))
+        if self.shard is not None and self.shard is not held:
+            self.shard.copy_(new)
 
     def has_changed(self, slot: Slot) -> bool:
         """Whether the whole parameter differs from this rank's shard of it."""
         low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
-        own, shard = self.flat[low:high], self.shard[low - self.own[0]:high - self.own[0]].to(self.flat.dtype)
+        own = self.flat[low:high]
+        shard = self.shard[low - self.own[0]:high - self.own[0]].to(own.device, own.dtype)
         return low < high and not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # bytes: NaN is itself
 
     def collect(self, slot: Slot, part: Tensor, start: int, everywhere: bool) -> Tensor:
@@ -668,7 +915,7 @@ class Bucket:
         part         what this rank holds, beginning at element ``start`` of the bucket
         everywhere   every rank holds all of it; else each holds its shard, and every rank must call this
         """
-        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=part.device)
+        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.communicator.device)
         if everywhere:
             flat.copy_(part[slot.offset - start:slot.end - start])
             return slot.view(flat, slot.offset)
@@ -690,8 +937,25 @@ class Bucket:
             part[low - start:high - start] = flat[low - slot.offset:high - slot.offset]
 
 
+def _copy_at(host: Host | None, tensor: Tensor) -> Tensor:
+    """A copy of a slice of a larger tensor, which it must not keep alive."""
+    return tensor.clone() if host is None else host.empty(tensor.numel(), tensor.dtype).copy_(tensor)
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The elements of a tensor as they lie in memory, 1-D; those of a copy with this ``stride`` where it has gaps."""
+    if tensor.stride() != stride:
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _dense_stride(p: Tensor) -> tuple[int, ...]:
+    """A tensor's own stride, or that of a copy of it without gaps."""
+    return torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta")).stride()
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -845,28 +1109,72 @@ class Trace:
         return self.order[self.position] if self.position < len(self.order) else None
 
 
+class Holder:
+    """What has parameters in shards: an engine's ``Zero``, or ``Init`` until an engine takes its model over.
+
+    places   the bucket and the slot of each parameter, by its id
+    """
+
+    communicator: Communicator
+    places: dict[int, tuple[Bucket, Slot]]
+
+    def hold(self, unit: Unit, user: Any) -> None:
+        """Have the unit's parameters whole until ``user`` lets go of it."""
+        unit.users.add(user)
+        if unit.state is UnitState.SHARDED:
+            self._start_gather(unit)
+        if unit.state is UnitState.GATHERING:
+            unit.finish_gather()
+
+    def let_go(self, unit: Unit, user: Any) -> None:
+        """``user`` needs the unit no more; the last one to go frees it."""
+        unit.users.discard(user)
+        if not unit.users and unit.state is not UnitState.SHARDED:
+            unit.free()
+
+    def _start_gather(self, unit: Unit) -> None:
+        unit.start_gather()
+
+    def begin_use(self, slot: Slot, operation: str) -> Any:
+        """A sharded parameter's values are wanted by ``operation``; see ShardedParameter."""
+        raise NotImplementedError
+
+    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
+        """The operation, whose begin_use returned ``user``, has given ``result``."""
+
+
 class ShardedParameter(nn.Parameter):
     """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
 
     Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
-    the model's own unit from then on (a parent that uses a child's weight without calling the child). Elsewhere it is
-    an error.
+    the model's own unit from then on (a parent that uses a child's weight without calling the child); under ``Init``
+    they are gathered for the one operation. Elsewhere it is an error.
     """
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, uses = kwargs or {}, []
         if func not in METADATA:
+            name = getattr(func, "__name__", str(func))
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
                     if not _is_held(tensor):
-                        raise RuntimeError(f"{getattr(func, '__name__', func)}: a parameter of shape "
-                                           f"{tuple(tensor.shape)} was sharded at stage 3 by an engine that is gone; "
-                                           "read the model before destroy(), inside zero.GatheredParameters")
-                    zero, _, slot = _find(tensor)
-                    zero.gather_on_demand(slot, getattr(func, "__name__", str(func)))
+                        raise RuntimeError(f"{name}: a parameter of shape {tuple(tensor.shape)} was sharded at stage 3 "
+                                           "by an engine that is gone; read the model before destroy(), inside "
+                                           "zero.GatheredParameters")
+                    holder, _, slot = _find(tensor)
+                    uses.append((holder, slot, holder.begin_use(slot, name)))
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        for holder, slot, user in uses:
+            holder.end_use(slot, user, result)
+        return result
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        """A whole copy, which no engine holds. All ranks must make it."""
+        with GatheredParameters(self):
+            memo[id(self)] = self.__class__.__deepcopy__(self, memo)  # the class that it has while it is whole
+        return memo[id(self)]
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
         return f"ShardedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -879,6 +1187,7 @@ METADATA = {getattr(Tensor, name).__get__ for name in (
     "_post_accumulate_grad_hooks", "_version", "retains_grad")}
 METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__delete__, Tensor._backward_hooks.__set__,
              Tensor._post_accumulate_grad_hooks.__set__}
+METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 METADATA |= {getattr(Tensor, name) for name in (
     "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point", "is_complex",
     "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__", "__hash__", "ndimension",
@@ -933,7 +1242,11 @@ class StepResult(NamedTuple):
     culprit: str | None    # the first parameter whose gradient is not finite
 
 
-class Zero:
+def _is_thawed(bucket: Bucket, index: int) -> bool:
+    return bucket.slots[index].parameter.requires_grad
+
+
+class Zero(Holder):
     """A model's parameters, gradients and optimizer state under one ZeRO stage.
 
     It makes the model's parameters views of buckets, with rank 0's values, and gives the optimizer the masters in their
@@ -949,8 +1262,12 @@ class Zero:
                  predivide: float | None = None):
         self.optimizer, self.config, self.predivide = optimizer, config, predivide
         self.communicator = Communicator(device)
-        elementwise = self._check_optimizer(allow_untested)
-        self.sharded = SHARDED[config.stage if self.communicator.world_size > 1 else 0]
+        self.elementwise = self._check_optimizer(allow_untested)
+        self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
+        alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
+        self.sharded = SHARDED[0 if alone else config.stage]
+        self._check_room(model)
+        self.host, self.shard_host = self._make_hosts(device)
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
@@ -960,17 +1277,17 @@ class Zero:
         self.units: list[Unit] = []
         self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
-        self._make_buckets(model, dtypes or (lambda p: [p.dtype] * 4))
+        self._make_buckets(model)
         self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
-        listed = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
-        self.frozen = [slot for bucket in self.buckets if not bucket.trained for slot in bucket.slots
-                       if id(slot.parameter) in listed]
+        self.frozen = [(bucket, index) for bucket in self.buckets if bucket.group is not None and not bucket.trained
+                       for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see _thaw
         self.hooks: list[Any] = []
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
         self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
-        self._hand_over(elementwise)
+        if optimizer is not None:
+            self._hand_over(self.trained)
         self._register_hooks()
         _LIVE.add(self)
 
@@ -993,14 +1310,65 @@ class Zero:
 
     # Setting up.
 
-    def _make_buckets(self, model: nn.Module, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]]) -> None:
+    def _check_room(self, model: nn.Module) -> None:
+        """Refuse the folders of offload, on all ranks, if one rank's is missing or has no room for what will be there.
+
+        Ranks of one machine share its disks, so their needs add up.
+        """
+        optimizer, parameters = self.config.offload_optimizer, self.config.offload_param
+        listed = {id(p) for group in (self.optimizer.param_groups if self.optimizer else ()) for p in group["params"]}
+        share = self.communicator.world_size if self.sharded.optimizer else 1
+        needs: Counter[tuple[str, str]] = Counter()
+        if optimizer.device == "nvme" and self.optimizer is not None:
+            state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer))
+            needs["offload_optimizer", optimizer.nvme_path] = sum(
+                p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
+                for p in model.parameters() if p.requires_grad and id(p) in listed) // share
+        if parameters.device == "nvme":
+            needs["offload_param", parameters.nvme_path] = sum(
+                p.numel() * Dtypes(*self.dtypes(p)).compute.itemsize for p in model.parameters()) // share
+        if not needs:
+            return
+        reports: list[Any] = [None] * self.communicator.world_size
+        dist.all_gather_object(reports, [(key, path, size, *_disk(path)) for (key, path), size in needs.items()])
+        together: Counter[Any] = Counter()
+        for key, path, size, disk, free in (line for report in reports for line in report):
+            together[disk] += size
+            if free is None:
+                raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}; needed: a folder that can be written "
+                                 f"to, on a disk with {size:,} bytes free for each rank")
+            if together[disk] > free:
+                raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}, where {free:,} bytes are free; "
+                                 f"needed: {sum(need for r in reports for _, _, need, d, _ in r if d == disk):,} for "
+                                 "all ranks of that machine")
+
+    def _make_hosts(self, device: torch.device) -> tuple[Host | None, Host | None]:
+        """Where masters with their state, and parameters, are offloaded to. The same host for the same place."""
+        hosts = {None: None}
+        keys = []
+        for section in (self.config.offload_optimizer, self.config.offload_param):
+            folder = section.nvme_path if section.device == "nvme" else None
+            keys.append(None if section.device == "none" else (folder, section.pin_memory))
+            if keys[-1] not in hosts:
+                hosts[keys[-1]] = Host(device, folder, section.pin_memory)
+        return hosts[keys[0]], hosts[keys[1]]
+
+    def _host_for(self, numel: int) -> Host | None:
+        """Where the next bucket's master lives; with an offload_optimizer.ratio below 1 some stay on the device."""
+        ratio = self.config.offload_optimizer.ratio
+        if self.host is None or ratio == 1:
+            return self.host
+        gone = sum(bucket.numel for bucket in self.buckets if bucket.host is not None)
+        every = sum(bucket.numel for bucket in self.buckets if bucket.trained)
+        return self.host if gone + numel <= ratio * (every + numel) else None
+
+    def _make_buckets(self, model: nn.Module) -> None:
         """Sort the parameters into buckets, in reverse order of registration: about the order of their gradients."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
-                  for p in g["params"] if p.requires_grad}
+                  for p in g["params"]}
         named = list(model.named_parameters())[::-1]
-        for _, p in named:
-            if _is_held(p):
-                raise ValueError("another engine already trains this model; call its destroy() first")
+        if any(isinstance(_holder_of(p), Zero) for _, p in named):
+            raise ValueError("another engine already trains this model; call its destroy() first")
         total, limit = sum(p.numel() for _, p in named), self.config.stage3_param_persistence_threshold
         owners = self._owners(model) if self.sharded.parameters else {}
         size = self._bucket_size(total)
@@ -1008,11 +1376,12 @@ class Zero:
         self.buckets: list[Bucket] = []
 
         def close(key: Any) -> None:
-            unit, group, kinds = key
-            parameters_stay = unit is None
-            bucket = Bucket(open_slots.pop(key), kinds, group, self.sharded._replace(
-                parameters=self.sharded.parameters and not parameters_stay), self.communicator,
-                not self.config.reduce_scatter, self._predivide(kinds))
+            unit, group, trained, kinds = key
+            slots = open_slots.pop(key)
+            bucket = Bucket(
+                slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
+                not self.config.reduce_scatter, self._predivide(kinds),
+                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host)
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
@@ -1021,11 +1390,11 @@ class Zero:
 
         for name, p in named:
             unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
-            key = (unit, groups.get(id(p)), Dtypes(*dtypes(p)))
+            group = groups.get(id(p))
+            key = (unit, group, group is not None and p.requires_grad, Dtypes(*self.dtypes(p)))
             slots = open_slots.setdefault(key, [])
             offset = _round_up(slots[-1].end, ALIGN) if slots else 0
-            stride = torch.empty_like(p, device="meta").stride()  # p's own, or a dense one where p's has gaps
-            slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, stride, type(p)))
+            slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
             if unit is None and slots[-1].end >= size:
                 close(key)
         for key in list(open_slots):
@@ -1067,23 +1436,26 @@ class Zero:
             owners[key] = by_path[shared[-1]] if shared else self.root
         return owners
 
-    def _hand_over(self, elementwise: bool) -> None:
-        """From now on the optimizer updates masters."""
-        if self.optimizer is None:
-            return
-        for bucket in self.trained:
-            bucket.hand_over(self.optimizer, elementwise)
+    def _hand_over(self, buckets: list[Bucket]) -> None:
+        """From now on the optimizer updates these buckets' masters."""
+        for bucket in buckets:
+            bucket.hand_over(self.optimizer, self.elementwise)
+            bucket.keep_state(self.optimizer)
         self._refill_groups()
 
     def _refill_groups(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [s.parameter for b in self.trained if b.group == index for s in b.segments]
 
+    def _listen(self, bucket: Bucket, index: int) -> None:
+        """Have autograd tell when it has finished a parameter's gradient."""
+        hook = partial(self._on_gradient, bucket, index)
+        self.hooks.append(bucket.slots[index].parameter.register_post_accumulate_grad_hook(hook))
+
     def _register_hooks(self) -> None:
         for bucket in self.trained:
-            for index, slot in enumerate(bucket.slots):
-                hook = partial(self._on_gradient, bucket, index)
-                self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+            for index in range(len(bucket.slots)):
+                self._listen(bucket, index)
         if self.sharded.parameters:
             for unit in self.all_units:
                 self.hooks.append(unit.module.register_forward_pre_hook(
@@ -1173,23 +1545,9 @@ class Zero:
                                    "after forward had saved it")
         return tensor
 
-    def hold(self, unit: Unit, user: Any) -> None:
-        """Have the unit's parameters whole until ``user`` lets go of it."""
-        unit.users.add(user)
-        if unit.state is UnitState.SHARDED:
-            self._start_gather(unit)
-        if unit.state is UnitState.GATHERING:
-            unit.finish_gather()
-
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
         self.gathered = (31 * self.gathered + self.all_units.index(unit) + 1) % 2**20
-
-    def let_go(self, unit: Unit, user: Any) -> None:
-        """``user`` needs the unit no more; the last one to go frees it."""
-        unit.users.discard(user)
-        if not unit.users and unit.state is not UnitState.SHARDED:
-            unit.free()
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1238,8 +1596,8 @@ class Zero:
             self.finish_backward()
         self.traces[False].restart()
 
-    def gather_on_demand(self, slot: Slot, operation: str) -> None:
-        """A sharded parameter's values are wanted; see ShardedParameter."""
+    def begin_use(self, slot: Slot, operation: str) -> Any:
+        """Gather, if this is in a forward pass of the model; the unit stays whole until that ends."""
         unit = self.places[id(slot.parameter)][0].unit
         if not self.root.calls:
             raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
@@ -1247,6 +1605,7 @@ class Zero:
                                f"zero.safe_get_full_fp32_param")
         self.companions.append(unit)
         self.hold(unit, self.root.calls[0])
+        return self.root.calls[0]
 
     # Backward: gradients come in, full buckets go out.
 
@@ -1297,6 +1656,7 @@ class Zero:
         """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
         if not self.pending:
             self._begin_backward()
+        self._thaw()
         if self.reduces_now:
             if self.sharded.parameters:
                 self.queue += [b for b in self.trained if not b.launched and b not in self.queue]
@@ -1304,10 +1664,36 @@ class Zero:
                 self._launch(bucket)
             while self.in_flight:
                 self.in_flight.popleft().finish_reduction()
+            self._settle()
         ran = any(bucket.fired for bucket in self.trained)  # a bucket without any gradient is not waited for either
         for bucket in self.trained:
             bucket.end_backward(ran)
         self._end_backward()
+
+    def _settle(self) -> None:
+        """Wait for gradients that go down to the host."""
+        if self.host is not None:
+            self.host.settle()
+
+    def _thaw(self) -> None:
+        """Train what the optimizer was given frozen and is frozen no more, from the gradients of this backward on.
+
+        Nothing has listened to these so far, so they are where autograd leaves them, in ``p.grad``.
+        """
+        thawed = [place for place in self.frozen if _is_thawed(*place)]
+        if not thawed:
+            return
+        self.frozen = [place for place in self.frozen if place not in thawed]
+        new = [bucket for bucket in self.buckets if not bucket.trained and any(bucket is b for b, _ in thawed)]
+        for bucket in new:
+            bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)), self.host)
+        self.trained = [bucket for bucket in self.buckets if bucket.trained]
+        self._hand_over(new)
+        self.queue += new if not self.sharded.parameters else []  # behind the others, on every rank
+        for bucket, index in thawed:
+            self._listen(bucket, index)
+            if bucket.slots[index].parameter.grad is not None:
+                bucket.take(index)
 
     def _end_backward(self) -> None:
         self.queue, self.pending = [], False
@@ -1320,6 +1706,7 @@ class Zero:
         for bucket in self.trained:
             bucket.reset_gradients()
             bucket.grad = None
+        self._settle()
         self.in_flight.clear()
         self._end_backward()
 
@@ -1334,7 +1721,7 @@ class Zero:
                         number of ranks for a mean over them, times the loss scale
         skip_overflow   leave the update out when the norm is not finite
         """
-        if self.pending:
+        if self.pending or any(_is_thawed(*place) for place in self.frozen):
             self.finish_backward()
         self._check_parameters()
         self._reduce_the_rest()
@@ -1356,10 +1743,6 @@ class Zero:
                 if slot.shape.numel() and slot.parameter.data_ptr() != start + slot.offset * size:
                     raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
                                        "to(), half() or load_state_dict(assign=True) after initialize()")
-        for slot in self.frozen:
-            if slot.parameter.requires_grad:
-                raise RuntimeError(f"{slot.name} was frozen at initialize() and is not frozen now; make a new engine "
-                                   "for the next phase: destroy() this one and call initialize() again")
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1386,6 +1769,7 @@ class Zero:
             # Gradients that came after their bucket was sent, on some rank: sums are linear, so send them after it.
             for bucket in late:
                 bucket.reduce_late()
+            self._settle()
             return self._agree()
         for slot, flag in zip(slots, flags):
             slot.used = flag > 0
@@ -1414,12 +1798,10 @@ class Zero:
         """Step the optimizer on some buckets at a time, so that gathering these overlaps with updating the next."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
             b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
-        scale = torch.tensor(1 / factor, device=self.communicator.device) if fused and factor != 1.0 else None
-        if scale is not None:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
-            self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
+        fused = fused and factor != 1.0
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
-        in_waves = self.sharded.optimizer and not self.sharded.parameters and type(self.optimizer) in ELEMENTWISE
-        waves = 8 if in_waves else 1
+        in_waves = type(self.optimizer) in ELEMENTWISE and (self.sharded.optimizer or self.host is not None)
+        waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
         for bucket in self.trained:
             if not all(slot.used for slot in bucket.slots) and bucket.split(self.optimizer):
@@ -1427,36 +1809,269 @@ class Zero:
         try:
             for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
                 for bucket in wave:
-                    bucket.arm(factor * bucket.predivide if scale is None else 1.0)
+                    bucket.arm(1.0 if fused else factor * bucket.predivide)
+                if fused:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
+                    self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
+                    self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
                 self.optimizer.step()
                 for bucket in wave:
                     bucket.disarm()
+                    bucket.keep_state(self.optimizer)
                     bucket.publish()
         finally:
-            if scale is not None:
+            if fused:
                 del self.optimizer.grad_scale, self.optimizer.found_inf
         for bucket in self.trained:
             bucket.gather.wait()
+
+
+# --- Building a model straight into shards ----------------------------------------------------------------------------
+
+
+class Init(Holder):
+    """A context in which every parameter of a model becomes shards as soon as its module is built.
+
+        with zero.Init():
+            model = GPT()               # a model larger than the memory of one rank
+        engine, *_ = initialize(model=model, config=...)
+
+    A rank never holds more than its shards and the module being built. A module counts as built when its parent takes
+    it in; what the model itself holds, at the end of the context. Operations on parameters of finished modules work,
+    module by module, and so does ``GatheredParameters``. All ranks must build the same: they draw rank 0's random
+    numbers meanwhile, which makes the weights those of a model that rank 0 builds without this.
+
+    module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
+                   meta device is given memory and values module by module
+    param_init_fn  gives a module that was on the meta device its values; default: its reset_parameters()
+    remote_device  "cpu": keep the shards in host memory until ``initialize``; default: on this rank's device
+    dtype          of the floating-point parameters; default: as they are built. Masters begin from it
+    config_dict_or_path, config   checked by ``initialize``, and without a meaning here
+    enabled        False: do nothing
+    mem_efficient_linear, pin_memory   DeepSpeed's, without effect here: linear layers are PyTorch's own
+    others         DeepSpeed's other arguments, refused unless they are None or False
+    """
+
+    def __init__(self, module: nn.Module | None = None, data_parallel_group: Any = None,
+                 mem_efficient_linear: bool = True, remote_device: str | None = None, pin_memory: bool = False,
+                 config_dict_or_path: Any = None, config: Any = None, enabled: bool = True,
+                 dtype: torch.dtype | None = None, mpu: Any = None,
+                 param_init_fn: Callable[[nn.Module], Any] | None = None, **others: Any):
+        others |= {"data_parallel_group": data_parallel_group, "mpu": mpu}
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise ValueError(f"zero.Init: {name} is {value!r}; allowed: nothing, as that part of DeepSpeed is not "
+                                 "covered")
+        if remote_device not in (None, "none", "cpu"):
+            raise ValueError(f"zero.Init: remote_device is {remote_device!r}; allowed: 'cpu' or None. For files, give "
+                             "initialize() an offload_param section")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"zero.Init: dtype is {dtype}; allowed: a floating-point dtype")
+        self.enabled, self.dtype, self.param_init_fn = enabled, dtype, param_init_fn
+        self.places: dict[int, tuple[Bucket, Slot]] = {}
+        self.modules: list[weakref.ref[nn.Module]] = []  # those that got a parameter of their own
+        self.hooks: list[Any] = []
+        self.started_group = False
+        self.remote = remote_device == "cpu"
+        if module is not None and enabled:
+            with self:
+                for part in list(module.modules()):
+                    self._materialize(part, module)
+                    self._shard(part)
+
+    def __enter__(self) -> "Init":
+        if not self.enabled:
+            return self
+        device = own_device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.started_group = start_process_group(device)
+        self.communicator = Communicator(device)
+        self.host = Host(device, None, True) if self.remote and device.type == "cuda" else None
+        self.random_state = _share_random_state(self.communicator)
+        registration = nn.modules.module
+        self.hooks = [registration.register_module_parameter_registration_hook(self._on_parameter),
+                      registration.register_module_module_registration_hook(self._on_child)]
+        _LIVE.add(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if not self.enabled:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        if error[0] is None:
+            self._finish([module for module in (reference() for reference in self.modules) if module is not None])
+        if self.random_state is not None:
+            torch.set_rng_state(self.random_state)
+        _return_free_memory()
+
+    def __deepcopy__(self, memo: dict) -> "Init":
+        return self  # a copied module takes its hook along
+
+    def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        self._note(module)
+
+    def _note(self, module: nn.Module) -> None:
+        if not self.modules or self.modules[-1]() is not module:
+            self.modules.append(weakref.ref(module))
+
+    def _on_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        """A module is taken into its parent, so it and what it holds are built."""
+        for part in child.modules() if child is not None else ():
+            self._shard(part)
+
+    def _finish(self, modules: list[nn.Module]) -> None:
+        """Share out what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
+        for module in modules:
+            self._shard(module)
+        used = {id(p) for module in modules for p in module.parameters(recurse=False)}
+        self.places = {key: place for key, place in self.places.items() if key in used}
+
+    def _shard(self, module: nn.Module) -> None:
+        """Share out the parameters that a module has itself, but for those that are sharded, or have no values yet."""
+        if self.communicator.world_size == 1:
+            return
+        slots: dict[torch.dtype, list[Slot]] = defaultdict(list)
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_meta or _is_held(p):
+                continue
+            mine = slots[self.dtype if self.dtype and p.is_floating_point() else p.dtype]
+            offset = _round_up(mine[-1].end, ALIGN) if mine else 0
+            mine.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), type(p)))
+        for dtype, mine in slots.items():
+            unit = Unit(type(module).__name__, module)
+            bucket = Bucket(mine, Dtypes(dtype, dtype, dtype, dtype), None, False, SHARDED[3], self.communicator,
+                            shard_host=self.host)
+            bucket.unit, unit.numel = unit, bucket.numel
+            unit.buckets.append(bucket)
+            unit.free()
+            self.places |= {id(slot.parameter): (bucket, slot) for slot in mine}
+        self._note(module)
+        if slots:  # the hook also keeps this object alive as long as the model
+            module.register_forward_pre_hook(self._refuse_forward)
+
+    def _materialize(self, part: nn.Module, model: nn.Module) -> None:
+        """Give what a module has itself on the meta device memory, and then values."""
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        names = [name for name, tensor in own if tensor.is_meta]
+        if not names:
+            return
+        path = next(name for name, module in model.named_modules() if module is part) or type(part).__name__
+        initialise = self.param_init_fn or getattr(type(part), "reset_parameters", None)
+        if initialise is None:
+            raise ValueError(f"zero.Init: {path} has {', '.join(names)} on the meta device, and no reset_parameters() "
+                             "to give them values; needed: a param_init_fn")
+        device = self.communicator.device
+        for name in names:
+            old = getattr(part, name)
+            new = torch.empty_like(old, device=device).fill_(math.nan if old.is_floating_point() else 0)
+            if name in part._buffers:
+                part._buffers[name] = new
+                continue
+            new = nn.Parameter(new, old.requires_grad)
+            for module in model.modules():  # tied weights stay tied
+                for key, p in module._parameters.items():
+                    if p is old:
+                        module._parameters[key] = new
+        initialise(part)
+        for name in names:
+            tensor = getattr(part, name)
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise ValueError(f"zero.Init: {path}.{name} was on the meta device and has got no values; needed: a "
+                                 "param_init_fn, or a reset_parameters(), that fills it")
+
+    def _refuse_forward(self, module: nn.Module, args: tuple) -> None:
+        if any(id(p) in self.places for p in module.parameters(recurse=False)):
+            raise RuntimeError(f"{type(module).__name__} was built under zero.Init, and each rank has a part of its "
+                               "weights; give the model to initialize() first, and call the engine")
+
+    def begin_use(self, slot: Slot, operation: str) -> Any:
+        """Have the values there, for one operation."""
+        user = object()
+        self.hold(self.places[id(slot.parameter)][0].unit, user)
+        return user
+
+    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
+        """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
+        bucket, _ = self.places[id(slot.parameter)]
+        views = [t for t in tensors_in(result) if not isinstance(t, nn.Parameter) and _same_memory(t, bucket.flat)]
+        if views:
+            weakref.finalize(views[0], self._keep, bucket, user)
+        else:
+            self._keep(bucket, user)
+
+    @torch.no_grad()
+    def _keep(self, bucket: Bucket, user: Any) -> None:
+        if all(id(slot.parameter) in self.places for slot in bucket.slots):
+            bucket.keep_changes()
+            self.let_go(bucket.unit, user)
+
+    def surrender(self, parameter: nn.Parameter) -> None:
+        """An engine has the parameter now."""
+        bucket, slot = self.places.pop(id(parameter))
+        bucket.slots.remove(slot)
+        parameter.__class__ = slot.kind
+
+
+def _share_random_state(communicator: Communicator) -> Tensor | None:
+    """Have every rank draw rank 0's random numbers on the CPU; what its own state was, where it was another."""
+    own = torch.get_rng_state()
+    state = own.clone().to(communicator.device)
+    communicator.broadcast(state, source=0)
+    if torch.equal(state.cpu(), own):
+        return None
+    torch.set_rng_state(state.cpu())
+    return own
+
+
+def started_group(model: nn.Module) -> bool:
+    """Whether ``Init`` started the process group to build this model, so that the model's engine has to end it."""
+    holders = [_holder_of(p) for p in model.parameters()]
+    return any(isinstance(holder, Init) and holder.started_group for holder in holders)
 
 
 # --- Reading and writing what is sharded ------------------------------------------------------------------------------
 
 
 # DeepSpeed's documented functions take a parameter alone, so what holds it has to be found: among what is alive.
-_LIVE: "weakref.WeakSet[Zero]" = weakref.WeakSet()
+_LIVE: "weakref.WeakSet[Holder]" = weakref.WeakSet()
 
 
-def _find(parameter: nn.Parameter) -> tuple[Zero, Bucket, Slot]:
-    for zero in _LIVE:
-        bucket, slot = zero.places.get(id(parameter), (None, None))
+def _holder_of(parameter: nn.Parameter) -> Holder | None:
+    for holder in _LIVE:
+        _, slot = holder.places.get(id(parameter), (None, None))
         if slot is not None and slot.parameter is parameter:
-            return zero, bucket, slot
-    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters of "
-                     "a model that was given to initialize(), until its engine's destroy()")
+            return holder
+    return None
+
+
+def _find(parameter: nn.Parameter) -> tuple[Holder, Bucket, Slot]:
+    holder = _holder_of(parameter)
+    if holder is None:
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters "
+                         "of a model that was given to initialize(), until its engine's destroy()")
+    return holder, *holder.places[id(parameter)]
 
 
 def _is_held(parameter: nn.Parameter) -> bool:
-    return any(id(parameter) in zero.places for zero in _LIVE)
+    return _holder_of(parameter) is not None
+
+
+def _kind_of(parameter: nn.Parameter) -> type:
+    """The Python class of a parameter while its values can be used."""
+    return type(parameter) if not _is_held(parameter) else _find(parameter)[2].kind
+
+
+@contextmanager
+def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter's whole values; where it was built under ``Init``, that lets go of it afterwards."""
+    holder = _holder_of(parameter)
+    if holder is None:
+        yield parameter.data
+        return
+    unit = holder.places[id(parameter)][0].unit
+    holder.hold(unit, parameter)
+    yield parameter.data
+    holder.let_go(unit, parameter)
+    holder.surrender(parameter)
 
 
 class GatheredParameters:
@@ -1510,9 +2125,9 @@ class GatheredParameters:
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
     """A copy of the whole parameter from the masters, in its shape. All ranks must call it, here and below."""
     _, bucket, slot = _find(parameter)
-    if bucket.shard is None:
+    if bucket.held is None:
         return slot.view(bucket.flat).clone()
-    return bucket.collect(slot, bucket.shard, bucket.own[0], not bucket.sharded.optimizer)
+    return bucket.collect(slot, bucket.held, bucket.own[0], not bucket.sharded.optimizer)
 
 
 @torch.no_grad()
@@ -1522,8 +2137,9 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     _check_shape(slot, value)
     if bucket.unit is None or bucket.unit.state is UnitState.WHOLE:
         slot.view(bucket.flat).copy_(value)
-    if bucket.shard is not None:
-        bucket.scatter(slot, value, bucket.shard, bucket.own[0])
+    for held in (bucket.master, bucket.shard):
+        if held is not None:
+            bucket.scatter(slot, value, held, bucket.own[0])
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
@@ -1667,7 +2283,7 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
     for bucket in zero.buckets:
         size = bucket.numel // zero.communicator.world_size
         mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
-        held, start = (bucket.flat, 0) if bucket.shard is None else (bucket.shard, bucket.own[0])
+        held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
         for segment in bucket.segments:
@@ -1817,7 +2433,7 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
                               f"it {extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
     for bucket in zero.buckets:
-        low, high = (0, bucket.numel) if bucket.shard is None else bucket.own
+        low, high = (0, bucket.numel) if bucket.held is None else bucket.own
         for slot in [slot for slot in bucket.slots if slot.name in saved]:
             facts = saved[slot.name]
             if facts["shape"] != list(slot.shape):
@@ -1833,14 +2449,14 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
 def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) -> None:
     """Take over parameters and optimizer state, each rank the stretches that it holds. All ranks must call it."""
     for bucket in zero.buckets:
-        held, start = (bucket.flat, 0) if bucket.shard is None else (bucket.shard, bucket.own[0])
+        held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots:
             if slot.name in reader.meta["parameters"]:
                 _read_slot(reader, slot, "", held, start)
         if bucket.trained and optimizer_states:
             _load_state(zero, bucket, reader)
         reader.let_go()
-        if bucket.shard is not None:
+        if bucket.held is not None:
             bucket.publish()
             bucket.gather.wait()
     if zero.optimizer is not None:
@@ -1886,6 +2502,7 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
             for slot in members:
                 _read_slot(reader, slot, key, entry[key], segment.start)
         state[segment.parameter] = entry
+    bucket.keep_state(zero.optimizer)
 
 
 def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -378,7 +378,7 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"zero_optimization": {"stages": 1}}, "unknown key zero_optimization.stages, .* did you mean 'stage'"),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size is 'big'; allowed: .* or 'auto'"),
     ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size is 0; allowed: a whole number from 1"),
-    ({"zero_optimization": {"offload_param": {}}}, "zero_optimization.offload_param is not implemented yet"),
+    ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param.device is cpu at stage 0.*stage 3"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights belongs to a part"),
     ({"zero_optimization": {"leaf_module": ["Block"]}}, "zero_optimization.leaf_module is .*; allowed: an object"),
     ({"pipeline": {}}, "pipeline belongs to a part of DeepSpeed that is not covered"),
