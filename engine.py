@@ -19,10 +19,11 @@ So with a loss that is the mean over its micro-batch, the gradient is the mean o
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
 
 The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
-data, the engine (which also saves and resumes), ``initialize``. A single process needs no launcher; it runs no
-collective.
+data, the engine (which also saves and resumes), ``initialize``, and what else scripts call by DeepSpeed's names. A
+single process needs no launcher; it runs no collective.
 """
 
+import argparse
 import difflib
 import inspect
 import io
@@ -40,6 +41,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,9 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep_last is {self.keep_last}; allowed: a whole number from 1 up, or null")
 
 
+MAX_TIMEOUT = 10**9  # seconds, 31 years: the clocks of PyTorch's process groups overflow soon above
+
+
 @dataclass
 class Config:
     """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
@@ -123,6 +129,9 @@ class Config:
     gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
+    dump_state: bool = False                           # print the whole config and what became of it at the start
+    timeout: float | None = None                       # seconds a collective may take; none: as PyTorch (Gloo 1800)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -134,6 +143,9 @@ class Config:
             raise ConfigError(f"gradient_clipping is {self.gradient_clipping}; allowed: a number from 0 (no clipping)")
         if self.gradient_allreduce_op not in ("mean", "sum"):
             raise ConfigError(f"gradient_allreduce_op is {self.gradient_allreduce_op!r}; allowed: mean or sum")
+        if self.timeout is not None and not 0 < self.timeout < MAX_TIMEOUT:
+            raise ConfigError(f"timeout is {self.timeout}; allowed: a number of seconds above 0 and below "
+                              f"{MAX_TIMEOUT}, or null for PyTorch's own")
         if not 0 < self.gradient_predivide_factor < float("inf"):
             raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number "
                               "above 0")
@@ -146,6 +158,10 @@ class Config:
         """What the config says of dtypes."""
         return amp.PrecisionConfig(self.fp16, self.bf16, self.torch_autocast, self.data_types,
                                    self.communication_data_type)
+
+    def collective_timeout(self) -> timedelta | None:
+        """How long a collective may take; None: as long as PyTorch lets it."""
+        return None if self.timeout is None else timedelta(seconds=self.timeout)
 
     def predivide(self, world_size: int) -> float | None:
         """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
@@ -174,17 +190,26 @@ class Config:
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
-NOT_YET = {"sparse_gradients", "managed_gradient_accumulation", "dump_state", "zero_force_ds_cpu_optimizer"}
-NOT_HERE = {"aio", "amp", "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning",
-            "data_efficiency", "disable_allgather", "eigenvalue", "elasticity", "flops_profiler", "hybrid_engine",
-            "memory_breakdown", "nebula", "pipeline", "progressive_layer_drop", "quantize_training",
-            "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "tensor_parallel",
-            "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization"}
+NOT_HERE = {"aio", "amp", "autotuning", "comet", "compile", "compression_training", "csv_monitor",
+            "curriculum_learning", "data_efficiency", "disable_allgather", "disable_python_gc", "eigenvalue",
+            "elasticity", "expert_parallel", "flops_profiler", "hybrid_engine", "log_level", "memory_breakdown",
+            "nebula", "pipeline", "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
+            "sequence_parallel_size", "sparse_attention", "tensor_parallel", "tensorboard",
+            "use_data_before_expert_parallelism", "vocabulary_size", "wandb", "weight_quantization"}
 NOT_HERE |= {f"zero_optimization.{key}" for key in (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather")}
+    "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather", "zenflow",
+    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint", "legacy_stage1",
+    "compute_grad_norm", "enable_sanity_checks", "log_trace_cache_warnings", "memory_efficient_linear",
+    "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
+    "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_model_persistence_threshold", "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce")}
 NOT_HERE |= {f"checkpoint.{key}" for key in ("tag_validation", "load_universal", "use_node_local_storage")}
 NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops", "debug")}
+NOT_NEEDED = {"sparse_gradients": "has no effect, as sparse gradients are summed densely here",
+              "zero_force_ds_cpu_optimizer": "has no effect, as there is no CPU optimizer of DeepSpeed's here"}
+
+ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm"}  # here; so "false" is refused as well
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
@@ -223,25 +248,32 @@ def _parse(cls: type, raw: Any, path: str) -> Any:
         if path == "bf16." and "scale" in key:
             raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; "
                               "take it out, or use fp16")
-        if f"{path}{key}" in NOT_YET | NOT_HERE:
-            why = "is not implemented yet" if f"{path}{key}" in NOT_YET else \
-                "belongs to a part of DeepSpeed that is not covered"
+        if f"{path}{key}" in NOT_HERE | NOT_NEEDED.keys():
+            if _is_off(raw[key]) and f"{path}{key}" not in ALWAYS_ON:
+                continue
+            why = NOT_NEEDED.get(f"{path}{key}", "belongs to a part of DeepSpeed that is not covered")
             raise ConfigError(f"{path}{key} {why}; take it out of the config")
-        near = _nearest(key, [*known, *(NOT_YET if cls is Config else ())])
+        near = _nearest(key, known)
         raise ConfigError(f"unknown key {path}{key}, set to {raw[key]!r}{near} (known: {', '.join(known)})")
     for f in fields(cls):
         if f.name not in raw and f.default is f.default_factory:  # both are MISSING: the key has no default
             raise ConfigError(f"{path}{f.name} is missing")
-    values = {names[key]: _convert(hints[names[key]], value, f"{path}{key}") for key, value in raw.items()}
+    values = {names[key]: _convert(hints[names[key]], value, f"{path}{key}") for key, value in raw.items()
+              if key in names}
     try:
         return cls(**values)
     except ValueError as error:  # a section's own checks
         raise ConfigError(str(error)) from None
 
 
+def _is_off(value: Any) -> bool:
+    """Whether a section or key is there only to say that it is off: then leaving it out changes nothing."""
+    return value is False or value is None or isinstance(value, Mapping) and value.get("enabled") is False
+
+
 def _nearest(name: Any, known: Iterable[str]) -> str:
     """The part of an error message that suggests a name like the wrong one, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6 if len(str(name)) > 3 else 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -309,6 +341,64 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
 # --- The process group ------------------------------------------------------------------------------------------------
 
 
+def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool = True, distributed_port: int = 29500,
+                     verbose: bool = True, timeout: timedelta | None = None, init_method: str | None = None,
+                     dist_init_required: bool | None = None, config: Any = None, rank: int = -1,
+                     world_size: int = -1) -> None:
+    """Start the default process group, or keep the one that there is; DeepSpeed's signature.
+
+    ``initialize()`` does the same where it is needed; a group that was started here, ``destroy()`` leaves alone.
+
+    dist_backend        what PyTorch calls its backends; default: nccl on a GPU, else gloo
+    auto_mpi_discovery  no effect: a process that mpirun started is refused, as it would train alone. Use torchrun
+    distributed_port    the port of the process group when MASTER_PORT is not set
+    verbose             whether to log what was started
+    timeout             how long a collective may take before all ranks raise; default: PyTorch's (Gloo 30 minutes,
+                        NCCL 10)
+    init_method         an address as in torch.distributed.init_process_group; default: the launcher's variables
+    dist_init_required  False: insist that the process group is already there
+    config              refused: initialize() reads the config
+    rank, world_size    who this is, instead of the launcher's variables
+
+    Raises ValueError for arguments and environments that can't be meant.
+    """
+    if config is not None:
+        raise ValueError("config is given to init_distributed(); allowed: None. initialize() takes the config, and "
+                         "its comms_logger section")
+    if timeout is not None and (not isinstance(timeout, timedelta) or not 0 < timeout.total_seconds() < MAX_TIMEOUT):
+        raise ValueError(f"timeout is {timeout!r}; allowed: a positive datetime.timedelta, or None")
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+            raise ValueError(f"{name} is {value!r}; allowed: a whole number, or -1 for the launcher's")
+    if (rank == -1) != (world_size == -1) or world_size == 0 or rank > -1 and rank >= world_size:
+        raise ValueError(f"rank is {rank} and world_size {world_size}; allowed: both or neither (-1), the rank below "
+                         "the world size")
+    if init_method is not None and (not isinstance(init_method, str) or "://" not in init_method):
+        raise ValueError(f"init_method is {init_method!r}; allowed: an address such as 'tcp://host:port', or None")
+    if dist_backend is not None and not dist.is_backend_available(str(dist_backend)):
+        raise ValueError(f"dist_backend is {dist_backend!r}; allowed: a backend of this PyTorch, such as "
+                         f"{', '.join(name for name in ('nccl', 'gloo', 'mpi') if dist.is_backend_available(name))}")
+    _check_start(distributed_port, dist_init_required)
+    device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized() and dist_init_required is not False and (rank != -1 or init_method is not None):
+        os.environ.setdefault("MASTER_PORT", str(distributed_port))
+        dist.init_process_group(dist_backend, init_method, timeout, world_size, rank)
+        started = True
+    else:
+        started = zero.start_process_group(device, distributed_port, dist_init_required, dist_backend, timeout)
+    if not started and world_size not in (-1, dist.get_world_size()):
+        raise ValueError(f"world_size is {world_size}, but the process group that there is has {dist.get_world_size()}")
+    if verbose and started:
+        logger.info("process group: rank %d of %d, %s", dist.get_rank(), dist.get_world_size(), dist.get_backend())
+
+
+def _check_start(port: Any, required: Any) -> None:
+    if not isinstance(required, bool | None):
+        raise ValueError(f"dist_init_required is {required!r}; allowed: True, False or None")
+    if not isinstance(port, int) or not 0 < port < 2**16:
+        raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
+
+
 @torch.no_grad()
 def _broadcast_buffers(model: nn.Module) -> None:
     """Make every buffer what it is on rank 0; the parameters come with their buckets."""
@@ -337,6 +427,17 @@ def _describe(settings: Config, model: nn.Module) -> list[str]:
     return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
 
 
+def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: Any, data: Any) -> list[str]:
+    """What all ranks must have in common beside config and model, a line each."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    lines = [f"the optimizer {type(optimizer).__name__}", f"the scheduler {type(schedule).__name__}"]
+    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
+        options = {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
+        lines.append(f"param group {index} with {options} over {[names[id(p)] for p in group['params']]}")
+    size = "none" if data is None else len(data) if hasattr(data, "__len__") else "some"
+    return lines + [f"training_data: {size} samples"]
+
+
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +454,21 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _check_data(dataset: Any) -> None:
+    """Refuse what a ShardedLoader can't be made of."""
+    if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
+        raise ValueError("training_data is an IterableDataset, which can't be shared out among "
+                         f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
+                         "If yours shards itself, put it in a DataLoader of your own")
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    if isinstance(dataset, DataLoader) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
+                         "__getitem__, from which the engine makes the loader")
+    if len(dataset) == 0:
+        raise ValueError("training_data is empty; allowed: at least one sample")
+
+
 class ShardedLoader:
     """This rank's share of a dataset in micro-batches on its device; a new shuffle every epoch.
 
@@ -362,13 +478,6 @@ class ShardedLoader:
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
                  drop_last: bool):
-        if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
-            raise ValueError("training_data is an IterableDataset, which can't be shared out among "
-                             f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
-                             "If yours shards itself, put it in a DataLoader of your own")
-        if isinstance(dataset, DataLoader) or not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__len__")):
-            raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
-                             "__getitem__, from which the engine makes the loader")
         seed = torch.tensor(torch.initial_seed() % 2**62, device=device)
         if dist.get_world_size() > 1:
             dist.broadcast(seed, src=0)
@@ -430,6 +539,9 @@ class Engine(nn.Module):
     global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
     global_samples   samples they used, over all ranks
     micro_steps      calls of ``step()``: micro-batches on this rank
+
+    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. Names that DeepSpeed's
+    engine has and this one has not are in ABSENT, with what to do without them.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device, local_rank: int,
@@ -450,6 +562,8 @@ class Engine(nn.Module):
         self._started_process_group = started_process_group
         self._in_no_sync = False
         self._window = 0  # micro-batches of the accumulation window that are done
+        self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
+        self._step_applied = False
         self._grad_norm = 0.0
         self.precision = amp.Precision(config.precision(), model, device)
         self.scaler = self.precision.make_scaler()
@@ -474,6 +588,10 @@ class Engine(nn.Module):
         """The largest global gradient norm; 0 for no clipping."""
         return self.config.gradient_clipping
 
+    def zero_optimization_stage(self) -> int:
+        """What is sharded, see the top of ``zero.py``."""
+        return self.config.zero_optimization.stage
+
     def fp16_enabled(self) -> bool:
         """Whether the model computes in fp16."""
         return self.config.fp16.enabled
@@ -486,15 +604,105 @@ class Engine(nn.Module):
         """What the loss is multiplied by before backward; 1.0 except in fp16."""
         return self.scaler.scale
 
+    def __getattr__(self, name: str) -> Any:
+        """The model's own attribute, as in DeepSpeed; an AttributeError says more of names that DeepSpeed has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = vars(self).get("_modules", {}).get("module")
+            if name.startswith("__") or module is None:  # such as a copy in the making
+                raise
+        reason = _why_absent(f"engine.{name}")
+        if reason and not hasattr(module, name):
+            raise AttributeError(reason)
+        try:
+            return getattr(module, name)
+        except AttributeError as error:
+            raise AttributeError(f"neither the engine nor its model has the attribute {name!r}: {error}") from None
+
+    # Changes between steps. Every rank must make them.
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the samples per optimizer step by changing the accumulation steps.
+
+        ``train_batch_size`` must be a multiple of the micro-batch size times the ranks (ValueError on every rank).
+        """
+        one = self.train_micro_batch_size_per_gpu() * self.world_size
+        self._check_size("set_train_batch_size()", "train_batch_size", train_batch_size, one)
+        self.config.train_batch_size = train_batch_size
+        self.config.gradient_accumulation_steps = train_batch_size // one
+        self._tell_boundary()
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples per rank and backward pass, and with it ``train_batch_size``; the caller feeds them.
+
+        Refused where ``initialize()`` made the data loader, whose micro-batches keep their size.
+        """
+        self._check_size("set_train_micro_batch_size()", "micro_batch_size", micro_batch_size, 1)
+        self.config.train_micro_batch_size_per_gpu = micro_batch_size
+        self.config.train_batch_size = micro_batch_size * self.gradient_accumulation_steps() * self.world_size
+
+    def _check_size(self, call: str, name: str, value: Any, multiple: int) -> None:
+        def check() -> str:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple:
+                raise ValueError(f"{name} is {value!r}; allowed: a whole number from 1 up" + (
+                    f" that {multiple} divides: the micro-batch size times the ranks" if multiple > 1 else ""))
+            if name == "micro_batch_size" and self.loader is not None:
+                raise ValueError(f"{name} is {value}, but the data loader that initialize() made gives "
+                                 f"{self.loader.batch_size}; make a loader of your own to change it")
+            if self._window or any(slot.used for bucket in self.zero.trained for slot in bucket.slots):
+                raise ValueError(f"{call} inside an accumulation window; allowed: after the step() that ends it")
+            return str(value)
+
+        self._say_same(call, check)
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say from now on, in place of the engine's counting, whether the micro-batch at hand ends its window.
+
+        To be called before its ``backward()``. What is divided by stays ``gradient_accumulation_steps``.
+        """
+        if not isinstance(is_boundary, bool):
+            raise ValueError(f"is_boundary is {is_boundary!r}; allowed: True or False")
+        if not self.config.managed_gradient_accumulation:
+            raise ValueError("set_gradient_accumulation_boundary() with managed_gradient_accumulation false: there "
+                             "every step() updates")
+        self._chosen_boundary = is_boundary
+        self._tell_boundary()
+
+    def compile(self, backend: str | Callable = "inductor", compile_kwargs: dict[str, Any] | None = None,
+                schedule: Any = None, compiled_autograd_enabled: bool = False) -> None:
+        """Compile the model's forward with ``torch.compile``. The last two, DeepSpeed's own passes, are refused.
+
+        At stage 3 gathering and freeing stay uncompiled, so that less is gained.
+        """
+        if schedule is not None or compiled_autograd_enabled:
+            raise ValueError(f"schedule is {schedule!r} and compiled_autograd_enabled {compiled_autograd_enabled!r}; "
+                             "allowed: None and False, as there are no compiler passes here but PyTorch's")
+        self.module.compile(backend=backend, **(compile_kwargs or {}))
+
     # Where training is.
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch at hand is the last of its accumulation window, so that ``step()`` will update."""
-        return self._window + 1 >= self.gradient_accumulation_steps()
+        """Whether the micro-batch at hand is the last of its accumulation window, so that ``step()`` will update.
+
+        Always False with ``managed_gradient_accumulation`` false, where the caller alone knows.
+        """
+        if self._chosen_boundary is not None:
+            return self._chosen_boundary
+        return self.config.managed_gradient_accumulation and self._window + 1 >= self.gradient_accumulation_steps()
+
+    def was_step_applied(self) -> bool:
+        """Whether the last ``step()`` updated the weights: it was at a boundary, and was not skipped."""
+        return self._step_applied
 
     def get_lr(self) -> list[float]:
         """The rate in force in each param group."""
         return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """Each param group's momentum: Adam's ``betas``, or ``momentum``, or 0."""
+        groups = self._require_optimizer("get_mom()").param_groups
+        return [group.get("betas", group.get("momentum", 0)) for group in groups]
 
     def get_global_grad_norm(self) -> float:
         """The 2-norm of the last update's whole averaged gradient, before clipping; 0.0 before the first update."""
@@ -539,12 +747,14 @@ class Engine(nn.Module):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
 
-        ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau.
+        ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau. With
+        ``managed_gradient_accumulation`` false every call updates, with the sum of what ``backward()`` has left.
         """
         self._require_optimizer("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
-        if self.is_gradient_accumulation_boundary():
+        self._step_applied = False
+        if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
             self._update(lr_kwargs)
         else:
             if self.zero.pending:  # the caller ran backward() on the loss itself
@@ -557,7 +767,7 @@ class Engine(nn.Module):
         """Update now, with the mean over the micro-batches of a window that is not full; False if it is empty.
 
         For the end of an epoch whose micro-batches the accumulation steps do not divide. Every rank must call it, after
-        equally many micro-batches.
+        equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._require_optimizer("flush()")
         if not self._window:
@@ -568,11 +778,14 @@ class Engine(nn.Module):
 
     def _update(self, lr_kwargs: dict[str, Any] | None, fraction: float = 1.0) -> None:
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
+        if self.lr_scheduler is not None:
+            self._check_lr_kwargs(lr_kwargs)
         with self._timed("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window = result.norm, 0
         self._update_scale(result)
+        self._step_applied = not result.overflow
         if result.overflow:
             return
         if self.lr_scheduler is not None:
@@ -583,6 +796,16 @@ class Engine(nn.Module):
             self._clock.after_step()
         if self._progress:
             self._progress.after_step()
+
+    def _check_lr_kwargs(self, lr_kwargs: Any) -> None:
+        """Refuse what the scheduler's step() does not take, while nothing has changed."""
+        if not isinstance(lr_kwargs, Mapping | None):
+            raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the scheduler's step()")
+        try:
+            inspect.signature(self.lr_scheduler.step).bind(**(lr_kwargs or {}))
+        except TypeError as error:
+            raise ValueError(f"lr_kwargs is {lr_kwargs!r}, which step() of {type(self.lr_scheduler).__name__} does "
+                             f"not take: {error}") from None
 
     def _update_scale(self, result: zero.StepResult) -> None:
         """Count a skipped step and say so once; let the loss scale follow."""
@@ -646,9 +869,17 @@ class Engine(nn.Module):
         ``async`` where it is waited for); what was there before stays.
         """
         tag = f"global_step{self.global_steps}" if tag is None else tag
-        zero.check_tag(tag)
+
+        def check() -> str:
+            zero.check_tag(tag)
+            if not isinstance(client_state, Mapping | None):
+                raise ValueError(f"client_state is {client_state!r}; allowed: a dict, or None")
+            _check_path("save_dir", save_dir)
+            _check_flags(save_latest=save_latest, exclude_frozen_parameters=exclude_frozen_parameters)
+            return f"{save_dir} {tag}"
+
         self.wait_for_save()
-        self._say_same("save_checkpoint()", f"{save_dir} {tag}")
+        self._say_same("save_checkpoint()", check)
         target, failure = Path(save_dir) / tag, None
         folder = target.with_name(f".{tag}.tmp")
         if self.global_rank == 0:
@@ -738,9 +969,15 @@ class Engine(nn.Module):
         Returns the folder and the saved ``client_state``; ``(None, {})``, with a warning, where nothing was saved.
         Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model.
         """
+        def check() -> str:
+            _check_path("load_dir", load_dir)
+            _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
+                         load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
+            return str(zero.checkpoint_folder(load_dir, tag))
+
         self.wait_for_save()
+        self._say_same("load_checkpoint()", check)
         folder = zero.checkpoint_folder(load_dir, tag)
-        self._say_same("load_checkpoint()", str(folder))
         if folder is None:
             if self.global_rank == 0:
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
@@ -793,6 +1030,13 @@ class Engine(nn.Module):
 
     def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin") -> bool:
         """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
+        def check() -> str:
+            _check_path("save_dir", save_dir)
+            if not isinstance(save_filename, str) or not save_filename:
+                raise ValueError(f"save_filename is {save_filename!r}; allowed: the name of a file")
+            return f"{save_dir} {save_filename}"
+
+        self._say_same("save_16bit_model()", check)
         whole = self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype))
         if self.global_rank == 0:
             path = Path(save_dir) / save_filename
@@ -813,17 +1057,28 @@ class Engine(nn.Module):
         named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
         return named | _persistent_buffers(self.module)
 
-    def _say_same(self, call: str, what: str) -> None:
-        """Make sure that all ranks make this call, and with the same arguments."""
+    def _say_same(self, call: str, check: Callable[[], str]) -> None:
+        """Make sure that all ranks make this call, and with the same arguments, of which ``check`` tells.
+
+        What ``check`` raises on any rank, every rank raises: none goes on and waits for one that does not.
+        """
+        failure = None
+        try:
+            what = check()
+        except (ValueError, OSError) as error:
+            failure, what = error, f"the error: {error}"
         try:
             if dist.get_backend() == "gloo" and self.world_size > 1:
-                dist.monitored_barrier()
+                # By itself it would wait for 30 minutes, whatever the process group's timeout is.
+                dist.monitored_barrier(timeout=self.config.collective_timeout())
         except RuntimeError as error:
             raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
                                f"{str(error).splitlines()[0]}") from None
         said = _all_gather(what)
         if len(set(said)) > 1:
             raise ValueError(f"{call}: ranks were given different arguments: {said}")
+        if failure:
+            raise failure
 
     def _agree_on(self, failure: str | None, group: Any = None) -> None:
         """Raise CheckpointError on every rank if any has a failure to tell."""
@@ -878,6 +1133,17 @@ class _Saver:
             self.thread, failure, self.failure = None, self.failure, None
             if failure is not None:
                 raise failure
+
+
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} is {value!r}; allowed: the path of a folder")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; allowed: True or False")
 
 
 def _all_gather(value: Any, group: Any = None) -> list[Any]:
@@ -1055,6 +1321,53 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for a config
     that can't be meant, and ValueError for other bad arguments.
     """
+    settings, failure = None, None
+    try:
+        _check_start(distributed_port, dist_init_required)
+        _check_arguments(args, model, mpu, mesh_param, collate_fn)
+        settings = load_config(_only_config(args, config, config_params))
+    except ValueError as error:  # perhaps on this rank alone: then the others must hear of it
+        failure = error
+        if not dist.is_initialized() and "RANK" not in os.environ:
+            raise
+    given = 0 if failure else getattr(args, "local_rank", None) or 0
+    local_rank = int(os.environ.get("LOCAL_RANK", max(0, given)))
+    try:
+        device = zero.own_device(local_rank)
+        started = zero.start_process_group(device, distributed_port, dist_init_required,
+                                           timeout=settings.collective_timeout() if settings else None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    started = started or isinstance(model, nn.Module) and zero.started_group(model)
+    put_back = None
+    try:
+        _raise_on_all(failure, [] if failure else _describe(settings, model), device)
+        put_back = _remember(model, optimizer)
+        try:
+            settings.settle_batch_sizes(dist.get_world_size())
+            chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+            schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
+            _check_data(training_data)
+            zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
+        except Exception as error:  # the caller's functions may raise anything
+            failure = error
+        _raise_on_all(failure, [] if failure else _describe_training(model, chosen, schedule, training_data), device)
+
+        engine = Engine(model, settings, device, local_rank, started)
+        engine.optimizer, engine.lr_scheduler = chosen, schedule
+        _equip(engine, training_data, collate_fn)
+    except BaseException:
+        if put_back:
+            put_back()
+        if started:  # or the next, corrected call would find a group that no engine lets go
+            dist.destroy_process_group()
+        raise
+    return engine, engine.optimizer, engine.loader, engine.lr_scheduler
+
+
+def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any) -> None:
+    if not isinstance(getattr(args, "local_rank", None), int | None):
+        raise ValueError(f"args.local_rank is {args.local_rank!r}; allowed: a whole number")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}; allowed: an nn.Module")
     if mpu is not None or mesh_param is not None:
@@ -1062,61 +1375,63 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
                          "values and shards them")
-    settings, failure = None, None
-    try:
-        settings = load_config(_only_config(args, config, config_params))
-    except ConfigError as error:  # perhaps on this rank alone: then the others must hear of it
-        failure = error
-        if not dist.is_initialized() and "RANK" not in os.environ:
-            raise
-
-    local_rank = int(os.environ.get("LOCAL_RANK", max(0, getattr(args, "local_rank", None) or 0)))
-    try:
-        device = zero.own_device(local_rank)
-        started = zero.start_process_group(device, distributed_port, dist_init_required) or zero.started_group(model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        zero.check_ranks_agree([f"the error: {failure}"] if failure else _describe(settings, model), device)
-        if failure:
-            raise failure
-        engine = Engine(model, settings, device, local_rank, started)
-        return _equip(engine, optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
-    except BaseException:
-        if started:  # or the next, corrected call would find a group that no engine lets go
-            dist.destroy_process_group()
-        raise
+    if collate_fn is not None and not callable(collate_fn):
+        raise ValueError(f"collate_fn is {collate_fn!r}; allowed: a function from a list of samples to a batch")
 
 
-def _equip(engine: Engine, optimizer: Any, model_parameters: Iterable | None, training_data: Dataset | None,
-           lr_scheduler: Any, collate_fn: Callable | None) -> tuple:
-    """Place the model, and give the engine what trains it; the arguments and the result are those of initialize()."""
+def _raise_on_all(failure: Exception | None, description: list[str], device: torch.device) -> None:
+    """Raise what went wrong on this rank, and on every other rank too; or where the ranks' descriptions differ."""
+    zero.check_ranks_agree([f"the error: {failure}"] if failure else description, device)
+    if failure:
+        raise failure
+
+
+def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
+    """What gives the modules back the buffers, hooks and forward that they have now, and an optimizer its options."""
+    names = [name for name in vars(nn.Module()) if name == "_buffers" or name.startswith("_forward_")]
+    held = [(getattr(module, name), dict(getattr(module, name))) for module in model.modules() for name in names]
+    held += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
+    own_forward = [(module, vars(module).get("forward")) for module in model.modules()]
+
+    def put_back() -> None:
+        for now, before in held:
+            now.clear()
+            now.update(before)
+        for module, forward in own_forward:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+    return put_back
+
+
+def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
+    """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
-    settings.settle_batch_sizes(engine.world_size)
     for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-        module._buffers = {name: None if b is None else b.to(device) for name, b in module._buffers.items()}
+        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
     if engine.world_size > 1:
         _broadcast_buffers(model)
-
     table = engine.precision.table(model, engine.scaler)
-    engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
-    engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-    engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
-                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
-                            settings.predivide(engine.world_size))
     if settings.activation_checkpointing is not None:
         blocks = list(zero.find_blocks(model).values())
         engine.checkpointing = checkpointing.apply(model, settings.activation_checkpointing, blocks)
+    if training_data is not None:
+        engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
+                                      settings.dataloader_drop_last)
+    engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
+                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
+                            settings.predivide(engine.world_size))
     if settings.gradient_allreduce_op == "sum":
         engine.zero.divisor = 1.0
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:
         logger.info("precision:\n%s", table)
-    loader = None if training_data is None else ShardedLoader(
-        training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn, settings.dataloader_drop_last)
-    engine.loader = loader
-    return engine, engine.optimizer, loader, engine.lr_scheduler
+        if settings.dump_state:
+            whole = asdict(settings, dict_factory=lambda pairs: {key.removesuffix("_"): value for key, value in pairs})
+            print(f"config, with the defaults: {json.dumps(whole, indent=2, default=str)}\nprecision:\n{table}\n"
+                  f"{engine.world_size} rank(s), {device}, {dist.get_backend()}", flush=True)
 
 
 def _only_config(args: Any, config: Any, config_params: Any) -> Any:
@@ -1133,6 +1448,9 @@ def _only_config(args: Any, config: Any, config_params: Any) -> Any:
 def _choose_optimizer(client: Any, section: OptimizerConfig | None, model: nn.Module, model_parameters: Iterable | None,
                       device: torch.device) -> Optimizer | None:
     """The caller's optimizer, or what the caller's callable makes, or the config's, or none."""
+    if not isinstance(model_parameters, Iterable | None):
+        raise ValueError(f"model_parameters is a {type(model_parameters).__name__}; allowed: parameters or param "
+                         "groups, such as model.parameters()")
     parameters = list(model.parameters() if model_parameters is None else model_parameters)
     if client is None:
         return None if section is None else _checked(build_optimizer(section, parameters, device), model)
@@ -1180,3 +1498,131 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
         logger.warning("the %s given to initialize() is used; the config's scheduler section (%s) is not",
                        type(scheduler).__name__, section.type)
     return scheduler
+
+
+# --- Other names of DeepSpeed's ---------------------------------------------------------------------------------------
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--deepspeed``, a flag for the script's own use, and ``--deepspeed_config``, which initialize() reads."""
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--deepspeed", action="store_true", help="for the script's own use: train with DeepSpeed")
+    group.add_argument("--deepspeed_config", metavar="FILE", help="a JSON config")
+    return parser
+
+
+__version__ = "0.19.8"  # of the DeepSpeed whose documented behaviour this follows: what scripts ask the version for
+
+# What DeepSpeed has and this engine has not: why, and the names, as shell patterns. README.md has the same table, and a
+# test keeps the two alike. "engine." stands for what initialize() returns, anything else for what hangs on the module.
+ABSENT = {
+    "inference is not covered; the trained model is `engine.module`":
+        "init_inference default_inference_config InferenceEngine DeepSpeedInferenceConfig DeepSpeedHybridEngine "
+        "inference model_implementations module_inject replace_transformer_layer",
+    "pipeline, tensor, sequence and expert parallelism are not covered":
+        "pipe PipelineModule PipelineEngine DualPipeV* moe *tp_model_init* set_autotp_mode sequence "
+        "engine.*moe* engine.*expert* engine.gate_modules engine.*autotp* engine.tensor_parallel_config engine.mpu "
+        "engine.mesh_device engine.pipeline_parallelism engine.*all_to_all_group engine.is_first_weights_*",
+    "all ranks are data-parallel: `engine.global_rank`, `engine.world_size`, and `deepspeed.comm`":
+        "utils.groups utils.get_*parallel* engine.*data_parallel* engine.*dp_world_size engine.*mp_world_size "
+        "engine.get_*_parallel_* engine.seq* engine.checkpoint_mp_rank engine.dist_backend",
+    "there are no kernels here: the config's optimizers, and `torch.optim` (`fused=True`), take their place":
+        "ops DeepSpeedTransformer* linear",
+    "PyTorch has this: `torch.accelerator`, and `engine.device`":
+        "accelerator get_accelerator utils.get_accelerator",
+    "PyTorch has this: a `torch.device` is a context, `with torch.device('meta'):`":
+        "OnDevice utils.OnDevice utils.init_on_device",
+    "`load_config()` checks a config and gives a `Config`; errors are `ConfigError`":
+        "DeepSpeedConfig DeepSpeedConfigError load_ds_config",
+    "`initialize()` takes `training_data` and returns the loader, which is `engine.loader`":
+        "DeepSpeedDataLoader utils.RepeatingLoader engine.training_data* engine.deepspeed_io engine.collate_fn "
+        "engine.set_data_post_process_func engine.is_*_style_dataset",
+    "the optimizer stays a `torch.optim.Optimizer`: `engine.optimizer`":
+        "DeepSpeedOptimizer* DeepSpeedSchedulerCallable set_optimizer_flags engine.basic_optimizer engine.client_* "
+        "engine.get_type",
+    "the key `leaf_module` of the config says this":
+        "utils.*z3_leaf*",
+    "`python zero.py consolidate` and `zero.consolidate()` do this":
+        "utils.zero_to_fp32",
+    "`safe_get_full_*` and `safe_set_full_*` do this for whole parameters":
+        "utils.safe_*_local_* utils.safe_update_* utils.tensor_fragment",
+    "Python's `logging` does this, on `engine.global_rank` 0":
+        "log_dist utils.log_dist* utils.see_memory_usage utils.instrument_w_nvtx",
+    "this is elsewhere: `deepspeed.zero`, `deepspeed.checkpointing`, `deepspeed.DeepSpeedEngine`":
+        "runtime.zero runtime.activation_checkpointing runtime.engine",
+    "the key `comms_logger` prints this":
+        "comm.log_summary comm.configure",
+    "this part of DeepSpeed is not covered":
+        "autotuning checkpoint compile compression datastates monitor nebula profiling runtime.* git_* "
+        "engine.autotuning_* engine.curriculum_* engine.*data_efficiency* engine.data_sampling_* engine.random_ltd_* "
+        "engine.set_custom_curriculum_learning_schedule engine.flops_profiler_* engine.monitor engine.zenflow* "
+        "engine.*compile* engine.get_autosp_backend engine.register_compile_pass engine.load_universal_checkpoint "
+        "engine.uses_parallelization_pass_only engine.optimized_linear_*",
+    "offload is the config's alone, `zero_optimization.offload_optimizer` and `offload_param`":
+        "engine.offload_states engine.reload_states engine.*offload* engine.aio_config engine.swap_tensor_config "
+        "engine.cpuadam_cores_perc engine.zero_use_cpu_optimizer",
+    "it is a value of the config: `engine.config` has it":
+        "engine.bf16_* engine.fp16_* engine.torch_autocast_* engine.dataloader_drop_last engine.*dynamic_*scale* "
+        "engine.gradient_predivide_factor engine.postscale_gradients engine.managed_gradient_accumulation "
+        "engine.optimizer_* engine.scheduler_* engine.get_optimizer_configuration engine.steps_per_print "
+        "engine.wall_clock_breakdown engine.dump_state engine.log_level engine.communication_data_type "
+        "engine.get_data_types engine.zero_* engine.gradient_average engine.is_sanity_checks_enabled "
+        "engine.checkpoint_* engine.use_node_local_storage engine.save_*zero_checkpoint",
+    "`train_batch_size()`, `train_micro_batch_size_per_gpu()` and `gradient_accumulation_steps()` tell this":
+        "engine.get_batch_info",
+    "`engine.module.state_dict()` (stages 0 to 2) and `engine.consolidated_fp32_state_dict()` give the weights":
+        "engine.module_state_dict",
+    "load weights into the model before `initialize()`, or by `load_checkpoint(load_module_only=True)`":
+        "engine.load_module_state_dict",
+    "`engine.save_16bit_model()` is its name now":
+        "engine.save_fp16_model",
+    "`backward()` and `step()` do this":
+        "engine.*allreduce* engine.all_gather_scalar engine.clip_fp32_gradients engine.sparse_all_gather "
+        "engine.coalesce_grad_reduction engine.empty_partition_cache engine.collect_python_gc "
+        "engine.inside_no_sync_ctxt engine.scale_wrt_gas engine.flatten engine.unflatten engine.use_ds_comm",
+    "the keys `wall_clock_breakdown` and `steps_per_print` print times and losses":
+        "engine.*timer* engine.losses engine.print_forward_breakdown engine.memory_breakdown",
+    "it is DeepSpeed's own business":
+        "constants version *_LEAVES set_log_level_from_string engine.loaded_checkpoint_* engine.param_names "
+        "engine.module_forward_*_hook engine.dont_change_device engine.warn_unscaled_loss",
+}
+
+
+def _why_absent(path: str) -> str | None:
+    """What to say of a name that DeepSpeed has and this engine has not; None if it is no name of DeepSpeed's either."""
+    for reason, patterns in ABSENT.items():
+        if any(fnmatchcase(path, pattern) for pattern in patterns.split()):
+            return f"{path if path.startswith('engine.') else f'deepspeed.{path}'} is not here: {reason}"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(_why_absent(name) or f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Names:
+    """What DeepSpeed has under ``deepspeed.<path>``, for scripts that reach it as an attribute."""
+
+    def __init__(self, path: str, names: dict[str, Any]):
+        self._path = path
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{vars(self).get('_path')}.{name}"
+        raise AttributeError(_why_absent(path) or f"{path} is not here, nor is it a name of DeepSpeed's that is known")
+
+
+DeepSpeedEngine = Engine
+
+comm = _Names("comm", {"init_distributed": init_distributed, "get_local_rank": partial(dist.get_node_local_rank, 0)} | {
+    name: getattr(dist, name) for name in (
+        "ReduceOp", "ProcessGroup", "P2POp", "is_available", "is_initialized", "get_rank", "get_world_size",
+        "get_global_rank", "new_group", "destroy_process_group", "barrier", "monitored_barrier", "broadcast",
+        "broadcast_object_list", "all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
+        "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send",
+        "recv", "isend", "irecv", "batch_isend_irecv")})
+utils = _Names("utils", {"logger": logger} | {
+    name: getattr(zero, name) for name in (
+        "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
+        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state")})
+runtime = _Names("runtime", {"lr_schedules": schedulers})

@@ -220,25 +220,33 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None) -> bool:
+def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None,
+                        backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Start the default process group unless there is one; True when it was started here.
 
-    The launcher's variables say who is in it. Without a launcher, this process is a group of its own.
+    The launcher's variables say who is in it. Without a launcher, this process is a group of its own. ``timeout``, for
+    each collective, is PyTorch's unless it is given.
     """
     if dist.is_initialized():
+        if timeout is not None and dist.get_rank() == 0:
+            logger.warning("a timeout of %s has no effect: the process group is there already, and keeps its own",
+                           timeout)
         return False
     if required is False:
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+            raise ValueError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
+                             "train alone. Start the script with torchrun")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
     if missing:
         raise ValueError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
     os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=timeout)
     return True
 
 
