@@ -56,7 +56,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
@@ -285,14 +285,15 @@ class Communicator:
     and run an all-reduce, so with gloo each rank exchanges slices with every other one directly: each element is sent
     once, received where it belongs, and added in rank order, so that two runs give the same bits.
 
-    traffic   what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
-    seconds   time that this rank has spent waiting and adding up
-    spare     buffers to receive into, and of gradients in stages 2 and 3
+    traffic    what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
+    seconds    time that this rank has spent waiting and adding up
+    spare      buffers to receive into, and of gradients in stages 2 and 3
+    lockstep   the debug mode's comparison before each collective, or None
     """
 
     numbers = count()  # tell the messages of several engines apart; rank 0's count
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self.seconds = 0.0
@@ -302,6 +303,7 @@ class Communicator:
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
         self.direct = dist.get_backend() == "gloo" and device.type == "cpu"
         self.spare = SpareBuffers(device)
+        self.lockstep = Lockstep(self.number, timeout or 1800.0) if debug and self.world_size > 1 else None
         self.reductions = self.gathers = dist.group.WORLD
         if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
             self.reductions = dist.new_group()
@@ -311,11 +313,11 @@ class Communicator:
         size = flat.numel() // self.world_size
         return flat.narrow(0, (self.rank if rank is None else rank) * size, size)
 
-    def all_gather(self, flat: Tensor) -> Handle:
-        """Every rank's own slice of ``flat`` to all others."""
+    def all_gather(self, flat: Tensor, what: Callable[[], str] = str) -> Handle:
+        """Every rank's own slice of ``flat`` to all others. ``what`` tells what it holds, for the debug mode."""
         if self.world_size == 1:
             return Handle()
-        self._count("all-gather", flat, 1)
+        self._begin("all-gather", flat, 1, what)
         if not self.direct:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             return Handle(self, [gather(flat, self.shard_of(flat), group=self.gathers, async_op=True)])
@@ -325,7 +327,7 @@ class Communicator:
             works.append(dist.isend(self.shard_of(flat), other, tag=tag))
         return Handle(self, works)
 
-    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool) -> Handle:
+    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str) -> Handle:
         """The sum over ranks of their ``flat``, this rank's slice of it, into ``out`` (added to it if ``add``).
 
         ``out`` may be this rank's slice of ``flat``. The other slices of ``flat`` hold nothing of use afterwards.
@@ -333,7 +335,7 @@ class Communicator:
         own = self.shard_of(flat)
         if self.world_size == 1:
             return Handle(self, finish=partial(_sum, [own], out, add))
-        self._count("reduce-scatter", flat, 1)
+        self._begin("reduce-scatter", flat, 1, what)
         if not self.direct:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             work = scatter(own, flat, group=self.reductions, async_op=True)
@@ -351,11 +353,12 @@ class Communicator:
 
         return Handle(self, works, finish)
 
-    def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None) -> Handle:
+    def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
+                   what: Callable[[], str] = str) -> Handle:
         """The sum over ranks, on every rank, in place. ``finish`` runs when it is there."""
         if self.world_size == 1:
             return Handle(self, finish=finish)
-        self._count(kind, tensor, 2)
+        self._begin(kind, tensor, 2, what)
         return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -372,7 +375,10 @@ class Communicator:
         self.messages[kind] += 1
         return (2 * self.messages[kind] + (kind == "all-gather")) % 2**24 + 2**24 * (self.number % 64)
 
-    def _count(self, kind: str, tensor: Tensor, times: int) -> None:
+    def _begin(self, kind: str, tensor: Tensor, times: int, what: Callable[[], str]) -> None:
+        """Count a collective; in debug mode see first that all ranks are about to do the same."""
+        if self.lockstep is not None:
+            self.lockstep.compare(f"{kind} of {what()} ({tensor.numel()} elements, {str(tensor.dtype)[6:]})")
         record = self.traffic[kind]
         elements = times * tensor.numel() * (self.world_size - 1) // self.world_size
         record.calls += 1
@@ -384,6 +390,46 @@ class Communicator:
         rows = [f"{'collective':<16}{'calls':>8}{'elements sent':>18}{'MiB sent':>12}"]
         rows += [f"{kind:<16}{t.calls:>8}{t.elements:>18,}{t.bytes / 2**20:>12.2f}" for kind, t in self.traffic.items()]
         return "\n".join(rows)
+
+
+class Lockstep:
+    """The debug mode: before each collective every rank says what it is about to do, and all compare.
+
+    Ranks that call different collectives wait for each other until the timeout, or mix up each other's numbers; here
+    they raise at the first difference. The comparison goes through the store with which the process group began.
+    """
+
+    def __init__(self, number: int, timeout: float):
+        self.store = dist.PrefixStore(f"lockstep/{number}", dist.distributed_c10d._get_default_store())
+        self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
+        self.step = 0
+
+    def compare(self, operation: str) -> None:
+        """Raise RuntimeError on every rank unless all are about to do ``operation``."""
+        self.step += 1
+        self.store.set(f"{self.step}/{self.rank}", operation)
+        self.store.set(f"last/{self.rank}", f"{self.step}: {operation}")
+        self.store.delete_key(f"{self.step - 2}/{self.rank}")  # all have read it, or they could not be here
+        keys = [f"{self.step}/{rank}" for rank in range(self.world_size)]
+        try:
+            self.store.wait(keys, timedelta(seconds=self.timeout))
+        except RuntimeError:
+            self._tell_who_is_missing(operation, keys)
+        said = [self.store.get(key).decode() for key in keys]
+        for rank, other in enumerate(said):
+            if other != said[0]:
+                raise RuntimeError(f"ranks go apart at their collective {self.step}: rank 0 is about to do {said[0]}, "
+                                   f"rank {rank} {other}; all ranks have to run the same parts of the model, in the "
+                                   "same order")
+
+    def _tell_who_is_missing(self, operation: str, keys: list[str]) -> None:
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        last = [self.store.get(f"last/{rank}").decode() if self.store.check([f"last/{rank}"]) else "nothing"
+                for rank in missing]
+        raise RuntimeError(f"rank {self.rank} is about to do its collective {self.step}: {operation}; for "
+                           f"{self.timeout:g} seconds it has waited for "
+                           + ", ".join(f"rank {rank}, whose last was {text}" for rank, text in zip(missing, last))
+                           ) from None
 
 
 class SpareBuffers:
@@ -637,6 +683,12 @@ class Bucket:
         slot = self.slots[0]
         return slot.shape.numel() == self.numel and slot.is_contiguous and self.dtypes.compute == self.dtypes.gradient
 
+    def label(self) -> str:
+        """What is in it, for messages."""
+        names = [slot.name for slot in self.slots]
+        more = f" to {names[0]}" if len(names) > 1 else ""
+        return f"{f'the block {self.unit.name}: ' if self.unit is not None and self.unit.name else ''}{names[-1]}{more}"
+
     @property
     def held(self) -> Tensor | None:
         """The finest values that this rank keeps of the parameters, from ``own[0]`` on; None: all of ``flat``."""
@@ -701,9 +753,9 @@ class Bucket:
         self.sent = self._to_send()
         if self.all_reduces or not self.sharded.optimizer:
             finish = partial(_sum, [self.sent[own]], self.landing, add)
-            self.reduction = self.communicator.all_reduce(self.sent, finish=finish)
+            self.reduction = self.communicator.all_reduce(self.sent, finish=finish, what=self.label)
         else:
-            self.reduction = self.communicator.reduce_scatter(self.sent, self.landing, add)
+            self.reduction = self.communicator.reduce_scatter(self.sent, self.landing, add, self.label)
         self.launched = True
 
     def _to_send(self) -> Tensor:
@@ -872,19 +924,19 @@ class Bucket:
                 self.shard.copy_(self.master)
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
                 self.communicator.shard_of(self.flat).copy_(self.shard)
-                self.gather = self.communicator.all_gather(self.flat)
+                self.gather = self.communicator.all_gather(self.flat, self.label)
             return
         if not _same_memory(self.master, self.flat):
             self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
         if self.sharded.optimizer:
-            self.gather = self.communicator.all_gather(self.flat)
+            self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         # The same storage object as before, so that the views which autograd saved in forward see the weights again.
         self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
-        self.gather = self.communicator.all_gather(self.flat)
+        self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
         """Release the whole parameters' memory; each rank keeps its shard."""
@@ -1061,7 +1113,7 @@ class Unit:
         self.buckets: list[Bucket] = []
         self.state = UnitState.SHARDED
         self.users: set[Any] = set()
-        self.calls: list[Any] = []
+        self.calls: list[Call] = []
         self.numel = 0  # of all its buckets
 
     def __deepcopy__(self, memo: dict) -> "Unit":
@@ -1088,6 +1140,10 @@ class Unit:
             for slot in bucket.slots:
                 slot.parameter.__class__ = ShardedParameter
         self.state = UnitState.SHARDED
+
+
+class Call:
+    """A module's forward call, until the graph that autograd recorded of it is gone."""
 
 
 class Trace:
@@ -1259,9 +1315,11 @@ class Zero(Holder):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
-                 predivide: float | None = None):
+                 predivide: float | None = None, debug: bool = False, timeout: float | None = None):
         self.optimizer, self.config, self.predivide = optimizer, config, predivide
-        self.communicator = Communicator(device)
+        self.communicator = Communicator(device, debug, timeout)
+        if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
+            self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.elementwise = self._check_optimizer(allow_untested)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
@@ -1479,7 +1537,7 @@ class Zero(Holder):
     def _before_forward(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if module is not unit.module:
             return None  # a deep copy
-        call = object()
+        call = Call()
         if unit is self.root and not unit.calls and not _in_backward():
             self._begin_forward()
         unit.calls.append(call)
@@ -1496,7 +1554,10 @@ class Zero(Holder):
         leaves = {key: t.view_as(t) for key, t in inputs.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
         inputs |= leaves
         if inputs:
-            register_multi_grad_hook(list(inputs.values()), partial(self._after_backward, unit, call))
+            # PyTorch's hook and the graph nodes of the inputs keep each other alive; it goes when the call's graph has.
+            hook = register_multi_grad_hook(list(inputs.values()),
+                                            partial(self._after_backward, unit, weakref.ref(call)))
+            weakref.finalize(call, hook.remove).atexit = False
         if not leaves:
             return None
         return tuple(leaves.get(id(a), a) for a in args), {key: leaves.get(id(a), a) for key, a in kwargs.items()}
@@ -1529,8 +1590,8 @@ class Zero(Holder):
         side output, such as a loss that the module keeps as an attribute, has none.
         """
         unit = self.storages.get(tensor.untyped_storage()._cdata)
-        if unit is None:
-            return tensor, tensor._version
+        if unit is None:  # detached, since a node that keeps its own output would keep itself alive
+            return tensor.detach(), tensor._version
         return tensor, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
 
     def _unpack(self, saved: tuple) -> Tensor:
@@ -1576,12 +1637,12 @@ class Zero(Holder):
         if unit is self.root and not unit.calls and not _in_backward():
             self._free_unused()
 
-    def _after_backward(self, unit: Unit, call: Any, grads: Any) -> None:
+    def _after_backward(self, unit: Unit, call: "weakref.ref[Call]", grads: Any) -> None:
         """The gradients of all of a call's inputs are there."""
         if torch.is_grad_enabled():
             return  # create_graph: the backward of this backward reads the parameters again; finish_backward frees them
         unit.users.discard(RECOMPUTED)
-        self._release(unit, call)
+        self._release(unit, call())
         self.queue += [b for b in unit.buckets if b.trained and not b.launched and b not in self.queue]
         self._launch_ready()
 
@@ -1759,7 +1820,7 @@ class Zero(Holder):
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
         flags += [self.gathered, self.gathered ** 2]  # where all ranks have the same, the sums agree
         message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
-        self.communicator.all_reduce(message, "scalars").wait()
+        self.communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
         square, *flags, total, squares = message.tolist()
         if total ** 2 != squares * self.communicator.world_size:
             raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
@@ -1781,7 +1842,7 @@ class Zero(Holder):
         places = [(bucket, slot) for bucket in self.trained for slot in bucket.slots]
         flags = torch.tensor([float(not b.own_part(b.grad_shard, slot).isfinite().all()) for b, slot in places])
         flags = flags.to(self.communicator.device)
-        self.communicator.all_reduce(flags, "scalars").wait()
+        self.communicator.all_reduce(flags, "scalars", what=lambda: "which gradients are not finite").wait()
         names = [slot.name for (_, slot), flag in zip(places, flags.tolist()) if flag]
         return names[-1] if names else None  # buckets begin with the model's last parameters
 

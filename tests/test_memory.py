@@ -1,0 +1,98 @@
+"""What training takes: no more after fifty steps than after two.
+
+    .venv/bin/python -m pytest -q tests/test_memory.py
+"""
+
+import gc
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import engine as deepspeed
+import zero
+
+ROOT = Path(zero.__file__).parent
+
+
+
+def grown(stage: int, checkpointed: bool) -> Counter:
+    """Python objects that forty steps leave behind, with a forward pass that is not followed by backward in each."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)))
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "zero_optimization": {"stage": stage}, **({"activation_checkpointing": {}} if checkpointed else {})})
+
+    def run(steps: int) -> Counter:
+        for _ in range(steps):
+            engine(torch.randn(2, 8, requires_grad=True))
+            engine.backward(engine(torch.randn(2, 8)).exp().mean())
+            engine.step()
+        gc.collect()
+        return Counter(type(thing).__name__ for thing in gc.get_objects())
+
+    run(4)
+    before = run(1)
+    return run(40) - before
+
+
+def test_steps_leave_nothing_behind(run_ranks):
+    for stage in range(4):
+        for rank, left in enumerate(run_ranks(grown, 2, stage, stage == 2)):
+            assert left.total() < 40, f"stage {stage}, rank {rank}: left after 40 steps: {left.most_common(5)}"
+
+
+TRAIN = """
+import os, sys, torch
+from torch import nn
+sys.path.insert(0, {root!r})
+import engine as deepspeed
+torch.set_num_threads(1)
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+def peak():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+model = nn.Sequential(*(Block(256 + 64 * (k % 3)) if k % 2 == 0 else nn.Linear(256 + 64 * ((k - 1) % 3),
+                                                                             256 + 64 * ((k + 1) % 3)) for k in range(12)))
+engine, *_ = deepspeed.initialize(model=model, config={{
+    "train_micro_batch_size_per_gpu": 4, "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-3}}}},
+    "zero_optimization": {{"stage": {stage}, "reduce_bucket_size": 300000}}}})
+peaks = []
+for step in range(50):
+    engine.backward(engine(torch.randn(4, 256)).square().mean())
+    engine.step()
+    if step in (1, 49):
+        peaks.append(peak())
+torch.distributed.barrier()
+print(*peaks, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory with Linux's /proc")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_peak_after_fifty_steps_is_that_after_two(stage, request):
+    """Blocks of three sizes, gathered and freed over and over, leave no holes that add up: 2 % at most."""
+    if stage == 2 and not request.config.getoption("--long"):
+        pytest.skip("only with --long")
+    program = TRAIN.format(root=str(ROOT), stage=stage)
+    port = 20000 + (os.getpid() + stage) % 20000
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    for rank, process in enumerate(processes):
+        output, error = process.communicate(timeout=120)
+        assert output, error
+        early, late = map(int, output.split())
+        assert late <= 1.02 * early, f"stage {stage}, rank {rank}: {early / 2**20:.0f} MiB grew to {late / 2**20:.0f}"
+        print(f"stage {stage}, rank {rank}: {early / 2**20:.1f} MiB after 2 steps, {late / 2**20:.1f} after 50")
