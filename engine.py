@@ -273,9 +273,11 @@ def _is_off(value: Any) -> bool:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    """The part of an error message that suggests a name like the wrong one, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6 if len(str(name)) > 3 else 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The part of an error message that suggests a name like the wrong one (several, if equally like), or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), cutoff=0.6 if len(str(name)) > 3 else 0.5)
+    likeness = [difflib.SequenceMatcher(None, word, str(name)).ratio() for word in near]
+    near = [word for word, like in zip(near, likeness) if like == likeness[0]]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
