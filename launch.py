@@ -16,8 +16,11 @@ What this one does beside it:
 - When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
   the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL).
 - With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
-  itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them. With
-  either, ranks may be others after each start; without, they follow --node_rank.
+  itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
+  PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
+  With either, ranks may be others after each start; without, they follow --node_rank.
+- A cut connection ends each process once its collectives time out, and with that its launcher; but with --max_restarts
+  or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
 - gloo is told which network interface leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it; on Linux.
 - DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
   machines: for a --hostfile, it says what to run on each of them.

@@ -7,10 +7,13 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -181,6 +184,14 @@ train_gpt.main()
 TRAINING = [*SMALL, "--report=1", f"--data={ROOT / 'engine.py'}", f"--plot={os.devnull}"]
 
 
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    """A launcher."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env=environment | {"CUDA_VISIBLE_DEVICES": ""} | variables)
+
+
 class Launches:
     """Launchers that run side by side, as each takes a while; each test collects its own."""
 
@@ -204,10 +215,7 @@ class Launches:
         self.example = self._start(["--nproc_per_node", "2"])
 
     def _start(self, arguments: list[str], **variables: str) -> subprocess.Popen:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        self.running.append(subprocess.Popen(
-            [sys.executable, str(ROOT / "launch.py"), *arguments], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=environment | {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(self.folder)} | variables))
+        self.running.append(start(arguments, TMPDIR=str(self.folder), **variables))
         return self.running[-1]
 
     def stop(self) -> None:
@@ -254,3 +262,22 @@ def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone
     for step, loss in printed[-5:]:
         assert float(loss) == pytest.approx(float(whole[step]), abs=2e-4), f"step {step} on the process that was left"
     assert losses(out)[-1] == pytest.approx(losses(together)[-1], abs=2e-4), "held-out text"
+
+
+def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("six restarts take a minute or two; --long runs it")
+    common = [*TRAINING, "--steps=3000", "--report=100"]
+    (together, _), moments = run_ranks(run_script, 2, common, timeout=300), random.Random(0)
+    launcher = start(["--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
+                      f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
+    for _ in range(6):
+        time.sleep(moments.uniform(4, 10))  # a start takes some of this: kills also hit loading and connecting
+        processes = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        if processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(moments.choice(processes)), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0 and "restart 2 of at most 6" in err, err
+    whole, resumed = dict(STEP_LOSS.findall(together)), STEP_LOSS.findall(out)
+    assert resumed[-1][0] == "3000" and all(whole[step] == loss for step, loss in resumed), (resumed, whole)
