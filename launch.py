@@ -319,7 +319,8 @@ class KeptStderr(LogsSpecs):
 def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> int:
     """Say which process failed first, and what it last wrote to stderr; returns the exit code."""
     # Others failed because it did, and later, or were stopped by the launcher. PyTorch knows whole seconds only; a
-    # process's last words are from before its end, and those of one that misses it from after that.
+    # process's last words are from before its end, and those of one that misses it from after that. (Files are stamped
+    # by a clock that ticks every few milliseconds; a process that has loaded PyTorch takes longer to end.)
     failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != -signal.SIGTERM}
     rank, failure = min((failures or error.failures).items(),
                         key=lambda item: stderr.paths[item[1].local_rank].stat().st_mtime_ns)

@@ -149,9 +149,10 @@ def test_a_hostfile_is_answered_with_what_to_run_on_each_machine(tmp_path):
 # --- Started for real -------------------------------------------------------------------------------------------------
 
 
-FAILS = """import fcntl, os, sys, traceback
+FAILS = """import fcntl, os, signal, sys, time, traceback
 print(os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[2:], flush=True)
 lock = open(sys.argv[1], "w")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to stop or not, each comes to its own end
 if os.environ["RANK"] == "1":
     fcntl.flock(lock, fcntl.LOCK_EX)
     open(sys.argv[1] + ".taken", "w")
@@ -163,6 +164,7 @@ if os.environ["RANK"] == "1":
 while not os.path.exists(sys.argv[1] + ".taken"):
     pass
 fcntl.flock(lock, fcntl.LOCK_EX)  # free as soon as rank 1 has ended
+time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real process takes longer to end
 raise RuntimeError("a consequence")
 """
 KILLED = "import os; os.kill(os.getpid(), 9)"
