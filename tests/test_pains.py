@@ -5,6 +5,7 @@
 
 import ast
 import copy
+import functools
 import logging
 import re
 import sys
@@ -37,6 +38,13 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    """The top-level functions of a test file."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_row_of_the_readmes_table_names_tests_that_exist():
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## What goes wrong elsewhere\n")[1].split("\n## ")[0]
@@ -49,9 +57,7 @@ def test_every_row_of_the_readmes_table_names_tests_that_exist():
         assert pain.strip() and behaviour.strip() and named, f"{pain}: no test is named"
         assert len(named) == tests.count("`") // 2, f"{pain}: {tests} names something else than tests"
         for file, name in named:
-            tree = ast.parse((ROOT / "tests" / file).read_text())
-            assert any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body), \
-                f"{pain}: there is no {name} in {file}"
+            assert name in functions_of(file), f"{pain}: there is no {name} in {file}"
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------

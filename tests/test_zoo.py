@@ -101,6 +101,7 @@ class Convolutions(nn.Module):
             nn.ConvTranspose2d(4, 2, 2, stride=2)).to(memory_format=torch.channels_last)
 
     def forward(self, x):
+        assert self.convolutions[0].weight.is_contiguous(memory_format=torch.channels_last)
         x = x[..., :6].reshape(len(x), 2, LENGTH, LENGTH).to(memory_format=torch.channels_last)
         return self.convolutions(x)
 
