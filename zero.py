@@ -394,6 +394,7 @@ class Bucket:
         self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
         self.ran = False  # a backward has gone through
         self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
         self.late = False         # a gradient came after the launch, and waits in p.grad
@@ -507,7 +508,7 @@ class Bucket:
         if self.fired or ran:
             self.awaited = self.fired | self.awaited if self.ran else self.fired
             self.ran = True
-        self.fired, self.launched = set(), False
+        self.fired, self.queued, self.launched = set(), False, False
         self.expected = sum(self.slots[index].parameter.requires_grad for index in self.awaited)
 
     def reduce_late(self) -> None:
@@ -691,7 +692,7 @@ class Bucket:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -724,8 +725,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_children():
             path, inner = f"{prefix}{name}", search(child, f"{prefix}{name}.")
             repeats = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and kinds[type(child)] > 1
-            small = 3 * sum(p.numel() for p in child.parameters()) <= total
-            if repeats and any(child.children()) and (small or not inner):
+            if repeats and any(child.children()) and (
+                    not inner or 3 * sum(p.numel() for p in child.parameters()) <= total):
                 found[path] = child
             else:
                 found |= inner
@@ -790,10 +791,11 @@ class Unit:
     users   who needs the parameters: calls of the module in forward, the same calls in backward, a GatheredParameters.
             The last one to go frees them
     calls   the module's forward calls under way
+    number  its place among the model's units, the same on every rank
     """
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: nn.Module, number: int):
+        self.name, self.module, self.number = name, module, number
         self.buckets: list[Bucket] = []
         self.state = UnitState.SHARDED
         self.users: set[Any] = set()
@@ -954,9 +956,9 @@ class Zero:
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
-        self.queue: list[Bucket] = []  # the order of this backward's reductions
+        self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
-        self.root = Unit("", model)
+        self.root = Unit("", model, 0)
         self.units: list[Unit] = []
         self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
@@ -970,6 +972,7 @@ class Zero:
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
         self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
+        self.live = 0      # elements of the units that are gathered now
         self._hand_over(elementwise)
         self._register_hooks()
         _LIVE.add(self)
@@ -1055,12 +1058,12 @@ class Zero:
     def _owners(self, model: nn.Module) -> dict[int, Unit]:
         """The unit of each parameter, by its id: the innermost one that holds all modules which share it."""
         modules = find_units(model, self.config.leaf_module)
-        by_path = {path: Unit(path, module) for path, module in modules.items()}
+        by_path = {path: Unit(path, module, number) for number, (path, module) in enumerate(modules.items(), 1)}
         self.units = list(by_path.values())
         paths: dict[int, list[list[str]]] = defaultdict(list)
         for name, p in model.named_parameters(remove_duplicate=False):
-            inside = [path for path in by_path if name.startswith(f"{path}.")]
-            paths[id(p)].append(sorted(inside, key=len))
+            prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            paths[id(p)].append([path for path in prefixes if path in by_path])
         owners = {}
         for key, uses in paths.items():
             shared = [path for path in uses[0] if all(path in use for use in uses)]
@@ -1076,8 +1079,10 @@ class Zero:
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for index, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [s.parameter for b in self.trained if b.group == index for s in b.segments]
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        for bucket in self.trained:
+            self.optimizer.param_groups[bucket.group]["params"] += [s.parameter for s in bucket.segments]
 
     def _register_hooks(self) -> None:
         for bucket in self.trained:
@@ -1183,13 +1188,18 @@ class Zero:
 
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
-        self.gathered = (31 * self.gathered + self.all_units.index(unit) + 1) % 2**20
+        self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
+        self.live += unit.numel
+
+    def _free(self, unit: Unit) -> None:
+        unit.free()
+        self.live -= unit.numel
 
     def let_go(self, unit: Unit, user: Any) -> None:
         """``user`` needs the unit no more; the last one to go frees it."""
         unit.users.discard(user)
         if not unit.users and unit.state is not UnitState.SHARDED:
-            unit.free()
+            self._free(unit)
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1207,9 +1217,8 @@ class Zero:
         return [unit, *self.companions] if unit is self.root else [unit]
 
     def _may_prefetch(self, unit: Unit) -> bool:
-        limit = self.config.stage3_prefetch_bucket_size
-        live = sum(u.numel for u in self.all_units if u.state is not UnitState.SHARDED)
-        return (limit == "auto" or unit.numel <= limit) and live + unit.numel <= self.config.stage3_max_live_parameters
+        limit, most = self.config.stage3_prefetch_bucket_size, self.config.stage3_max_live_parameters
+        return (limit == "auto" or unit.numel <= limit) and self.live + unit.numel <= most
 
     def _release(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward is over."""
@@ -1224,14 +1233,14 @@ class Zero:
             return  # create_graph: the backward of this backward reads the parameters again; finish_backward frees them
         unit.users.discard(RECOMPUTED)
         self._release(unit, call)
-        self.queue += [b for b in unit.buckets if b.trained and not b.launched and b not in self.queue]
+        self._enqueue(unit.buckets)
         self._launch_ready()
 
     def _free_unused(self) -> None:
         """Free what was gathered ahead for a use that did not come."""
         for unit in self.all_units if self.sharded.parameters else ():
             if not unit.users and unit.state is not UnitState.SHARDED:
-                unit.free()
+                self._free(unit)
 
     def _begin_forward(self) -> None:
         if self.pending:  # the caller ran backward() on the loss itself
@@ -1253,7 +1262,16 @@ class Zero:
     def _begin_backward(self) -> None:
         self.pending = True
         self.traces[True].restart()
-        self.queue = [] if self.sharded.parameters else list(self.trained)
+        self.queue = deque()
+        if not self.sharded.parameters:
+            self._enqueue(self.trained)
+
+    def _enqueue(self, buckets: list[Bucket]) -> None:
+        """Let them be reduced after those that wait already; each once per backward."""
+        for bucket in buckets:
+            if bucket.trained and not bucket.queued:
+                bucket.queued = True
+                self.queue.append(bucket)
 
     def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         """Autograd has finished a parameter's gradient."""
@@ -1283,7 +1301,7 @@ class Zero:
         if not (self.config.overlap_comm and self.reduces_now):
             return
         while self.queue and self.queue[0].complete:
-            self._launch(self.queue.pop(0))
+            self._launch(self.queue.popleft())
 
     def _launch(self, bucket: Bucket) -> None:
         while len(self.in_flight) > (0 if self.sharded.gradients else 1):
@@ -1299,7 +1317,7 @@ class Zero:
             self._begin_backward()
         if self.reduces_now:
             if self.sharded.parameters:
-                self.queue += [b for b in self.trained if not b.launched and b not in self.queue]
+                self._enqueue(self.trained)
             for bucket in self.queue:
                 self._launch(bucket)
             while self.in_flight:
@@ -1310,7 +1328,7 @@ class Zero:
         self._end_backward()
 
     def _end_backward(self) -> None:
-        self.queue, self.pending = [], False
+        self.queue, self.pending = deque(), False
         for unit in self.all_units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self._free_unused()
@@ -1351,9 +1369,8 @@ class Zero:
     def _check_parameters(self) -> None:
         """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
         for bucket in self.buckets:
-            start, size = bucket.flat.data_ptr(), bucket.flat.element_size()
             for slot in bucket.slots if bucket.unit is None else ():
-                if slot.shape.numel() and slot.parameter.data_ptr() != start + slot.offset * size:
+                if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
                     raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
                                        "to(), half() or load_state_dict(assign=True) after initialize()")
         for slot in self.frozen:
@@ -1421,9 +1438,9 @@ class Zero:
         in_waves = self.sharded.optimizer and not self.sharded.parameters and type(self.optimizer) in ELEMENTWISE
         waves = 8 if in_waves else 1
         size = max(1, -(-len(self.trained) // waves))
-        for bucket in self.trained:
-            if not all(slot.used for slot in bucket.slots) and bucket.split(self.optimizer):
-                self._refill_groups()
+        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
+        if any([bucket.split(self.optimizer) for bucket in idle]):
+            self._refill_groups()
         try:
             for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
                 for bucket in wave:
