@@ -84,7 +84,7 @@ class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
     stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
     reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket);
-                                                      # auto: see Zero._bucket_size (DeepSpeed: 5e8)
+                                                      # auto: see bucket_size (DeepSpeed: 5e8)
     overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
     reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
     ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
@@ -288,22 +288,25 @@ class SpareBuffers:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.free: list[Tensor] = []
+        self.by_size: defaultdict[int, list[Tensor]] = defaultdict(list)  # those that are not in use, by bytes
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor of ``numel`` elements with any contents: the smallest spare one large enough, or a new one."""
         size = numel * dtype.itemsize
-        fitting = [b for b in self.free if size <= b.numel() <= 2 * size]
-        buffer = min(fitting, key=Tensor.numel, default=None)
-        if buffer is None:
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        else:
-            self.free = [b for b in self.free if b is not buffer]
+        fitting = [large for large, buffers in self.by_size.items() if buffers and size <= large <= 2 * size]
+        buffer = (self.by_size[min(fitting)].pop() if fitting
+                  else torch.empty(size, dtype=torch.uint8, device=self.device))
         return buffer[:size].view(dtype)
 
     def give_back(self, tensor: Tensor) -> None:
         """``tensor``, which came from ``take``, is needed no more."""
-        self.free.append(torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage()))
+        buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
+        self.by_size[buffer.numel()].append(buffer)
+
+    @property
+    def free(self) -> list[Tensor]:
+        """All that are not in use."""
+        return [buffer for buffers in self.by_size.values() for buffer in buffers]
 
 
 def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
@@ -447,8 +450,9 @@ class Bucket:
     def _prepare_buffer(self) -> None:
         """See to it that ``grad`` can be written."""
         if self.grad is None:
+            stays = self.fits_alone or not self.sharded.gradients  # a spare buffer may be twice as large
             self.grad = torch.empty(self.numel, dtype=self.dtypes.gradient, device=self.flat.device) \
-                if self.fits_alone else self.communicator.spare.take(self.numel, self.dtypes.gradient)
+                if stays else self.communicator.spare.take(self.numel, self.dtypes.gradient)
             ends = [0, *(slot.end for slot in self.slots)]
             for end, start in zip(ends, [*(slot.offset for slot in self.slots), self.numel]):
                 self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
@@ -691,6 +695,50 @@ class Bucket:
             part[low - start:high - start] = flat[low - slot.offset:high - slot.offset]
 
 
+class Plan(NamedTuple):
+    """What becomes a Bucket."""
+    unit: "Unit | None"   # of stage 3; None: the parameters stay whole
+    group: int | None     # the optimizer's param group; None: not trained
+    dtypes: Dtypes
+    slots: list[Slot]
+
+
+def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
+                 dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
+                 owners: "Mapping[int, Unit]") -> list[Plan]:
+    """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
+
+    groups   the param group of each trained parameter, by its id
+    owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    """
+    named = list(model.named_parameters())[::-1]
+    size = bucket_size(config, sum(p.numel() for _, p in named), device)
+    limit = config.stage3_param_persistence_threshold
+    plans: list[Plan] = []
+    open_slots: dict[Any, list[Slot]] = {}
+    for name, p in named:
+        unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
+        key = (unit, groups.get(id(p)), Dtypes(*dtypes(p)))
+        slots = open_slots.setdefault(key, [])
+        offset = _round_up(slots[-1].end, ALIGN) if slots else 0
+        stride = torch.empty_like(p, device="meta").stride()  # p's own, or a dense one where p's has gaps
+        slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, stride, type(p)))
+        if unit is None and slots[-1].end >= size:
+            plans.append(Plan(*key, open_slots.pop(key)))
+    return plans + [Plan(*key, slots) for key, slots in open_slots.items()]
+
+
+def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
+    """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
+
+    On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
+    and getting it again costs more than the communication.
+    """
+    if config.reduce_bucket_size != "auto":
+        return config.reduce_bucket_size
+    return min(max(total // 8, 2**20), 2**22 if device.type == "cpu" else 2**25)
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
@@ -828,6 +876,24 @@ class Unit:
         self.state = UnitState.SHARDED
 
 
+def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict[int, Unit]]:
+    """The units of a model beside its own, ``root``, and the unit of each parameter, by its id.
+
+    That is the innermost one that holds all modules which share the parameter.
+    """
+    modules = find_units(root.module, leaf)
+    by_path = {path: Unit(path, module, number) for number, (path, module) in enumerate(modules.items(), 1)}
+    paths: dict[int, list[list[str]]] = defaultdict(list)
+    for name, p in root.module.named_parameters(remove_duplicate=False):
+        prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        paths[id(p)].append([path for path in prefixes if path in by_path])
+    owners = {}
+    for key, uses in paths.items():
+        shared = [path for path in uses[0] if all(path in use for use in uses)]
+        owners[key] = by_path[shared[-1]] if shared else root
+    return list(by_path.values()), owners
+
+
 class Trace:
     """The order in which units were needed in the last pass, to know which one to gather next."""
 
@@ -884,7 +950,7 @@ METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__de
 METADATA |= {getattr(Tensor, name) for name in (
     "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point", "is_complex",
     "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__", "__hash__", "ndimension",
-    "storage_offset", "get_device", "untyped_storage")}
+    "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -959,7 +1025,6 @@ class Zero:
         self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
         self.root = Unit("", model, 0)
-        self.units: list[Unit] = []
         self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
         self._make_buckets(model, dtypes or (lambda p: [p.dtype] * 4))
@@ -997,42 +1062,23 @@ class Zero:
     # Setting up.
 
     def _make_buckets(self, model: nn.Module, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]]) -> None:
-        """Sort the parameters into buckets, in reverse order of registration: about the order of their gradients."""
+        """Make the parameters views of buckets."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"] if p.requires_grad}
-        named = list(model.named_parameters())[::-1]
-        for _, p in named:
-            if _is_held(p):
-                raise ValueError("another engine already trains this model; call its destroy() first")
-        total, limit = sum(p.numel() for _, p in named), self.config.stage3_param_persistence_threshold
-        owners = self._owners(model) if self.sharded.parameters else {}
-        size = self._bucket_size(total)
-        open_slots: dict[Any, list[Slot]] = {}
+        if any(_is_held(p) for p in model.parameters()):
+            raise ValueError("another engine already trains this model; call its destroy() first")
+        self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
         self.buckets: list[Bucket] = []
-
-        def close(key: Any) -> None:
-            unit, group, kinds = key
-            parameters_stay = unit is None
-            bucket = Bucket(open_slots.pop(key), kinds, group, self.sharded._replace(
-                parameters=self.sharded.parameters and not parameters_stay), self.communicator,
-                not self.config.reduce_scatter, self._predivide(kinds))
+        plans = plan_buckets(model, self.config, self.communicator.device, dtypes, groups, owners)
+        for unit, group, kinds, slots in plans:
+            stays = self.sharded._replace(parameters=unit is not None)
+            bucket = Bucket(slots, kinds, group, stays, self.communicator, not self.config.reduce_scatter,
+                            self._predivide(kinds))
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
                 unit.buckets.append(bucket)
                 unit.numel += bucket.numel
-
-        for name, p in named:
-            unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
-            key = (unit, groups.get(id(p)), Dtypes(*dtypes(p)))
-            slots = open_slots.setdefault(key, [])
-            offset = _round_up(slots[-1].end, ALIGN) if slots else 0
-            stride = torch.empty_like(p, device="meta").stride()  # p's own, or a dense one where p's has gaps
-            slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, stride, type(p)))
-            if unit is None and slots[-1].end >= size:
-                close(key)
-        for key in list(open_slots):
-            close(key)
         for unit in self.all_units if self.sharded.parameters else ():
             unit.free()
         _return_free_memory()
@@ -1044,31 +1090,6 @@ class Zero:
         if self.predivide is not None:
             return self.predivide
         return float(self.communicator.world_size) if dtypes.reduction == torch.float16 else 1.0
-
-    def _bucket_size(self, total: int) -> int:
-        """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
-
-        On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
-        and getting it again costs more than the communication.
-        """
-        if self.config.reduce_bucket_size != "auto":
-            return self.config.reduce_bucket_size
-        return min(max(total // 8, 2**20), 2**22 if self.communicator.device.type == "cpu" else 2**25)
-
-    def _owners(self, model: nn.Module) -> dict[int, Unit]:
-        """The unit of each parameter, by its id: the innermost one that holds all modules which share it."""
-        modules = find_units(model, self.config.leaf_module)
-        by_path = {path: Unit(path, module, number) for number, (path, module) in enumerate(modules.items(), 1)}
-        self.units = list(by_path.values())
-        paths: dict[int, list[list[str]]] = defaultdict(list)
-        for name, p in model.named_parameters(remove_duplicate=False):
-            prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
-            paths[id(p)].append([path for path in prefixes if path in by_path])
-        owners = {}
-        for key, uses in paths.items():
-            shared = [path for path in uses[0] if all(path in use for use in uses)]
-            owners[key] = by_path[shared[-1]] if shared else self.root
-        return owners
 
     def _hand_over(self, elementwise: bool) -> None:
         """From now on the optimizer updates masters."""
