@@ -31,11 +31,12 @@ Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts
 into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
 
 The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Zero`` which ties them together, reading
-and writing what is sharded, and what a checkpoint's files hold. With one process there is nothing to share out: no
-collective runs at any stage.
+and writing what is sharded, what a checkpoint's files hold, and what a model will take. With one process there is
+nothing to share out: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
+    python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold, stage by stage
 """
 
 import argparse
@@ -1964,9 +1965,9 @@ def check_tag(tag: Any) -> None:
 
 
 def _main(argv: list[str] | None = None) -> int:
-    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..."""
-    parser = argparse.ArgumentParser(prog="zero.py",
-                                     description="Look into checkpoints, or make plain state dicts of them.")
+    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..., or estimate ..."""
+    parser = argparse.ArgumentParser(
+        prog="zero.py", description="Look into checkpoints, make plain state dicts of them, or estimate memory.")
     commands = parser.add_subparsers(dest="command", required=True)
     parts = [commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes"),
              commands.add_parser("inspect", help="print what is inside")]
@@ -1975,8 +1976,18 @@ def _main(argv: list[str] | None = None) -> int:
         part.add_argument("--tag", help="default: the one that the file latest names")
     parts[0].add_argument("output", metavar="OUT.pt")
     parts[0].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
+    part = commands.add_parser("estimate", help="print what a rank holds at stages 0 to 3")
+    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
+    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
+    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
+                                       "does not (default: bf16, with gradients in bf16)")
+    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
+    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
     options = parser.parse_args(argv)
     try:
+        if options.command == "estimate":
+            print(_estimate_command(options))
+            return 0
         folder = checkpoint_folder(options.directory, options.tag)
         if folder is None:
             raise CheckpointError(f"{options.directory} holds no checkpoint: there is no file latest")
@@ -2003,6 +2014,410 @@ def _inspection(reader: CheckpointReader) -> str:
     rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
                 f"{len(meta['files'])} files")
     return "\n".join(rows)
+
+
+# --- What it will take ------------------------------------------------------------------------------------------------
+
+
+PLACES = {"none": "device", "cpu": "cpu", "nvme": "nvme"}  # what an offload section's device means
+ADAM_STATE = 2  # tensors of an element each that Adam keeps: the averages of the gradient and of its square
+
+
+class Held(NamedTuple):
+    """Some of a rank's bytes, and where they are."""
+    bytes: int
+    place: str = "device"  # the GPU's memory; or "cpu", the host's; or "nvme", on a disk
+
+
+@dataclass
+class Estimate:
+    """What one rank holds.
+
+    Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
+    temporary tensors), and the allocator's gaps.
+    """
+    stage: int
+    world_size: int
+    parameters: Held       # whole (stages 0 to 2), or this rank's shards, which may be the masters at the same time
+    gradients: Held        # whole, accumulated (stages 0 and 1), or this rank's shards of their sum
+    masters: Held          # what the optimizer updates, where that is not the parameter itself
+    optimizer_state: Held
+    buffers: Held          # the model's: running means and the like
+    live: Held             # gathered units (stage 3), and the buffers that gradients pass through; more of these where
+                           # gradients come in another order than the reverse of registration, as buckets wait then
+
+    def total(self, place: str = "device") -> int:
+        """Bytes of all categories in ``place``: "device", "cpu" or "nvme"."""
+        if place not in PLACES.values():
+            raise ValueError(f"place is {place!r}; allowed: {', '.join(PLACES.values())}")
+        return sum(held.bytes for held in self.categories().values() if held.place == place)
+
+    def categories(self) -> dict[str, Held]:
+        """The categories by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Held}
+
+    def table(self) -> str:
+        """All of it, as text."""
+        rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
+        rows += [f"{name.replace('_', ' '):<18}{held.place:<8}{held.bytes:>22,}{held.bytes / 1e9:>12.3f}"
+                 for name, held in self.categories().items()]
+        totals = {place: self.total(place) for place in PLACES.values()}
+        rows += [f"{'total':<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}" for place, size in totals.items() if size]
+        return "\n".join(rows)
+
+
+class Lot(NamedTuple):
+    """Parameters that share one fate: a bucket-to-be, or all of a model of which only the size is known."""
+    elements: int          # padding included
+    dtypes: Dtypes
+    trained: bool = True
+    stays: bool = False    # whole even at stage 3
+
+
+class Terms(NamedTuple):
+    """What a config says that counts here."""
+    config: ZeroConfig
+    dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
+    half: torch.dtype | None                 # that of parameters and buffers in mixed precision
+    updates: str     # the place of masters, optimizer state and gradient shards
+    parameters: str  # the place of stage 3's shards
+
+
+def estimate(model_or_counts: nn.Module | int | tuple[int, int],
+             config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None = None, world_size: int = 1, *,
+             dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
+             state_tensors: int = ADAM_STATE, device: torch.device | str | None = None) -> Estimate:
+    """What each of ``world_size`` ranks will hold, in bytes, before anything is allocated.
+
+    model_or_counts   a model, which may be on the meta device: then padding and the largest units are true. Or the
+                      number of parameters; or that and the largest unit's, without which stage 3 counts no live units
+    config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``
+                      and the dtypes of fp16, bf16, data_types and communication_data_type count; modules that
+                      ``keep_fp32`` names are counted like the others. None: stage 0
+    dtypes            of every parameter, or a function that tells. None: what the config says, else a model's own, fp32
+    state_tensors     tensors with a value per element in the optimizer's state: Adam 2, SGD 0, with momentum 1
+    device            the ranks' kind of device, which the size of buckets goes by. None: the model's; meta is a GPU
+
+    Raises ValueError, which names the argument or key, what was given and what is allowed.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size is {world_size!r}; allowed: a whole number from 1 up")
+    terms = _terms(config)
+    is_model = isinstance(model_or_counts, nn.Module)
+    if device is None:
+        device = next((p.device for p in model_or_counts.parameters()), "cpu") if is_model else "meta"
+    device = torch.device(device)
+    sharded = SHARDED[terms.config.stage if world_size > 1 else 0]
+    if is_model:
+        ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
+        lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
+        buffers = sum(b.numel() * (terms.half if terms.half and b.is_floating_point() else b.dtype).itemsize
+                      for b in model_or_counts.buffers())
+    else:
+        total, unit = _checked_counts(model_or_counts)
+        ways, buffers = dtypes or terms.dtypes(torch.float32), 0
+        size = unit if sharded.parameters else min(bucket_size(terms.config, total, device), total)
+        lots, own, units = [Lot(total, ways)], [], [[Lot(size, ways)] for _ in range(3)]
+    live = 0 if world_size == 1 else _gradient_buffers(own, units, sharded, world_size, direct=device.type == "cpu")
+    if sharded.parameters:  # the model's own unit, the one in use, and the one gathered ahead
+        bytes_of = [sum(lot.elements * lot.dtypes.compute.itemsize for lot in unit if not lot.stays)
+                    for unit in [own, *units]]
+        live += bytes_of[0] + sum(sorted(bytes_of[1:])[-2:])
+    return _shared_out(lots, terms, sharded, world_size, state_tensors, Held(buffers), Held(live))
+
+
+def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) -> Terms:
+    """What ``config`` says, in any of its forms."""
+    if isinstance(config, (str, os.PathLike)):
+        config = _read_config(config)
+    whole = {} if config is None or isinstance(config, ZeroConfig) else config
+    if not isinstance(whole, Mapping):
+        raise ValueError(f"the config is {whole!r}; allowed: an object, such as a dict")
+    for key in ("zero_optimization", "fp16", "bf16", "data_types"):
+        if not isinstance(whole.get(key, {}), Mapping):
+            raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
+    section = dict(whole.get("zero_optimization", {}))
+    offload = {key: section.pop(key, None) or {} for key in ("offload_optimizer", "offload_param")}
+    if not isinstance(config, ZeroConfig):
+        known = [f.name for f in fields(ZeroConfig)]
+        unknown = sorted(section.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown key zero_optimization.{unknown[0]} (known: {', '.join(known)})")
+        try:
+            if section.get("leaf_module"):
+                section["leaf_module"] = LeafModules(**section["leaf_module"])
+            config = ZeroConfig(**section)
+        except TypeError as error:
+            raise ValueError(f"zero_optimization: {error}") from None
+    else:
+        offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
+    updates, parameters = (_place(key, said) for key, said in offload.items())
+    given_dtypes, half = _dtypes_said(whole)
+    return Terms(config, given_dtypes, half, updates, parameters)
+
+
+def _read_config(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"the config file {path} is not JSON: {error}") from None
+
+
+def _place(key: str, said: Any) -> str:
+    device = said.get("device", "none") if isinstance(said, Mapping) else None
+    if device not in PLACES:
+        raise ValueError(f"zero_optimization.{key} is {said!r}; allowed: an object whose device is "
+                         f"{', '.join(PLACES)}")
+    return PLACES[device]
+
+
+def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
+    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and of mixed precision."""
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+    enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
+    half = names[enabled[0]] if enabled else None
+    masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
+    wanted = {"data_types.grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype"),
+              "communication_data_type": config.get("communication_data_type")}
+    for key, name in wanted.items():
+        if name not in names:
+            raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
+    accumulation, reduction = (names[name] for name in wanted.values())
+
+    def dtypes(given: torch.dtype) -> Dtypes:
+        if not given.is_floating_point:
+            return Dtypes(given, given, given, given)
+        master = (half if masters_too else torch.float32) if half else given
+        gradient = accumulation or master
+        return Dtypes(half or given, master, gradient, reduction or gradient)
+
+    return dtypes, half
+
+
+def _checked_counts(counts: Any) -> tuple[int, int]:
+    total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
+    for value in (total, unit):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"model_or_counts is {counts!r}; allowed: a model, a number of parameters, or a pair of "
+                             "that and the largest unit's")
+    if unit > total:
+        raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
+    return total, unit
+
+
+def _lots(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]],
+          sharded: Sharded, world_size: int, device: torch.device) -> tuple[list[Lot], list[Lot], list[list[Lot]]]:
+    """A model's buckets-to-be; at stage 3 those of its own unit, and of each other one (else every bucket is one)."""
+    root = Unit("", model, 0)
+    owners = assign_units(root, config.leaf_module)[1] if sharded.parameters else {}
+    trained = {id(p): 0 for p in model.parameters() if p.requires_grad}
+    lots, units = [], defaultdict(list)
+    for plan in plan_buckets(model, config, device, dtypes, trained, owners):
+        elements = _round_up(plan.slots[-1].end, ALIGN * world_size)
+        lots.append(Lot(elements, plan.dtypes, plan.group is not None, plan.unit is None))
+        units[plan.unit or root].append(lots[-1])  # what stays whole at stage 3 is reduced last, like the model's own
+    if not sharded.parameters:
+        return lots, [], [[lot] for lot in lots]
+    return lots, units.pop(root, []), list(units.values())
+
+
+def _gradient_buffers(own: list[Lot], units: list[list[Lot]], sharded: Sharded, world_size: int, direct: bool) -> int:
+    """Bytes of the buffers that backward passes take: one is gone through without memory, by ``Zero._launch``'s rules.
+
+    own      of the model's own unit, whose first gradient may come first and whose last comes last
+    direct   each rank receives all others' slices, as with gloo, see Communicator
+    """
+    spare, in_flight = SpareBuffers(torch.device("meta")), deque()
+
+    def fill(lot: Lot) -> list[Tensor]:
+        return [spare.take(lot.elements, lot.dtypes.gradient)] if sharded.gradients else []
+
+    def finish() -> None:
+        for buffer in in_flight.popleft():
+            spare.give_back(buffer)
+
+    def launch(lot: Lot, buffers: list[Tensor]) -> None:
+        while len(in_flight) > (0 if sharded.gradients else 1):
+            finish()
+        if lot.dtypes.reduction != lot.dtypes.gradient:
+            buffers.append(spare.take(lot.elements, lot.dtypes.reduction))
+        if direct and sharded.optimizer:
+            buffers += [spare.take(lot.elements // world_size, lot.dtypes.reduction) for _ in range(world_size - 1)]
+        in_flight.append(buffers)
+
+    last = [(lot, fill(lot)) for lot in own if lot.trained]
+    filling: deque[tuple[Lot, list[Tensor]]] = deque()
+    for lot in (lot for unit in units for lot in unit if lot.trained):
+        filling.append((lot, fill(lot)))
+        if len(filling) > (0 if sharded.parameters else 1):  # below stage 3 gradients come early for the next bucket
+            launch(*filling.popleft())
+    for lot, buffers in [*filling, *last]:
+        launch(lot, buffers)
+    while in_flight:
+        finish()
+    return sum(buffer.numel() for buffer in spare.free)
+
+
+def _shared_out(lots: list[Lot], terms: Terms, sharded: Sharded, world_size: int, state_tensors: int,
+                buffers: Held, live: Held) -> Estimate:
+    """The bytes of every category."""
+    parameters = gradients = masters = state = 0
+    # A shard that lies where the optimizer works is the master; elsewhere there are two, and the shard can be small.
+    apart = terms.updates != (terms.parameters if sharded.parameters else "device")
+    for lot in lots:
+        own = -(-lot.elements // world_size) if sharded.optimizer else lot.elements
+        is_shard = sharded.parameters and not lot.stays
+        separate = apart if is_shard else terms.updates != "device" or lot.dtypes.compute != lot.dtypes.master
+        parameters += (own if is_shard else lot.elements) * (
+            lot.dtypes.master if is_shard and not separate else lot.dtypes.compute).itemsize
+        if lot.trained:
+            masters += separate * own * lot.dtypes.master.itemsize
+            gradients += (own if sharded.gradients else lot.elements) * lot.dtypes.gradient.itemsize
+            state += own * lot.dtypes.master.itemsize * state_tensors
+    return Estimate(
+        terms.config.stage, world_size,
+        parameters=Held(parameters, terms.parameters if sharded.parameters else "device"),
+        gradients=Held(gradients, terms.updates if sharded.gradients else "device"),
+        masters=Held(masters, terms.updates), optimizer_state=Held(state, terms.updates), buffers=buffers, live=live)
+
+
+# DeepSpeed's documented functions, with its figures: they count what DeepSpeed holds, 2 bytes per parameter over the
+# number of ranks more than is held here: a 16-bit shard of the gradients (stage 2) or of the parameters (stage 3).
+
+
+def estimate_zero2_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what a model takes at stage 2, see estimate_zero2_model_states_mem_needs_all_cold."""
+    total, _ = _sizes(model)
+    estimate_zero2_model_states_mem_needs_all_cold(total, num_gpus_per_node, num_nodes, additional_buffer_factor)
+
+
+def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what DeepSpeed takes at stage 2 in mixed precision, per node's host and per GPU, with and without offload.
+
+    additional_buffer_factor   what host memory is multiplied by, for all that comes beside
+    The GPU's figure without offload is 2 + 18/N bytes per parameter, where ``estimate`` has 2 + 16/N, see above.
+    As in DeepSpeed, the host's figure with offload counts the optimizer's share of all nodes, not of one.
+    """
+    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
+    whole = 2 * total_params
+    _print_needs(total_params, None, num_gpus_per_node, num_nodes, {
+        "offload_optimizer=cpu": (max(4 * total_params, shards) * ranks * additional_buffer_factor, whole),
+        "offload_optimizer=none": (4 * total_params * num_gpus_per_node * additional_buffer_factor,
+                                   whole + shards + whole // ranks)})
+
+
+def estimate_zero3_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what a model takes at stage 3, see estimate_zero3_model_states_mem_needs_all_cold."""
+    estimate_zero3_model_states_mem_needs_all_cold(*_sizes(model), num_gpus_per_node, num_nodes,
+                                                   additional_buffer_factor)
+
+
+def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
+                                                   num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what DeepSpeed takes at stage 3 in mixed precision, per node's host and per GPU, with and without offload.
+
+    largest_layer_params   of the one module that holds most by itself: it is whole for a time, with its gradients
+    The GPU's figure without offload is 18/N bytes per parameter beside it, where ``estimate`` has 16/N, see above.
+    ``zero_init=0``: every process first builds the whole model in fp32 in host memory; ``zero_init=1``: zero.Init.
+    """
+    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
+    layer, half = 4 * largest_layer_params, 2 * total_params // ranks
+    needs = {}
+    for parameters, updates in (("cpu", "cpu"), ("none", "cpu"), ("none", "none")):
+        device = layer + (parameters == "none") * half + (updates == "none") * shards
+        host = (parameters == "cpu") * half + (updates == "cpu") * shards
+        for init in (True, False):
+            built = 4 * total_params if not init else layer if updates == "none" else 0
+            needs[f"offload_param={parameters}, offload_optimizer={updates}, zero_init={init:d}"] = (
+                max(built, host) * num_gpus_per_node * additional_buffer_factor, device)
+    _print_needs(total_params, largest_layer_params, num_gpus_per_node, num_nodes, needs)
+
+
+def _shards(total: int, ranks: int) -> int:
+    """Bytes of one rank's gradients, masters and optimizer state in mixed precision, as ``estimate`` has them."""
+    held = estimate(int(total), {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, ranks)
+    return held.gradients.bytes + held.masters.bytes + held.optimizer_state.bytes
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and of the module that directly holds most of them."""
+    return (sum(p.numel() for p in model.parameters()),
+            max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()))
+
+
+def _print_needs(total: int, layer: int | None, per_node: int, nodes: int,
+                 needs: Mapping[str, tuple[float, float]]) -> None:
+    largest = "" if layer is None else f", the largest layer {layer / 1e6:,.0f} million"
+    print(f"Parameters, gradients and optimizer state of {total / 1e6:,.0f} million parameters{largest},\n"
+          f"on {nodes} node(s) of {per_node} GPU(s); 1 GB = 2**30 bytes")
+    print("  per CPU  |  per GPU |   Options")
+    for options, (host, device) in needs.items():
+        print(f" {host / 2**30:7.2f}GB | {device / 2**30:6.2f}GB | {options}")
+
+
+# The command line's part. Without a config it speaks of the ZeRO paper's case: gradients stay in 16 bits.
+PAPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+
+
+def _estimate_command(options: argparse.Namespace) -> str:
+    """A table of stages 0 to 3 side by side, a row per number of ranks; drawn as well, with ``--plot``."""
+    total, unit = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
+    worlds = [_whole("--world", size, 1) for size in options.world]
+    config = _read_config(options.config) if options.config else PAPER
+    dtypes = _terms(config).dtypes(torch.float32)
+    rows = []
+    for size in worlds:
+        configs = [{**config, "zero_optimization": {**config.get("zero_optimization", {}), "stage": stage}}
+                   for stage in SHARDED]
+        rows.append([estimate((total, unit), each, size) for each in configs])
+    if options.plot:
+        _draw_estimates(rows, options.plot)
+    names = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
+    text = [f"{total:,} parameters with Adam, {', '.join(names)}; GB (1e9 bytes) per rank, without live units"]
+    for place in PLACES.values():
+        if any(each.total(place) for row in rows for each in row):
+            text += _table(f"ranks, {place}", rows,
+                           lambda each: each.total(place) - (each.live.bytes if place == each.live.place else 0))
+    text += _table("live units", rows, lambda each: each.live.bytes)
+    if dtypes.compute != dtypes.master:
+        text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
+                    f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
+    return "\n".join(text)
+
+
+def _table(title: str, rows: list[list[Estimate]], of: Callable[[Estimate], int]) -> list[str]:
+    lines = [f"{title:<16}" + "".join(f"{f'stage {stage}':>12}" for stage in SHARDED)]
+    return lines + [f"{row[0].world_size:<16}" + "".join(f"{of(each) / 1e9:>12.2f}" for each in row) for row in rows]
+
+
+def _draw_estimates(rows: list[list[Estimate]], output: str) -> None:
+    """A curve per stage over the number of ranks: all that is in the GPU's memory, live units included."""
+    import matplotlib.figure  # here, so that training does not wait for it
+
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.add_subplot()
+    for stage in SHARDED:
+        axis.plot([row[0].world_size for row in rows], [row[stage].total() / 1e9 for row in rows], marker="o",
+                  label=f"stage {stage}")
+    axis.set(xlabel="ranks", ylabel="GB per rank", xscale="log", yscale="log")
+    axis.set_xticks([row[0].world_size for row in rows], [str(row[0].world_size) for row in rows])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output, dpi=110)
+
+
+def _whole(option: str, text: str, least: int) -> int:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (least <= value < math.inf and value == int(value)):
+        raise ValueError(f"{option} is {text!r}; allowed: a whole number from {least} up, such as 64 or 7.5e9")
+    return int(value)
 
 
 # --- Do all ranks mean the same? --------------------------------------------------------------------------------------
