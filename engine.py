@@ -131,6 +131,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
     dump_state: bool = False                           # print the whole config and what became of it at the start
+    debug: bool = False                                # compare, before each collective, what ranks are about to do
     timeout: float | None = None                       # seconds a collective may take; none: as PyTorch (Gloo 1800)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -272,9 +273,11 @@ def _is_off(value: Any) -> bool:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    """The part of an error message that suggests a name like the wrong one, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6 if len(str(name)) > 3 else 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The part of an error message that suggests a name like the wrong one (several, if equally like), or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), cutoff=0.6 if len(str(name)) > 3 else 0.5)
+    likeness = [difflib.SequenceMatcher(None, word, str(name)).ratio() for word in near]
+    near = [word for word, like in zip(near, likeness) if like == likeness[0]]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -556,6 +559,7 @@ class Engine(nn.Module):
         self.optimizer: Optimizer | None = None
         self.loader: ShardedLoader | None = None
         self._saver: _Saver | None = None
+        self._roll_call: _RollCall | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.checkpointing: checkpointing.Checkpointing | None = None
@@ -699,6 +703,18 @@ class Engine(nn.Module):
         """The rate in force in each param group."""
         return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
 
+    def set_lr(self, lr: float | list[float]) -> None:
+        """Set the rate of every param group, or of each its own. A scheduler sets its own at its next step."""
+        groups = self._require_optimizer("set_lr()").param_groups
+        rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(groups)
+        if len(rates) != len(groups) or not all(
+                isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < float("inf")
+                for rate in rates):
+            raise ValueError(f"lr is {lr!r}; allowed: a number from 0 up, or a list of one for each of the "
+                             f"{len(groups)} param groups")
+        for group, rate in zip(groups, rates):
+            group["lr"] = float(rate)
+
     def get_mom(self) -> list[Any]:
         """Each param group's momentum: Adam's ``betas``, or ``momentum``, or 0."""
         groups = self._require_optimizer("get_mom()").param_groups
@@ -715,7 +731,9 @@ class Engine(nn.Module):
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
-        with self._timed("forward"), self.precision.autocast():
+        if self._roll_call and self.training and torch.is_grad_enabled():
+            self._roll_call.enter(self.micro_steps + 1)
+        with self._explained(), self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -731,7 +749,7 @@ class Engine(nn.Module):
             self._progress.add_loss(loss.detach())
         if scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
-        with self._timed("backward"):
+        with self._explained(), self._timed("backward"):
             scaled = loss if self.scaler.scale == 1 else loss.float() * self.scaler.scale
             scaled.backward(retain_graph=retain_graph)
             self.zero.finish_backward()
@@ -780,7 +798,7 @@ class Engine(nn.Module):
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
         if self.lr_scheduler is not None:
             self._check_lr_kwargs(lr_kwargs)
-        with self._timed("update"):
+        with self._explained(), self._timed("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window = result.norm, 0
@@ -1088,15 +1106,32 @@ class Engine(nn.Module):
             raise zero.CheckpointError(f"rank {rank}: {text}")
 
     def destroy(self) -> None:
-        """Let go of the model and of the process group, if this engine started it; this engine can train no more."""
+        """Let go of the model and of the process group, if this engine started it; this engine can train no more.
+
+        Raises RuntimeError where another rank still trains, having been given more micro-batches.
+        """
         self.wait_for_save()
         if self.config.comms_logger.enabled and self.global_rank == 0:
             print(self.zero.communicator.table(), flush=True)
         self.zero.release()
         if self.checkpointing is not None:
             self.checkpointing.remove()
-        if self._started_process_group and dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if self._roll_call:
+                self._roll_call.leave()
+        finally:
+            if self._started_process_group and dist.is_initialized():
+                dist.destroy_process_group()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where communication fails inside, say what the ranks were at."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
+                raise
+            raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
 
     def _timed(self, phase: str) -> Any:
         return self._clock.phase(phase) if self._clock else nullcontext()
@@ -1105,6 +1140,57 @@ class Engine(nn.Module):
         if self.optimizer is None:
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer
+
+
+class _RollCall:
+    """Tells of ranks that were given different numbers of micro-batches, by the process group's store.
+
+    Such ranks can't go on: one has left, or waits in ``destroy()``, and the others wait for it in a collective.
+    """
+
+    SIGNS = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")
+    PATIENCE = 5.0  # seconds that a rank waits at its end for the others to end, or to show that they go on
+
+    def __init__(self, number: int):
+        self.store = dist.PrefixStore(f"roll_call/{number}", dist.distributed_c10d._get_default_store())
+        self.rank, self.world_size, self.micro_batch = dist.get_rank(), dist.get_world_size(), 0
+
+    def enter(self, micro_batch: int) -> None:
+        """This rank begins with a micro-batch."""
+        if micro_batch != self.micro_batch:
+            self.micro_batch = micro_batch
+            self.store.set(f"at/{self.rank}", str(micro_batch))
+
+    def leave(self) -> None:
+        """This rank has had its last micro-batch."""
+        self.store.set(f"left/{self.rank}", "")
+        deadline = time.monotonic() + self.PATIENCE
+        while time.monotonic() < deadline:
+            left, at = self._look()
+            if len(set(at)) > 1:
+                raise RuntimeError(self.report())
+            if all(left):
+                return
+            time.sleep(0.01)
+
+    def report(self) -> str:
+        """Where each rank is, and what to do."""
+        try:
+            left, at = self._look()
+        except RuntimeError:  # the process that kept the store is gone
+            return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
+        lines = ", ".join(f"rank {rank} {'ended after' if gone else 'is in its'} micro-batch {micro_batch}"
+                          for rank, (gone, micro_batch) in enumerate(zip(left, at)))
+        if len(set(at)) > 1:
+            return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
+                    "loader that initialize() makes of training_data does")
+        return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
+
+    def _look(self) -> tuple[list[bool], list[int]]:
+        """Which ranks have left, and each one's micro-batch."""
+        ranks = range(self.world_size)
+        return ([self.store.check([f"left/{rank}"]) for rank in ranks],
+                [int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else 0 for rank in ranks])
 
 
 class _Saver:
@@ -1421,7 +1507,9 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
                                       settings.dataloader_drop_last)
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
                             lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
-                            settings.predivide(engine.world_size))
+                            settings.predivide(engine.world_size), settings.debug, settings.timeout)
+    if engine.world_size > 1:
+        engine._roll_call = _RollCall(engine.zero.communicator.number)
     if settings.gradient_allreduce_op == "sum":
         engine.zero.divisor = 1.0
     engine._tell_boundary()

@@ -375,7 +375,7 @@ def misspelt(draw: random.Random) -> tuple[dict, str]:
     suggestion, config = "|".join(map(re.escape, near)), with_key(path, wrong, 1)
     if path == ("optimizer", "params"):
         config["optimizer"] = {"type": "AdamW", "params": {wrong: 1}}
-    return config, rf"{re.escape('.'.join((*path, wrong)))}.*did you mean '({suggestion})'"
+    return config, rf"{re.escape('.'.join((*path, wrong)))}.*did you mean .*'({suggestion})'"
 
 
 def mistyped(draw: random.Random) -> tuple[dict, str]:
