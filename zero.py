@@ -1917,7 +1917,9 @@ class Zero(Holder):
             b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
         fused = fused and factor != 1.0
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
-        in_waves = type(self.optimizer) in ELEMENTWISE and (self.sharded.optimizer or self.host is not None)
+        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
+        in_waves = type(self.optimizer) in ELEMENTWISE and (
+            self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
         idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]

@@ -77,7 +77,7 @@ def alone():
 def rows(header: str) -> list[tuple[str, ...]]:
     """The cells of the section's table with this header."""
     lines = SECTION[SECTION.index(header):].splitlines()[2:]
-    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    end = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
     return [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in lines[:end]]
 
 
