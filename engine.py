@@ -1105,6 +1105,17 @@ class Engine(nn.Module):
             rank, text = next(iter(failures.items()))
             raise zero.CheckpointError(f"rank {rank}: {text}")
 
+    def memory_report(self) -> zero.MemoryReport:
+        """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it.
+
+        Not in it: activations, and gaps between tensors that the allocator keeps.
+        """
+        estimate = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
+                                 dtypes=self.precision.path, device=self.device,
+                                 state_tensors=zero.state_tensors(self.optimizer))
+        return zero.MemoryReport(zero.measure(self.zero, self.module), {
+            (name, held.place): held.bytes for name, held in estimate.categories().items()})
+
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more.
 
