@@ -2858,9 +2858,11 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int],
     live = 0 if alone and not passing.gradients else _gradient_buffers(
         own, units, passing, world_size, direct=device.type == "cpu")
     if terms.updates != "device":  # where sums land before they go down; and, below stage 2, a window's gradients
-        trained = [lot.elements * lot.dtypes.gradient.itemsize for lot in lots if lot.trained]
-        live += 2 * max(trained, default=0) // (world_size if sharded.optimizer else 1)
-        live += 0 if sharded.gradients else sum(trained)
+        largest = max((lot.elements * lot.dtypes.gradient.itemsize
+                       for unit in [own, *units] for lot in unit if lot.trained), default=0)
+        live += 2 * largest // (world_size if sharded.optimizer else 1)
+        if not sharded.gradients:
+            live += sum(lot.elements * lot.dtypes.gradient.itemsize for lot in lots if lot.trained)
     if sharded.parameters:  # the model's own unit, the one in use, and the one gathered ahead
         bytes_of = [sum(lot.elements * lot.dtypes.compute.itemsize for lot in unit if not lot.stays)
                     for unit in [own, *units]]

@@ -297,7 +297,8 @@ def print_size(name: str, stages: list[int], ranks: list[int], precision: str) -
             calls = ", ".join(f"{count} {kind}" for kind, count in got.calls.items()) or "none"
             print(f"{stage:>5}{world_size:>6}" + "".join(f"{got.bytes[each] / 1e9:>9.2f}" for each in STATES)
                   + f"{got.states / 1e9:>10.2f}{paper / 1e9:>10.2f}{got.states / paper - 1:>9.2%}"
-                  f"{expected / 1e9:>10.2f}{got.states / expected - 1:>9.2%}{got.bytes['live'] / 1e9:>7.2f}{got.bytes['update'] / 1e9:>9.2f}"
+                  f"{expected / 1e9:>10.2f}{got.states / expected - 1:>9.2%}{got.bytes['live'] / 1e9:>7.2f}"
+                  f"{got.bytes['update'] / 1e9:>9.2f}"
                   f"{got.sent / share if share else 0:>7.3f}{got.setup_s:>9.2f}{got.step_s:>7.2f}"
                   f"{f' ({plain:.2f})':<8} {calls} ({got.largest:,})", flush=True)
     return worst

@@ -34,7 +34,7 @@ import engine as deepspeed
 from engine import ConfigError
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-SECTION = README[README.index("## Coming from a DeepSpeed script"):README.index("## What to know")]
+SECTION = README[README.index("## Coming from a DeepSpeed script"):]
 SIZES = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 CONFIG = SIZES | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}
 
