@@ -333,9 +333,11 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
     if cls is torch.optim.SGD and params.get("momentum"):
         runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later
-    if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
-        params["fused"] = True
     try:
+        if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
+            plain = cls(parameters, **params)  # sorts out what parameters may be; PyTorch can't fuse complex ones
+            parameters = [{key: value for key, value in group.items() if key != "fused"} for group in plain.param_groups]
+            params["fused"] = not any(p.is_complex() for group in parameters for p in group["params"])
         return cls(parameters, **params)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"optimizer.params {section.params} for {name}: {error}") from error
@@ -1105,6 +1107,9 @@ class Engine(nn.Module):
             rank, text = next(iter(failures.items()))
             raise zero.CheckpointError(f"rank {rank}: {text}")
 
+    def __deepcopy__(self, memo: dict) -> "Engine":
+        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
+
     def memory_report(self) -> zero.MemoryReport:
         """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it.
 
@@ -1358,23 +1363,24 @@ class _Progress:
 class _Clock:
     """Prints on rank 0 what each optimizer step's time went into, in ms; on a GPU it waits for each phase to end.
 
-    Communication is the time spent waiting for it and adding up, which the other phases do not include; what overlaps
-    with computation costs no time and is not in it.
+    Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the other
+    phases do not include; what overlaps with computation costs no time and is not in it.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.seconds = dict.fromkeys(("forward", "backward", "communication", "update"), 0.0)
+        self.seconds = dict.fromkeys(("forward", "backward", "communication", "offload", "update"), 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
-        communicator = self.engine.zero.communicator
-        began, waited = self._now(), communicator.seconds
+        apart = {"communication": self.engine.zero.communicator, "offload": self.engine.zero.host}
+        began, before = self._now(), {key: part.seconds for key, part in apart.items() if part is not None}
         yield
-        waited = communicator.seconds - waited
-        self.seconds["communication"] += waited
-        self.seconds[name] += self._now() - began - waited
+        self.seconds[name] += self._now() - began
+        for key, seconds in before.items():
+            self.seconds[key] += apart[key].seconds - seconds
+            self.seconds[name] -= apart[key].seconds - seconds
 
     def _now(self) -> float:
         if self.engine.device.type == "cuda":
@@ -1384,7 +1390,8 @@ class _Clock:
     def after_step(self) -> None:
         """Print, and begin anew."""
         if self.engine.global_rank == 0:
-            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
+            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items()
+                              if name != "offload" or self.engine.zero.host is not None)
             print(f"step {self.engine.global_steps}: {parts}", flush=True)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -1469,6 +1476,12 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
         raise ValueError(f"model is {model!r}; allowed: an nn.Module")
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model is a ScriptModule, whose parameters and buffers can't be placed anew; allowed: an "
+                         "nn.Module. Give that to initialize(), and script it after training")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet; run a lazy model once, on any input, before initialize()")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
                          "values and shards them")

@@ -488,6 +488,7 @@ class Host:
         self.pinned = pin_memory and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.landed: list[tuple[Tensor, Tensor]] = []  # sums on their way down, and what they will be added to
+        self.seconds = 0.0  # time that this rank has spent copying and waiting for copies
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor here with any contents. Raises OSError where the disk has no room."""
@@ -507,7 +508,9 @@ class Host:
     def bring_down(self, source: Tensor, target: Tensor, add: bool) -> None:
         """Start copying the device's ``source`` into ``target``, which lives here, or adding it; see settle."""
         if self.stream is None:
+            began = time.perf_counter()
             target.add_(source) if add else target.copy_(source)
+            self.seconds += time.perf_counter() - began
             return
         landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned) if add else target
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -519,11 +522,13 @@ class Host:
 
     def settle(self) -> None:
         """Wait for all that was brought down."""
+        began = time.perf_counter()
         if self.stream is not None:
             self.stream.synchronize()
         for landing, target in self.landed:
             target.add_(landing)
         self.landed.clear()
+        self.seconds += time.perf_counter() - began
 
 
 def _disk(folder: str) -> tuple[Any, int | None]:
@@ -575,6 +580,7 @@ class Slot:
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
+    version: int = 0      # the parameter's, when master and shard were known to hold its values
 
     @property
     def is_contiguous(self) -> bool:
@@ -660,7 +666,7 @@ class Bucket:
                 if low < high:
                     own[low - start:high - start] = values[low - slot.offset:high - slot.offset]
             if self.sharded.parameters:
-                slot.parameter.data = slot.view(self.flat)
+                self._point(slot)
         if self.sharded.parameters:
             self.free()
             self._settle_in(own)
@@ -670,7 +676,11 @@ class Bucket:
         self.flat = own.to(self.dtypes.compute)  # own itself where the dtype is the same
         self._settle_in(own[self.own[0]:self.own[1]])
         for slot in self.slots:
-            slot.parameter.data = slot.view(self.flat)
+            self._point(slot)
+
+    def _point(self, slot: Slot) -> None:
+        slot.parameter.data = slot.view(self.flat)
+        slot.version = slot.parameter._version
 
     def _settle_in(self, own: Tensor) -> None:
         """Make master and shard from the values ``own``, in memory that is shared where it can be."""
@@ -960,8 +970,19 @@ class Bucket:
         self.gather.wait()
         self.flat.untyped_storage().resize_(0)
 
+    def keep_writes(self) -> None:
+        """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
+
+        Where ranks wrote different values, those of each element's owner count.
+        """
+        versions = [slot.parameter._version for slot in self.slots]
+        if versions != [slot.version for slot in self.slots]:
+            self.keep_changes()
+            for slot, version in zip(self.slots, versions):
+                slot.version = version
+
     def keep_changes(self) -> None:
-        """Take what was written into the whole parameters (the same on every rank) over into shard and master."""
+        """Take what was written into the whole parameters over into shard and master."""
         held = self.held
         if held is None or _same_memory(held, self.flat):
             return
@@ -1618,6 +1639,8 @@ class Zero(Holder):
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
+        for bucket in unit.buckets:
+            bucket.keep_writes()
         self._release(unit, call)
 
     def _before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
@@ -1651,7 +1674,8 @@ class Zero(Holder):
 
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
-        self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
+        if unit.buckets:
+            self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
         self.live += unit.numel
 
     def _free(self, unit: Unit) -> None:
@@ -1847,6 +1871,8 @@ class Zero(Holder):
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         culprit = self._first_not_finite() if overflow else None
+        for bucket in self.trained if not (overflow or self.sharded.parameters) else ():
+            bucket.keep_writes()
         if not overflow:
             self._update(coefficient / divisor)
         for bucket in self.trained:

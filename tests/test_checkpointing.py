@@ -169,8 +169,8 @@ def saved_bytes(run):
     """What autograd holds for backward after ``run()``, each tensor counted as often as it is saved."""
     sizes = []
     with saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-        result = run()  # noqa: F841  kept until the end
-    return sum(sizes)
+        results = [run()]  # kept until the sizes are added up
+    return sum(sizes) if results else 0
 
 
 def peak(step):
