@@ -336,7 +336,8 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     try:
         if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
             plain = cls(parameters, **params)  # sorts out what parameters may be; PyTorch can't fuse complex ones
-            parameters = [{key: value for key, value in group.items() if key != "fused"} for group in plain.param_groups]
+            parameters = [{key: option for key, option in group.items() if key != "fused"}
+                          for group in plain.param_groups]
             params["fused"] = not any(p.is_complex() for group in parameters for p in group["params"])
         return cls(parameters, **params)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
@@ -1187,20 +1188,29 @@ class _RollCall:
                 raise RuntimeError(self.report())
             if all(left):
                 return
-            time.sleep(0.01)
+            time.sleep(0.002)
 
     def report(self) -> str:
         """Where each rank is, and what to do."""
-        try:
-            left, at = self._look()
-        except RuntimeError:  # the process that kept the store is gone
+        seen: list[tuple[list[bool], list[int]]] = []
+        looker = threading.Thread(target=self._look_if_there, args=[seen], daemon=True)
+        looker.start()
+        looker.join(self.PATIENCE)
+        if not seen:  # the process that keeps the store is gone, or its machine, and PyTorch would wait for long
             return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
+        left, at = seen[0]
         lines = ", ".join(f"rank {rank} {'ended after' if gone else 'is in its'} micro-batch {micro_batch}"
                           for rank, (gone, micro_batch) in enumerate(zip(left, at)))
         if len(set(at)) > 1:
             return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
                     "loader that initialize() makes of training_data does")
         return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
+
+    def _look_if_there(self, seen: list) -> None:
+        try:
+            seen.append(self._look())
+        except RuntimeError:
+            return
 
     def _look(self) -> tuple[list[bool], list[int]]:
         """Which ranks have left, and each one's micro-batch."""

@@ -649,34 +649,39 @@ class Bucket:
         self._flatten()
 
     def _flatten(self) -> None:
-        """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed."""
+        """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed.
+
+        What is large and will be sharded goes parameter by parameter: at no time do all of them have memory twice.
+        """
         self.shard = self.master = None
-        device = self.device
-        if self.sharded.parameters:  # parameter by parameter: there is no time at which all of them have memory twice
-            own = torch.zeros(self.own[1] - self.own[0], dtype=self.dtypes.master, device=device)
-            self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=device)
-        else:
-            own = torch.zeros(self.numel, dtype=self.dtypes.master, device=device)
-        start = self.own[0] if self.sharded.parameters else 0
+        large = self.sharded.parameters and self.numel >= 2**20
+        start, end = self.own if large else (0, self.numel)
+        held = torch.zeros(end - start, dtype=self.dtypes.master, device=self.device)
+        if self.sharded.parameters:
+            self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=self.device)
         for slot in self.slots:
             with _taken_over(slot.parameter) as values:
-                values = _in_memory_order(values, slot.stride).to(device)
-                self.communicator.broadcast(values, source=0)
-                low, high = max(slot.offset, start), min(slot.end, start + own.numel())
+                values = _in_memory_order(values, slot.stride).to(self.device)
+                if large:
+                    self.communicator.broadcast(values, source=0)
+                low, high = max(slot.offset, start), min(slot.end, end)
                 if low < high:
-                    own[low - start:high - start] = values[low - slot.offset:high - slot.offset]
+                    held[low - start:high - start] = values[low - slot.offset:high - slot.offset]
             if self.sharded.parameters:
                 self._point(slot)
+        if not large:
+            self.communicator.broadcast(held, source=0)
+        own = held[self.own[0] - start:self.own[1] - start]
         if self.sharded.parameters:
             self.free()
+            self._settle_in(own if large else own.clone())
+        else:
+            self.flat = held.to(self.dtypes.compute)  # held itself where the dtype is the same
             self._settle_in(own)
-            if self.numel >= 2**20:  # or the holes that large parameters leave add up to another model
-                _return_free_memory()
-            return
-        self.flat = own.to(self.dtypes.compute)  # own itself where the dtype is the same
-        self._settle_in(own[self.own[0]:self.own[1]])
-        for slot in self.slots:
-            self._point(slot)
+            for slot in self.slots:
+                self._point(slot)
+        if large:  # or the holes that large parameters leave add up to another model
+            _return_free_memory()
 
     def _point(self, slot: Slot) -> None:
         slot.parameter.data = slot.view(self.flat)

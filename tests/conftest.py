@@ -21,6 +21,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(Path(__file__).parent)]
@@ -34,7 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("short", max_examples=50, deadline=None, derandomize=True, database=None)
+    torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would wait for each other
+    hypothesis.settings.register_profile("short", max_examples=30, deadline=None, derandomize=True, database=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 

@@ -106,7 +106,7 @@ rank = int(sys.argv[1])
 store = dist.TCPStore("127.0.0.1", {port}, 2, rank == 0, timeout=timedelta(seconds=60))
 for stage in range(4):
     dist.init_process_group("gloo", store=dist.PrefixStore(str(stage), store), rank=rank, world_size=2,
-                            timeout=timedelta(seconds=20))
+                            timeout=timedelta(seconds=5))
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3)))
     engine, *_ = deepspeed.initialize(model=model, config={{
         "train_micro_batch_size_per_gpu": 2, "optimizer": {{"type": "SGD", "params": {{"lr": 0.1}}}},
