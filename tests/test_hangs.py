@@ -120,8 +120,8 @@ for stage in range(4):
     except RuntimeError as error:
         print(str(error).replace("\\n", " "))
     dist.destroy_process_group()
-store.set(f"done {{rank}}", "")
-store.wait(["done 0", "done 1"])
+    store.set(f"{{stage}} done {{rank}}", "")
+    store.wait([f"{{stage}} done 0", f"{{stage}} done 1"])
 """
 
 
