@@ -203,14 +203,19 @@ EXERCISES = {exercise.name: exercise for exercise in (
         ("Every other rank needs your flat's slice for it, and you need each one's slice for you: one isend and one "
          "irecv per other rank. self._others() lists them.",
          "Return a Handle(self, works, finish) at once. It waits for all works, then calls finish, which adds the "
-         "parts in rank order: _sum(parts, out, add). self._begin(\"reduce-scatter\", flat, 1, what) counts the traffic.",
+         "parts in rank order: _sum(parts, out, add). self._begin(\"reduce-scatter\", flat, 1, what) counts what is "
+         "sent.",
          "self._tag(\"reduce-scatter\") gives the messages of one call a tag of their own. Receive into "
          "self.spare.take(numel, dtype) and give it back in finish. With one rank nothing is sent, and _sum([own], "
          "out, add) is left.")),
     Exercise(
         "zero:bucketed_all_reduce", ("Communicator.all_reduce", "Bucket.take", "Zero._launch_ready"),
         "Plain data parallelism, done well: gradients go into flat buckets, and full ones out while backward runs.",
-        (Check("training equals plain PyTorch on the whole batch",
+        (Check("gradients may come in another order on each rank",
+               "Collectives are matched by their order: two ranks that start different ones wait for each other, or "
+               "mix up each other's numbers.",
+               ("test_grade.py::test_gradients_that_come_in_another_order_on_each_rank",)),
+         Check("training equals plain PyTorch on the whole batch",
                "With unused layers, accumulation and several backward calls, as in real models, each gradient must "
                "count exactly once.",
                ("test_zero.py::test_training_equals_plain_pytorch_on_the_whole_batch[2]",)),
@@ -220,11 +225,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          Check("as much traffic as the table says",
                "A bucket that is sent twice, or gradient by gradient, costs the time that buckets save.",
                ("test_zero.py::test_elements_sent_are_those_of_the_table[1-2]",
-                "test_grade.py::test_what_is_counted_is_what_is_sent")),
-         Check("ranks whose gradients come in another order don't hang",
-               "Collectives are matched by their order: two ranks that start different ones wait for each other, or "
-               "mix up each other's numbers.",
-               ("test_grade.py::test_gradients_that_come_in_another_order_on_each_rank",))),
+                "test_grade.py::test_what_is_counted_is_what_is_sent"))),
         ("take: the gradient is in slot.parameter.grad, its place is slot.view(self.grad) once self._prepare_buffer() "
          "was called. Copy where the place is empty, add where slot.filled says that it is not; then set the "
          "parameter's grad to None.",
@@ -570,8 +571,8 @@ def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome]) -
         if bad:
             rows.append(f"          Why it matters: {check.why}")
         for test, outcome in bad.items():
-            hangs = "; it hangs: a rank or the code waits for what never comes" if outcome.result == "hung" else ""
-            rows.append(f"          tests/{test}{hangs}")
+            hangs = "; it hangs: the ranks wait for each other, or the code does not end"
+            rows.append(f"          tests/{test}{hangs if outcome.result == 'hung' else ''}")
             rows += [f"              {line}" for line in outcome.message.splitlines()]
     rows.append(f"{name}: {passed} of {len(checks)} pass" + (". Well done." if passed == len(checks) else ""))
     return "\n".join(rows), passed == len(checks)
