@@ -20,14 +20,17 @@ import argparse
 import gc
 import io
 import multiprocessing
+import re
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -351,34 +354,37 @@ class Recorder:
         return call
 
 
-def recorded_steps(steps: int) -> list[list[tuple[str, float, float]]]:
-    """For each stage the events of the quickest step, from its begin on."""
-    recorder, quickest = Recorder(), []
+def recorded_step(engine: deepspeed.Engine, recorder: Recorder, step: int) -> list[tuple[str, float, float]]:
+    """The events of one step of both ranks, in seconds from its begin on."""
+    windows = text_windows(step, 8, 64)[dist.get_rank()::2]
+    dist.barrier()
+    recorder.events = []
+    began = time.perf_counter()
+    loss = engine(windows[:, :-1], windows[:, 1:])
+    recorder.note("forward", began)
+    middle = time.perf_counter()
+    engine.backward(loss)
+    recorder.note("backward", middle)
+    late = time.perf_counter()
+    engine.step()
+    recorder.note("update", late)
+    return [(what, begin - began, end - began) for what, begin, end in recorder.events]
+
+
+def quickest_steps(rounds: int) -> list[list[tuple[str, float, float]]]:
+    """For each stage the events of the quickest of ``rounds`` steps."""
+    recorder = Recorder()
     recorder.watch()
-    for stage in range(4):
-        engine = gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0,
-                                  "zero_optimization": {"stage": stage, "reduce_bucket_size": 780_000}})
-        best, best_time = [], float("inf")
-        for step in range(steps):
-            windows = text_windows(step, 8, 64)[dist.get_rank()::2]
-            dist.barrier()
-            recorder.events = []
-            began = time.perf_counter()
-            loss = engine(windows[:, :-1], windows[:, 1:])
-            recorder.note("forward", began)
-            middle = time.perf_counter()
-            engine.backward(loss)
-            recorder.note("backward", middle)
-            late = time.perf_counter()
-            engine.step()
-            recorder.note("update", late)
-            events = [(what, a - began, b - began) for what, a, b in recorder.events]
+    engines = [gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {
+        "stage": stage, "reduce_bucket_size": 780_000}}) for stage in range(4)]
+    times, quickest = [float("inf")] * 4, [[] for _ in range(4)]
+    for step in range(rounds):  # in turns, so that a busy moment of the machine meets all stages
+        for stage, engine in enumerate(engines):
+            events = recorded_step(engine, recorder, step)
             slowest = torch.tensor([max(end for _, _, end in events)])
             dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks choose the same step
-            if step > 1 and float(slowest) < best_time:
-                best, best_time = events, float(slowest)
-        quickest.append(best)
-        engine.destroy()
+            if step > 1 and float(slowest) < times[stage]:
+                times[stage], quickest[stage] = float(slowest), events
     return quickest
 
 
@@ -388,25 +394,22 @@ NETWORK = {"all-reduce": RED, "reduce-scatter": ORANGE, "all-gather": PURPLE}
 
 def timeline() -> Figure:
     """Stages 0 to 3 below each other: what the rank computes, and what its collectives do meanwhile."""
-    stages = on_ranks(recorded_steps, 2, 20)[0]
-    figure = new_figure(6.6)
+    stages = on_ranks(quickest_steps, 2, 30)[0]
+    figure = new_figure(7.2)
     axes = figure.subplots(4, 1, sharex=True)
     for stage, (axis, events) in enumerate(zip(axes, stages)):
-        lanes: list[float] = []
-        for what, begin, end in sorted(events, key=lambda e: e[1]):
-            place = 1e3 * begin, 1e3 * (end - begin)
+        for what, begin, end in sorted(events, key=lambda event: event[1]):
+            bar = [(1e3 * begin, 1e3 * (end - begin))]
             if what in COMPUTE:
-                axis.broken_barh([place], (1.1, 0.8), facecolor=COMPUTE[what])
+                axis.broken_barh(bar, (2, 0.9), facecolor=COMPUTE[what])
             elif what in NETWORK:
-                lane = next((i for i, until in enumerate(lanes) if until <= begin), len(lanes))
-                lanes[lane:lane + 1] = [end]
-                axis.broken_barh([place], (0.55 - 0.5 * lane, 0.42), facecolor=NETWORK[what], edgecolor="white",
-                                 linewidth=0.8)
+                axis.broken_barh(bar, (0 if what == "all-gather" else 1, 0.8), facecolor=NETWORK[what],
+                                 edgecolor="white", linewidth=0.8)
         for what, begin, end in events:
             if what == "waiting" and end - begin > 2e-4:
-                axis.broken_barh([(1e3 * begin, 1e3 * (end - begin))], (1.1, 0.8), facecolor="white", alpha=0.75)
-        axis.set(yticks=[1.5, 0.5], ylim=(0.55 - 0.5 * max(1, len(lanes)), 2.0))
-        axis.set_yticklabels(["computes", "sends"])
+                axis.broken_barh([(1e3 * begin, 1e3 * (end - begin))], (2, 0.9), facecolor="white", alpha=0.75)
+        axis.set(yticks=[2.45, 1.4, 0.4], ylim=(-0.4, 2.9))
+        axis.set_yticklabels(["computes", "reduces", "gathers"])
         axis.set_title(f"stage {stage}", loc="left", fontsize=15, pad=2)
         axis.spines["left"].set_visible(False)
         axis.spines["bottom"].set_visible(stage == 3)
@@ -455,21 +458,31 @@ def stretched(samples: list[dict[str, int]], marks: list[int]) -> list[float]:
     return places
 
 
+def thinned(places: list[float], samples: list[dict[str, int]], count: int) -> list[tuple[float, dict[str, int]]]:
+    """At most ``count`` places with their samples: of those that lie together, the one with most bytes."""
+    groups = defaultdict(list)
+    for place, sample in zip(places, samples):
+        groups[int(place * count / places[-1])].append((place, sample))
+    return [max(group, key=lambda pair: sum(pair[1].values())) for group in groups.values()]
+
+
 def step_memory() -> Figure:
     """Stages 0 to 3: what is alive on one of 4 ranks, from the begin of forward to the end of the update."""
     stages = on_ranks(memory_at_all_stages, 4)[0]
     figure = new_figure(6.4)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for stage, (axis, (samples, marks)) in enumerate(zip(axes.flat, stages)):
-        keep = range(0, len(samples), max(1, len(samples) // 400))
-        places = stretched(samples, marks)
-        axis.stackplot([places[i] for i in keep], [[samples[i][kind] / 2**20 for i in keep] for kind in KINDS],
-                       colors=[COLOURS[kind] for kind in KINDS], linewidth=0)
+        shown = thinned(stretched(samples, marks), samples, 120)
+        for upto in range(len(KINDS), 0, -1):  # the whole first, and over it ever fewer kinds
+            line = [(place, sum(sample[kind] for kind in KINDS[:upto]) / 2**20) for place, sample in shown]
+            corners = [here for before, here, after in zip([(0, 0), *line], line, [*line[1:], (0, 0)])
+                       if not before[1] == here[1] == after[1]]
+            axis.fill(*zip((0, 0), (0, line[0][1]), *corners, (4, 0)), color=COLOURS[KINDS[upto - 1]], linewidth=0)
         most = max(sum(sample.values()) for sample in samples) / 2**20
         axis.set_title(f"stage {stage}: at most {most:.1f} MiB", fontsize=15)
         for place in (1, 3):
             axis.axvline(place, color=BLACK, linewidth=1.0, linestyle=":")
-        axis.set(xlim=(0, 4), xticks=[0.5, 2, 3.5])
+        axis.set(xlim=(0, 4), ylim=(0, None), xticks=[0.5, 2, 3.5])
         axis.set_xticklabels(["forward", "backward", "update"])
         axis.tick_params(axis="x", length=0)
     figure.supylabel("MiB alive on one of 4 ranks", fontsize=15)
@@ -543,13 +556,19 @@ def recompute() -> Figure:
     figure = new_figure(4.6)
     axis = figure.subplots()
     curve, larger, selective = points[:len(counts)], points[len(counts):-1], points[-1]
-    axis.plot(*zip(*curve), "o-", color=BLUE, markersize=9, label="0, 2, ... 12 of 12 blocks recomputed")
-    axis.plot(*zip(*larger), "s", color=ORANGE, markersize=9,
-              label=f"all, in regions of {', '.join(map(str, regions))}")
-    axis.plot(*selective, "D", color=GREEN, markersize=11, label="selective: all but matrix products")
+    axis.plot(*zip(*curve), "o-", color=BLUE, markersize=9)
+    axis.plot(*zip(*larger), "s", color=ORANGE, markersize=11)
+    axis.plot(*selective, "D", color=GREEN, markersize=11)
+    for count, (x, y) in zip(counts, curve):
+        axis.annotate(f"{count}", (x, y), xytext=(9, 5), textcoords="offset points", color=BLUE)
+    for blocks, (x, y) in zip(regions, larger):
+        axis.annotate(f"{blocks}", (x, y), xytext=(12, -5), textcoords="offset points", color=RED)
+    axis.annotate("blocks recomputed, of 12", curve[2], xytext=(40, 14), textcoords="offset points", color=BLUE)
+    axis.annotate("all 12, in regions\nof several blocks", larger[-1], xytext=(30, 16), textcoords="offset points",
+                  ha="right", color=RED)
+    axis.annotate("selective\nmode", selective, xytext=(-4, -50), textcoords="offset points", color=GREEN)
     axis.set(xlabel="computed twice, % of the forward pass", ylabel="activations, MiB", xlim=(-3, 100), ylim=(0, None))
     axis.grid(axis="y", color=PALE)
-    axis.legend(frameon=False, loc="upper right")
     return figure
 
 
@@ -567,7 +586,7 @@ def losses_of_all_stages(steps: int, dtype: torch.dtype) -> list[list[float]]:
     for stage in range(4):
         torch.manual_seed(0)
         engine, *_ = deepspeed.initialize(model=GPT(64, 4, 4, 64).to(dtype), config={
-            "train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
             "zero_optimization": {"stage": stage}})
         losses = []
         for step in range(steps):
@@ -584,7 +603,7 @@ def plain_losses(steps: int, dtype: torch.dtype) -> list[float]:
     """The same training in plain PyTorch, in one process on the whole batch."""
     torch.manual_seed(0)
     model = GPT(64, 4, 4, 64).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     losses = []
     for step in range(steps):
         loss = loss_of(model, text_windows(step, 8, 64))
@@ -597,14 +616,14 @@ def plain_losses(steps: int, dtype: torch.dtype) -> list[float]:
 
 
 def same_losses(steps: int = 100) -> Figure:
-    """Five loss curves on top of each other, ever thinner; below, how far the stages are from plain PyTorch."""
+    """Five loss curves on top of each other, ever thinner; below, how far the stages have been from plain PyTorch."""
     figure = new_figure(6.2)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for dtype, name, colour in ((torch.float32, "float32", RED), (torch.float64, "float64", BLUE)):
         (plain,), stages = on_ranks(plain_losses, 1, steps, dtype), on_ranks(losses_of_all_stages, 2, steps, dtype)[0]
         apart = [max(abs(loss - expected) for loss in losses) for expected, *losses in zip(plain, *stages)]
-        lower.plot([max(difference, 1e-17) for difference in apart], color=colour,
-                   label=f"{name}: {max(apart):.0e} at most")
+        lower.plot([max(1e-17, most) for most in accumulate(apart, max)], color=colour, drawstyle="steps-post",
+                   label=f"{name}: {max(apart):.0e}")
         if dtype == torch.float32:
             curves = [plain, *stages]
     names = {"plain PyTorch": PALE, "stage 0": ORANGE, "stage 1": SKY, "stage 2": RED, "stage 3": BLACK}
@@ -613,7 +632,7 @@ def same_losses(steps: int = 100) -> Figure:
     upper.set_ylabel("loss")
     upper.legend(frameon=False, labelspacing=0.4)
     lower.set_yscale("log")
-    lower.set(ylabel="difference", xlabel="step", ylim=(1e-17, 1e2), yticks=[1e-15, 1e-10, 1e-5, 1])
+    lower.set(ylabel="largest\ndifference", xlabel="step", ylim=(1e-17, 1e2), yticks=[1e-15, 1e-10, 1e-5, 1])
     lower.minorticks_off()
     lower.grid(axis="y", color=PALE)
     lower.legend(frameon=False, ncols=2, loc="upper center", handlelength=1.2, columnspacing=1.2)
@@ -634,8 +653,20 @@ def write(figure: Figure, path: Path) -> int:
     width, height = figure.get_size_inches()
     sheet = Bbox.from_extents(-MARGIN, -MARGIN, width + MARGIN, height + MARGIN)
     figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata=metadata, bbox_inches=sheet)
-    path.write_bytes(buffer.getvalue())
-    return len(buffer.getvalue())
+    data = buffer.getvalue()
+    if path.suffix == ".svg":
+        data = compact(data.decode()).encode()
+    path.write_bytes(data)
+    return len(data)
+
+
+def compact(svg: str) -> str:
+    """The same picture in half the bytes: paths to a tenth of a point, in one line each."""
+    def rounded(path: re.Match) -> str:
+        numbers = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), path[0])
+        return " ".join(numbers.split())
+
+    return re.sub(r"\n +", "\n", re.sub(r'(?<= d=")[^"]*', rounded, svg))
 
 
 def main(argv: list[str] | None = None) -> None:
