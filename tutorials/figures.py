@@ -12,8 +12,8 @@
     recompute     peak activation memory against the share of the forward pass that is computed twice
     same_losses   the losses of plain PyTorch and of stages 0 to 3, and how far they are apart
 
-Nothing is drawn by hand. Bytes, losses and scales are the same in every run; the times of ``timeline`` are those of the
-quickest of some steps on the machine at hand.
+Nothing is drawn by hand. Bytes, losses and scales are the same in every run of a version; the times of ``timeline`` are
+those of the quickest of some steps on the machine at hand.
 """
 
 import argparse
@@ -398,16 +398,16 @@ def timeline() -> Figure:
     figure = new_figure(7.2)
     axes = figure.subplots(4, 1, sharex=True)
     for stage, (axis, events) in enumerate(zip(axes, stages)):
-        for what, begin, end in sorted(events, key=lambda event: event[1]):
-            bar = [(1e3 * begin, 1e3 * (end - begin))]
-            if what in COMPUTE:
-                axis.broken_barh(bar, (2, 0.9), facecolor=COMPUTE[what])
-            elif what in NETWORK:
-                axis.broken_barh(bar, (0 if what == "all-gather" else 1, 0.8), facecolor=NETWORK[what],
-                                 edgecolor="white", linewidth=0.8)
-        for what, begin, end in events:
-            if what == "waiting" and end - begin > 2e-4:
-                axis.broken_barh([(1e3 * begin, 1e3 * (end - begin))], (2, 0.9), facecolor="white", alpha=0.75)
+        def bars(kind: str) -> list[tuple[float, float]]:
+            return [(1e3 * begin, 1e3 * (end - begin)) for what, begin, end in sorted(events, key=lambda e: e[1])
+                    if what == kind and end - begin > 2e-4]
+
+        for kind, colour in COMPUTE.items():
+            axis.broken_barh(bars(kind), (2, 0.9), facecolor=colour)
+        axis.broken_barh(bars("waiting"), (2, 0.9), facecolor="white", alpha=0.75)
+        for kind, colour in NETWORK.items():
+            axis.broken_barh(bars(kind), (0 if kind == "all-gather" else 1, 0.8), facecolor=colour, edgecolor="white",
+                             linewidth=0.8)
         axis.set(yticks=[2.45, 1.4, 0.4], ylim=(-0.4, 2.9))
         axis.set_yticklabels(["computes", "reduces", "gathers"])
         axis.set_title(f"stage {stage}", loc="left", fontsize=15, pad=2)
