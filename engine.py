@@ -131,6 +131,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
     dump_state: bool = False                           # print the whole config and what became of it at the start
+    debug: bool = False                                # compare, before each collective, what ranks are about to do
     timeout: float | None = None                       # seconds a collective may take; none: as PyTorch (Gloo 1800)
 
     SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -272,9 +273,11 @@ def _is_off(value: Any) -> bool:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    """The part of an error message that suggests a name like the wrong one, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6 if len(str(name)) > 3 else 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The part of an error message that suggests a name like the wrong one (several, if equally like), or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), cutoff=0.6 if len(str(name)) > 3 else 0.5)
+    likeness = [difflib.SequenceMatcher(None, word, str(name)).ratio() for word in near]
+    near = [word for word, like in zip(near, likeness) if like == likeness[0]]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -330,9 +333,11 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
     if cls is torch.optim.SGD and params.get("momentum"):
         runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later
-    if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
-        params["fused"] = True
     try:
+        if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
+            plain = cls(parameters, **params)  # sorts out what parameters may be; PyTorch can't fuse complex ones
+            parameters = [{key: value for key, value in group.items() if key != "fused"} for group in plain.param_groups]
+            params["fused"] = not any(p.is_complex() for group in parameters for p in group["params"])
         return cls(parameters, **params)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"optimizer.params {section.params} for {name}: {error}") from error
@@ -556,6 +561,7 @@ class Engine(nn.Module):
         self.optimizer: Optimizer | None = None
         self.loader: ShardedLoader | None = None
         self._saver: _Saver | None = None
+        self._roll_call: _RollCall | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.checkpointing: checkpointing.Checkpointing | None = None
@@ -699,6 +705,18 @@ class Engine(nn.Module):
         """The rate in force in each param group."""
         return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
 
+    def set_lr(self, lr: float | list[float]) -> None:
+        """Set the rate of every param group, or of each its own. A scheduler sets its own at its next step."""
+        groups = self._require_optimizer("set_lr()").param_groups
+        rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(groups)
+        if len(rates) != len(groups) or not all(
+                isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < float("inf")
+                for rate in rates):
+            raise ValueError(f"lr is {lr!r}; allowed: a number from 0 up, or a list of one for each of the "
+                             f"{len(groups)} param groups")
+        for group, rate in zip(groups, rates):
+            group["lr"] = float(rate)
+
     def get_mom(self) -> list[Any]:
         """Each param group's momentum: Adam's ``betas``, or ``momentum``, or 0."""
         groups = self._require_optimizer("get_mom()").param_groups
@@ -715,7 +733,9 @@ class Engine(nn.Module):
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
-        with self._timed("forward"), self.precision.autocast():
+        if self._roll_call and self.training and torch.is_grad_enabled():
+            self._roll_call.enter(self.micro_steps + 1)
+        with self._explained(), self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -731,7 +751,7 @@ class Engine(nn.Module):
             self._progress.add_loss(loss.detach())
         if scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
-        with self._timed("backward"):
+        with self._explained(), self._timed("backward"):
             scaled = loss if self.scaler.scale == 1 else loss.float() * self.scaler.scale
             scaled.backward(retain_graph=retain_graph)
             self.zero.finish_backward()
@@ -780,7 +800,7 @@ class Engine(nn.Module):
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
         if self.lr_scheduler is not None:
             self._check_lr_kwargs(lr_kwargs)
-        with self._timed("update"):
+        with self._explained(), self._timed("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window = result.norm, 0
@@ -1087,16 +1107,47 @@ class Engine(nn.Module):
             rank, text = next(iter(failures.items()))
             raise zero.CheckpointError(f"rank {rank}: {text}")
 
+    def __deepcopy__(self, memo: dict) -> "Engine":
+        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
+
+    def memory_report(self) -> zero.MemoryReport:
+        """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it.
+
+        Not in it: activations, and gaps between tensors that the allocator keeps.
+        """
+        estimate = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
+                                 dtypes=self.precision.path, device=self.device,
+                                 state_tensors=zero.state_tensors(self.optimizer))
+        return zero.MemoryReport(zero.measure(self.zero, self.module), {
+            (name, held.place): held.bytes for name, held in estimate.categories().items()})
+
     def destroy(self) -> None:
-        """Let go of the model and of the process group, if this engine started it; this engine can train no more."""
+        """Let go of the model and of the process group, if this engine started it; this engine can train no more.
+
+        Raises RuntimeError where another rank still trains, having been given more micro-batches.
+        """
         self.wait_for_save()
         if self.config.comms_logger.enabled and self.global_rank == 0:
             print(self.zero.communicator.table(), flush=True)
         self.zero.release()
         if self.checkpointing is not None:
             self.checkpointing.remove()
-        if self._started_process_group and dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if self._roll_call:
+                self._roll_call.leave()
+        finally:
+            if self._started_process_group and dist.is_initialized():
+                dist.destroy_process_group()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where communication fails inside, say what the ranks were at."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
+                raise
+            raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
 
     def _timed(self, phase: str) -> Any:
         return self._clock.phase(phase) if self._clock else nullcontext()
@@ -1105,6 +1156,57 @@ class Engine(nn.Module):
         if self.optimizer is None:
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer
+
+
+class _RollCall:
+    """Tells of ranks that were given different numbers of micro-batches, by the process group's store.
+
+    Such ranks can't go on: one has left, or waits in ``destroy()``, and the others wait for it in a collective.
+    """
+
+    SIGNS = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")
+    PATIENCE = 5.0  # seconds that a rank waits at its end for the others to end, or to show that they go on
+
+    def __init__(self, number: int):
+        self.store = dist.PrefixStore(f"roll_call/{number}", dist.distributed_c10d._get_default_store())
+        self.rank, self.world_size, self.micro_batch = dist.get_rank(), dist.get_world_size(), 0
+
+    def enter(self, micro_batch: int) -> None:
+        """This rank begins with a micro-batch."""
+        if micro_batch != self.micro_batch:
+            self.micro_batch = micro_batch
+            self.store.set(f"at/{self.rank}", str(micro_batch))
+
+    def leave(self) -> None:
+        """This rank has had its last micro-batch."""
+        self.store.set(f"left/{self.rank}", "")
+        deadline = time.monotonic() + self.PATIENCE
+        while time.monotonic() < deadline:
+            left, at = self._look()
+            if len(set(at)) > 1:
+                raise RuntimeError(self.report())
+            if all(left):
+                return
+            time.sleep(0.01)
+
+    def report(self) -> str:
+        """Where each rank is, and what to do."""
+        try:
+            left, at = self._look()
+        except RuntimeError:  # the process that kept the store is gone
+            return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
+        lines = ", ".join(f"rank {rank} {'ended after' if gone else 'is in its'} micro-batch {micro_batch}"
+                          for rank, (gone, micro_batch) in enumerate(zip(left, at)))
+        if len(set(at)) > 1:
+            return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
+                    "loader that initialize() makes of training_data does")
+        return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
+
+    def _look(self) -> tuple[list[bool], list[int]]:
+        """Which ranks have left, and each one's micro-batch."""
+        ranks = range(self.world_size)
+        return ([self.store.check([f"left/{rank}"]) for rank in ranks],
+                [int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else 0 for rank in ranks])
 
 
 class _Saver:
@@ -1261,23 +1363,24 @@ class _Progress:
 class _Clock:
     """Prints on rank 0 what each optimizer step's time went into, in ms; on a GPU it waits for each phase to end.
 
-    Communication is the time spent waiting for it and adding up, which the other phases do not include; what overlaps
-    with computation costs no time and is not in it.
+    Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the other
+    phases do not include; what overlaps with computation costs no time and is not in it.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.seconds = dict.fromkeys(("forward", "backward", "communication", "update"), 0.0)
+        self.seconds = dict.fromkeys(("forward", "backward", "communication", "offload", "update"), 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
-        communicator = self.engine.zero.communicator
-        began, waited = self._now(), communicator.seconds
+        apart = {"communication": self.engine.zero.communicator, "offload": self.engine.zero.host}
+        began, before = self._now(), {key: part.seconds for key, part in apart.items() if part is not None}
         yield
-        waited = communicator.seconds - waited
-        self.seconds["communication"] += waited
-        self.seconds[name] += self._now() - began - waited
+        self.seconds[name] += self._now() - began
+        for key, seconds in before.items():
+            self.seconds[key] += apart[key].seconds - seconds
+            self.seconds[name] -= apart[key].seconds - seconds
 
     def _now(self) -> float:
         if self.engine.device.type == "cuda":
@@ -1287,7 +1390,8 @@ class _Clock:
     def after_step(self) -> None:
         """Print, and begin anew."""
         if self.engine.global_rank == 0:
-            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
+            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items()
+                              if name != "offload" or self.engine.zero.host is not None)
             print(f"step {self.engine.global_steps}: {parts}", flush=True)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -1372,6 +1476,12 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
         raise ValueError(f"model is {model!r}; allowed: an nn.Module")
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model is a ScriptModule, whose parameters and buffers can't be placed anew; allowed: an "
+                         "nn.Module. Give that to initialize(), and script it after training")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet; run a lazy model once, on any input, before initialize()")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
                          "values and shards them")
@@ -1421,7 +1531,9 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
                                       settings.dataloader_drop_last)
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
                             lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
-                            settings.predivide(engine.world_size))
+                            settings.predivide(engine.world_size), settings.debug, settings.timeout)
+    if engine.world_size > 1:
+        engine._roll_call = _RollCall(engine.zero.communicator.number)
     if settings.gradient_allreduce_op == "sum":
         engine.zero.divisor = 1.0
     engine._tell_boundary()

@@ -1,24 +1,63 @@
-"""Run the documented example, or start any script on several processes.
+"""Run the documented example, or start any script on several processes and machines.
 
     python launch.py                                      the documented DeepSpeed example, in this process
     python launch.py --nproc_per_node 2                   the same on 2 processes, each with its share of the batch
     python launch.py --nproc_per_node 2 train.py --steps 100    your script and its own arguments, on 2 processes
     torchrun --nproc_per_node 2 launch.py                 what the second line does, through PyTorch's own command
 
-Processes are started by PyTorch's launcher (torch.distributed.run), which tells each one its rank. A failed run ends
-with a non-zero exit code.
+On two machines, the same command on each, but for its --node_rank; the address is one by which both reach node 0:
+
+    python launch.py --nnodes 2 --node_rank 0 --rdzv_endpoint 10.0.0.1:29500 --nproc_per_node 4 train.py
+    python launch.py --nnodes 2 --node_rank 1 --rdzv_endpoint 10.0.0.1:29500 --nproc_per_node 4 train.py
+
+Processes are started by PyTorch's launcher (torch.distributed.run, "torchrun"), and all of its options may be given.
+What this one does beside it:
+
+- When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
+  the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL).
+- With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
+  itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
+  PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
+  With either, ranks may be others after each start; without, they follow --node_rank.
+- A cut connection ends each process once its collectives time out, and with that its launcher; but with --max_restarts
+  or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
+- gloo is told which network interface leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it; on Linux.
+- DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
+  machines: for a --hostfile, it says what to run on each of them.
+
+A script finds its place in the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
+--nproc_per_node, SCRIPT gets a process per GPU, or one.
 """
 
 import argparse
 import os
+import shlex
+import signal
+import socket
+import struct
 import sys
+import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import nn, optim
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import elastic_launch
 
 import engine as deepspeed
+
+PORT = 29500  # on node 0, where the command line names none: as in PyTorch and DeepSpeed
+LAST_LINES = 60  # of a failed process's stderr: a traceback through a model and the engine fits
+
+
+# --- The documented example -------------------------------------------------------------------------------------------
 
 
 class SimpleModel(nn.Module):
@@ -80,51 +119,336 @@ def documented_example(zero_stage: int | None = None, config_file: str | None = 
     model_engine.destroy()
 
 
-def start_processes(processes: int, script: str, arguments: list[str]) -> int:
-    """Run ``script`` on ``processes`` processes of this machine; returns 0, or the first failed one's exit code."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+# --- Which machines and GPUs: DeepSpeed's --hostfile, --include, --exclude --------------------------------------------
 
-    # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+def read_hostfile(path: str) -> dict[str, list[int]]:
+    """{host: its slot numbers} from lines of ``NAME slots=N``; a slot is a GPU, or a process where there are none."""
+    hosts: dict[str, list[int]] = {}
     try:
-        # "--": or the launcher takes an option of the script's, such as --nproc, for a short form of its own.
-        run.main(["--standalone", "--nproc_per_node", str(processes), "--", script, *arguments])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"launch.py: error: {script} failed on rank {rank} with exit code {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if 0 < failure.exitcode < 256 else 1  # killed by a signal: negative
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"--hostfile {path} can't be read: {error.strerror}") from error
+    for name, *settings in filter(None, (line.split("#")[0].split() for line in lines)):
+        key, _, count = " ".join(settings).partition("=")
+        if key != "slots" or not count.isdecimal() or name in hosts:
+            raise ValueError(f"--hostfile {path}: the line of {name!r} is not one of NAME slots=N, each NAME once")
+        hosts[name] = list(range(int(count)))
+    return hosts
+
+
+def named_slots(text: str, hosts: dict[str, list[int]]) -> dict[str, set[int]]:
+    """What NAME[:SLOT,SLOT...][@NAME...] means: {host: slot numbers}; all of a host's where it has no numbers."""
+    named: dict[str, set[int]] = {}
+    for part in text.split("@"):
+        name, _, numbers = part.partition(":")
+        there = {str(slot) for slot in hosts.get(name, ())}
+        wanted = set(numbers.split(",")) if numbers else there
+        if not wanted or not wanted <= there:
+            raise ValueError(f"{part!r} in {text!r} is not there; there are the slots {hosts}")
+        named.setdefault(name, set()).update(map(int, wanted))
+    return named
+
+
+def choose_slots(options: argparse.Namespace) -> dict[str, list[int]]:
+    """{host: the slots to use there}, in the hostfile's order; without one, of this machine and its GPUs."""
+    if options.include and options.exclude:
+        raise ValueError("--include and --exclude were both given; allowed: one of them")
+    here = {"localhost": list(range(torch.cuda.device_count()))}
+    hosts = read_hostfile(options.hostfile) if options.hostfile else here
+    if options.include or options.exclude:
+        named = named_slots(options.include or options.exclude, hosts)
+        hosts = {host: [slot for slot in slots if (slot in named.get(host, ())) == bool(options.include)]
+                 for host, slots in hosts.items()}
+    hosts = {host: slots for host, slots in hosts.items() if slots}
+    nodes, processes = int(options.nnodes or len(hosts)), options.nproc_per_node and int(options.nproc_per_node)
+    hosts = dict(list(hosts.items())[:nodes])
+    if not 1 <= nodes == len(hosts) or not 1 <= (processes or 1) <= min(map(len, hosts.values())):
+        raise ValueError(f"{nodes} machines of {processes or 'all their'} slots were asked for; there are {hosts}")
+    return {host: slots[:processes] for host, slots in hosts.items()}
+
+
+def take_own_slots(options: argparse.Namespace, hosts: dict[str, list[int]]) -> None:
+    """Set what stands in the options and the environment to this machine's part of ``hosts``."""
+    node = options.node_rank or 0
+    if not 0 <= node < len(hosts):
+        raise ValueError(f"--node_rank is {node}; allowed: 0 to {len(hosts) - 1}, for {', '.join(hosts)}")
+    slots = list(hosts.values())[node]
+    options.nnodes, options.nproc_per_node = str(len(hosts)), str(len(slots))
+    if slots != list(range(len(slots))):
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            raise ValueError(f"GPUs {slots} were asked for, but CUDA_VISIBLE_DEVICES is set; allowed: one of the two")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+    if len(hosts) > 1 and not options.rdzv_endpoint:
+        options.master_addr = options.master_addr or next(iter(hosts))
+
+
+# --- How the machines find each other ---------------------------------------------------------------------------------
+
+
+def set_rendezvous(options: argparse.Namespace) -> None:
+    """Make of the options what PyTorch's launcher needs; ValueError where they don't say enough, or too much.
+
+    Where machines and processes are fixed, they meet once, and node 0 is known ("static"). Where processes may start
+    again, or machines may be missing, they meet before each start, in a store that node 0 keeps ("c10d").
+    """
+    fewest, most = run.parse_min_max_nnodes(options.nnodes)
+    if not 1 <= fewest <= most or options.max_restarts < 0:
+        raise ValueError(f"--nnodes is {options.nnodes}, --max_restarts {options.max_restarts}; allowed: N or MIN:MAX "
+                         f"from 1 up, and a number from 0 up")
+    if options.rdzv_endpoint and options.master_addr:
+        raise ValueError("--rdzv_endpoint and --master_addr were both given; allowed: one of them")
+    endpoint = options.rdzv_endpoint or options.master_addr or ("127.0.0.1" if options.master_port else "")
+    if most > 1 and (options.standalone or not endpoint):
+        raise ValueError(f"--nnodes is {options.nnodes}: several machines need --rdzv_endpoint HOST:PORT, by which all "
+                         f"of them reach node 0, and no --standalone")
+    if most > 1 and options.node_rank is None and options.rdzv_backend == "static":
+        raise ValueError(f"--nnodes is {options.nnodes}: each machine needs its own --node_rank, 0 to {most - 1}")
+    if not 0 <= (options.node_rank or 0) < most:
+        raise ValueError(f"--node_rank is {options.node_rank}; allowed: 0 to {most - 1}")
+    # A restart must not find the addresses of the start before it in the launchers' store, or it fails to connect and
+    # is lost; so rank 0 keeps a new store for each start.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if most == 1 and not endpoint:
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", f"launch_{os.getpid()}"
+        options.node_rank = 0
+        return
+    options.rdzv_endpoint = endpoint if ":" in endpoint else f"{endpoint}:{options.master_port or PORT}"
+    if options.rdzv_backend == "static" and (fewest < most or options.max_restarts):
+        options.rdzv_backend = "c10d"
+    if options.rdzv_backend == "c10d" and options.node_rank is not None and "is_host" not in options.rdzv_conf:
+        options.rdzv_conf += f"{options.rdzv_conf and ','}is_host={int(options.node_rank == 0)}"
+    if options.rdzv_backend != "static" or options.node_rank is None:
+        options.node_rank = 0  # PyTorch has no further use for it
+    set_interface(options, most)
+
+
+def set_interface(options: argparse.Namespace, most: int) -> None:
+    """Tell PyTorch this machine's address towards node 0, and gloo the network interface that has it.
+
+    Both go by the machine's own name otherwise, which often stands for an address that only this machine can reach.
+    """
+    host, _, port = options.rdzv_endpoint.rpartition(":")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket chooses its route, and sends nothing
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"there is no way to node 0 at {options.rdzv_endpoint}: {error.strerror}") from error
+    options.local_addr = options.local_addr or own
+    interface = interface_of(own) if sys.platform == "linux" else None
+    if most > 1 and interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface with this IPv4 address, if there is one; on Linux."""
+    from fcntl import ioctl
+
+    get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = ioctl(probe, get_address, struct.pack("256s", name.encode()))
+            except OSError:  # this one has none
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+# --- Running, and telling what went wrong -----------------------------------------------------------------------------
+
+
+class KeptStderr(LogsSpecs):
+    """Each process's stderr goes into a file, and from there to this process's, as it grows; used in ``with``.
+
+    So what a process said last can be told again when it has failed, whatever its script is, and progress bars move as
+    before. What --redirects, --tee or --local_ranks_filter say of a stream comes first, as ``inner`` has it.
+    """
+
+    def __init__(self, inner: LogsSpecs) -> None:
+        super().__init__(inner.root_log_dir)
+        self.inner = inner
+        self.paths: dict[int, Path] = {}  # {local rank: its file}, of the latest start
+        self.streams: list[BinaryIO] = []  # of all starts
+        self.finished = threading.Event()
+        self.copier = threading.Thread(target=self._copy, daemon=True)
+
+    @property
+    def root_log_dir(self) -> str:
+        return self.inner.root_log_dir
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """PyTorch's launcher asks before each start; ``envs``: {local rank: its variables}."""
+        if self.paths:
+            print(f"launch.py: starting again, restart {envs[0]['TORCHELASTIC_RESTART_COUNT']} of at most "
+                  f"{envs[0]['TORCHELASTIC_MAX_RESTARTS']}, {envs[0]['WORLD_SIZE']} process(es) in all",
+                  file=sys.stderr, flush=True)
+        destination = self.inner.reify(envs)
+        for local_rank, path in destination.stderrs.items():
+            if path in ("", os.devnull):
+                own = destination.stderrs[local_rank] = f"{destination.error_files[local_rank]}.stderr"
+                Path(own).touch()
+                if not path:
+                    self.streams.append(open(own, "rb"))
+            self.paths[local_rank] = Path(destination.stderrs[local_rank])
+        return destination
+
+    def _copy(self) -> None:
+        """The thread: copies bytes rather than lines, since a progress bar's line doesn't end."""
+        last = False
+        while not last:
+            last = self.finished.wait(0.05)  # what was written before is still copied
+            for stream in list(self.streams):
+                sys.stderr.buffer.write(stream.read())
+            sys.stderr.flush()
+
+    def __enter__(self) -> "KeptStderr":
+        self.copier.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finished.set()
+        self.copier.join()
+        for stream in self.streams:
+            stream.close()
+
+
+def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> int:
+    """Say which process failed first, and what it last wrote to stderr; returns the exit code."""
+    # Others failed because it did, and later, or were stopped by the launcher. PyTorch knows whole seconds only; a
+    # process's last words are from before its end, and those of one that misses it from after that. (Files are stamped
+    # by a clock that ticks every few milliseconds; a process that has loaded PyTorch takes longer to end.)
+    failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != -signal.SIGTERM}
+    rank, failure = min((failures or error.failures).items(),
+                        key=lambda item: stderr.paths[item[1].local_rank].stat().st_mtime_ns)
+    code, how = failure.exitcode, f"exit code {failure.exitcode}"
+    if code < 0:
+        code, how = 128 - code, f"signal {failure.signal_name()}"
+    words = [f"launch.py: error: {script} failed on rank {rank} with {how}"]
+    if code == 128 + signal.SIGKILL:
+        words.append("launch.py: hint: so Linux ends a process when memory runs out (dmesg tells). It takes less with "
+                     "smaller micro-batches, a higher ZeRO stage, or fewer processes per machine")
+    words += stderr.paths[failure.local_rank].read_text(errors="replace").splitlines()[-LAST_LINES:]
+    print("\n".join(words), file=sys.stderr, flush=True)
+    return code
+
+
+def start_processes(options: argparse.Namespace) -> int:
+    """Run the script on this machine's processes; returns the exit code, as the top of this file has it."""
+    # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
+    processes = run.determine_local_world_size(options.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory(prefix="launch_") as folder:
+        options.log_dir = options.log_dir or folder
+        config, command, arguments = run.config_from_args(options)
+        try:
+            with KeptStderr(config.logs_specs) as stderr:
+                config.logs_specs = stderr
+                elastic_launch(config, command)(*arguments)
+        except ChildFailedError as error:
+            return tell_failure(error, options.training_script, stderr)
+        except SignalException as error:
+            print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
+            return 128 + error.sigval
+        except (RendezvousError, dist.DistError) as error:
+            print(f"launch.py: error: the other machines can't be reached by way of {options.rdzv_endpoint}, or have "
+                  f"stopped: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+REFUSED = {  # DeepSpeed's options that have no counterpart, and the way to do it
+    ("--launcher", "--launcher_args", "--ssh_port", "--force_multi"):
+        "nothing is started on other machines; have srun, mpirun or a shell loop run launch.py on each",
+    ("--bind_cores_to_rank", "--bind_core_list"):
+        "--numa_binding does it where there are GPUs; else put taskset --cpu-list LIST before the command",
+    ("--enable_each_rank_log",): "--log_dir DIR --redirects 3 writes each rank's output to files",
+    ("--log_level", "-q", "--quiet"): "the variable LOGLEVEL does it: INFO, WARNING, ERROR",
+    ("--venv_script",): "start launch.py with the python of that environment",
+    ("--save_pid",): "the shell knows it: $! after a command that ends with &",
+    ("--autotuning",): "try the settings in a shell loop",
+}
+
+
+class Refused(argparse.Action):
+    """An option that ends the program with its ``help``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+                 option_string: str | None = None) -> None:
+        parser.error(f"{option_string} is not an option here: {self.help}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """PyTorch's command line, with the example's options and DeepSpeed's added."""
+    parser = run.get_args_parser()
+    parser.prog, parser.usage, parser.allow_abbrev = "launch.py", "launch.py [options] [SCRIPT [ARGS ...]]", False
+    parser.formatter_class, parser.description = argparse.RawDescriptionHelpFormatter, __doc__
+    parser.epilog = "Options of launch.py stand before SCRIPT; everything behind SCRIPT is the script's own."
+    for action in parser._actions:  # there is no public way to make it optional
+        if action.dest == "training_script":
+            action.nargs, action.required, action.metavar = "?", False, "SCRIPT"
+    for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr"):  # None: not given; PET_...: PyTorch's way
+        parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
+    example = parser.add_argument_group("the example")
+    example.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
+                         help="its ZeRO stage: what the processes share out instead of each holding all")
+    example.add_argument("--deepspeed_config", metavar="FILE", help="a JSON config to use in place of its own")
+    theirs = parser.add_argument_group("DeepSpeed's options")
+    theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
+    theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
+    theirs.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N: machines and their GPUs")
+    theirs.add_argument("-i", "--include", metavar="NAME[:SLOT,...][@...]", help="use these of them only")
+    theirs.add_argument("-e", "--exclude", metavar="NAME[:SLOT,...][@...]", help="use all of them but these")
+    theirs.add_argument("--no_ssh", "--no_ssh_check", "--no_local_rank", action="store_true", help="always so here")
+    for names, way in REFUSED.items():
+        theirs.add_argument(*names, action=Refused, nargs="*", help=way)
+    return parser
+
+
+def settle(options: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Check the options of a launch, and fill in what they leave open; ValueError says what is wrong."""
+    if options.hostfile or options.include or options.exclude:
+        hosts = choose_slots(options)
+        if len(hosts) > 1 and options.node_rank is None:
+            raise ValueError("nothing is started on other machines; run on each its own:\n" + "\n".join(
+                f"  {host}: python launch.py --node_rank {node} {shlex.join(argv)}" for node, host in enumerate(hosts)))
+        take_own_slots(options, hosts)
+    options.nnodes = options.nnodes or "1"
+    options.nproc_per_node = options.nproc_per_node or str(max(1, torch.cuda.device_count()))
+    if run.determine_local_world_size(options.nproc_per_node) < 1:
+        raise ValueError(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up, or auto")
+    set_rendezvous(options)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the top of this file. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="launch.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        epilog="Options of launch.py stand before SCRIPT; everything behind SCRIPT is the script's own.")
-    parser.add_argument("--nproc_per_node", type=int, metavar="N",
-                        help="processes to start on this machine (default: none, run the example in this one)")
-    parser.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
-                        help="the example's ZeRO stage: what its processes share out instead of each holding all")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="a JSON config to use in place of the example's")
-    parser.add_argument("script", nargs="?", metavar="SCRIPT", help="a Python script to start (default: the example)")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
     options = parser.parse_args(argv)
+    script = options.training_script
     example = [f"--{name}={value}" for name, value in (
         ("zero_stage", options.zero_stage), ("deepspeed_config", options.deepspeed_config)) if value is not None]
-
-    if options.nproc_per_node is not None and options.nproc_per_node < 1:
-        parser.error(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up")
     if len(example) == 2:
         parser.error(f"--zero_stage changes the example's own config; with --deepspeed_config, put the stage into "
                      f"{options.deepspeed_config}")
-    if options.script and example:
-        parser.error(f"{example[0].split('=')[0]} changes the example's config; give {options.script} its own")
-    if options.script and not Path(options.script).is_file():
-        parser.error(f"there is no script {options.script!r}")
-    if options.nproc_per_node or options.script:
-        script, arguments = (options.script, options.arguments) if options.script else (__file__, example)
-        return start_processes(options.nproc_per_node or 1, script, arguments)
+    if script and example:
+        parser.error(f"{example[0].split('=')[0]} changes the example's config; give {script} its own")
+    if script and not (options.module or options.no_python or Path(script).is_file()):
+        parser.error(f"there is no script {script!r}")
+    if script or options.nproc_per_node or options.nnodes or options.hostfile or options.include or options.exclude:
+        if not script:
+            options.training_script, options.training_script_args = __file__, example
+        try:
+            settle(options, argv)
+        except ValueError as error:
+            parser.error(str(error))
+        return start_processes(options)
     try:
         documented_example(options.zero_stage, options.deepspeed_config)
     except ValueError as error:  # what the user gave; anything else is worth its traceback

@@ -31,11 +31,12 @@ Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts
 into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
 
 The file, from top to bottom: config, collectives, buckets, units (stage 3), ``Zero`` which ties them together, reading
-and writing what is sharded, and what a checkpoint's files hold. With one process there is nothing to share out: no
-collective runs at any stage.
+and writing what is sharded, what a checkpoint's files hold, and what a model will take. With one process there is
+nothing to share out: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
+    python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold, stage by stage
 """
 
 import argparse
@@ -131,7 +132,7 @@ class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
     stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
     reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket);
-                                                      # auto: see Zero._bucket_size (DeepSpeed: 5e8)
+                                                      # auto: see bucket_size (DeepSpeed: 5e8)
     overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
     reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
     ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
@@ -437,22 +438,25 @@ class SpareBuffers:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.free: list[Tensor] = []
+        self.by_size: defaultdict[int, list[Tensor]] = defaultdict(list)  # those that are not in use, by bytes
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor of ``numel`` elements with any contents: the smallest spare one large enough, or a new one."""
         size = numel * dtype.itemsize
-        fitting = [b for b in self.free if size <= b.numel() <= 2 * size]
-        buffer = min(fitting, key=Tensor.numel, default=None)
-        if buffer is None:
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        else:
-            self.free = [b for b in self.free if b is not buffer]
+        fitting = [large for large, buffers in self.by_size.items() if buffers and size <= large <= 2 * size]
+        buffer = (self.by_size[min(fitting)].pop() if fitting
+                  else torch.empty(size, dtype=torch.uint8, device=self.device))
         return buffer[:size].view(dtype)
 
     def give_back(self, tensor: Tensor) -> None:
         """``tensor``, which came from ``take``, is needed no more."""
-        self.free.append(torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage()))
+        buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
+        self.by_size[buffer.numel()].append(buffer)
+
+    @property
+    def free(self) -> list[Tensor]:
+        """All that are not in use."""
+        return [buffer for buffers in self.by_size.values() for buffer in buffers]
 
 
 def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
@@ -484,6 +488,7 @@ class Host:
         self.pinned = pin_memory and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.landed: list[tuple[Tensor, Tensor]] = []  # sums on their way down, and what they will be added to
+        self.seconds = 0.0  # time that this rank has spent copying and waiting for copies
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor here with any contents. Raises OSError where the disk has no room."""
@@ -503,7 +508,9 @@ class Host:
     def bring_down(self, source: Tensor, target: Tensor, add: bool) -> None:
         """Start copying the device's ``source`` into ``target``, which lives here, or adding it; see settle."""
         if self.stream is None:
+            began = time.perf_counter()
             target.add_(source) if add else target.copy_(source)
+            self.seconds += time.perf_counter() - began
             return
         landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned) if add else target
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -515,11 +522,13 @@ class Host:
 
     def settle(self) -> None:
         """Wait for all that was brought down."""
+        began = time.perf_counter()
         if self.stream is not None:
             self.stream.synchronize()
         for landing, target in self.landed:
             target.add_(landing)
         self.landed.clear()
+        self.seconds += time.perf_counter() - began
 
 
 def _disk(folder: str) -> tuple[Any, int | None]:
@@ -529,6 +538,11 @@ def _disk(folder: str) -> tuple[Any, int | None]:
             return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
     except OSError:
         return (socket.gethostname(), folder), None
+
+
+def state_tensors(optimizer: Optimizer | None) -> int:
+    """How many tensors with a value per element an optimizer keeps."""
+    return 0 if optimizer is None else len(_state_dtypes(optimizer))
 
 
 def _state_dtypes(optimizer: Optimizer) -> list[torch.dtype]:
@@ -566,6 +580,7 @@ class Slot:
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
+    version: int = 0      # the parameter's, when master and shard were known to hold its values
 
     @property
     def is_contiguous(self) -> bool:
@@ -605,9 +620,10 @@ class Bucket:
     """
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
-                 communicator: Communicator, all_reduces: bool = False, predivide: float = 1.0,
+                 communicator: Communicator, device: torch.device, all_reduces: bool = False, predivide: float = 1.0,
                  host: Host | None = None, shard_host: Host | None = None):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
+        self.device = device
         self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
         self.host, self.shard_host = host, shard_host
         ranks = communicator.world_size
@@ -626,6 +642,7 @@ class Bucket:
         self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
         self.ran = False  # a backward has gone through
         self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
         self.late = False         # a gradient came after the launch, and waits in p.grad
@@ -634,7 +651,7 @@ class Bucket:
     def _flatten(self) -> None:
         """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed."""
         self.shard = self.master = None
-        device = self.communicator.device
+        device = self.device
         if self.sharded.parameters:  # parameter by parameter: there is no time at which all of them have memory twice
             own = torch.zeros(self.own[1] - self.own[0], dtype=self.dtypes.master, device=device)
             self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=device)
@@ -649,7 +666,7 @@ class Bucket:
                 if low < high:
                     own[low - start:high - start] = values[low - slot.offset:high - slot.offset]
             if self.sharded.parameters:
-                slot.parameter.data = slot.view(self.flat)
+                self._point(slot)
         if self.sharded.parameters:
             self.free()
             self._settle_in(own)
@@ -659,7 +676,11 @@ class Bucket:
         self.flat = own.to(self.dtypes.compute)  # own itself where the dtype is the same
         self._settle_in(own[self.own[0]:self.own[1]])
         for slot in self.slots:
-            slot.parameter.data = slot.view(self.flat)
+            self._point(slot)
+
+    def _point(self, slot: Slot) -> None:
+        slot.parameter.data = slot.view(self.flat)
+        slot.version = slot.parameter._version
 
     def _settle_in(self, own: Tensor) -> None:
         """Make master and shard from the values ``own``, in memory that is shared where it can be."""
@@ -722,8 +743,9 @@ class Bucket:
     def _prepare_buffer(self) -> None:
         """See to it that ``grad`` can be written."""
         if self.grad is None:
+            stays = self.fits_alone or self.keeps_buffer  # a spare buffer may be twice as large
             self.grad = torch.empty(self.numel, dtype=self.dtypes.gradient, device=self.flat.device) \
-                if self.fits_alone else self.communicator.spare.take(self.numel, self.dtypes.gradient)
+                if stays else self.communicator.spare.take(self.numel, self.dtypes.gradient)
             ends = [0, *(slot.end for slot in self.slots)]
             for end, start in zip(ends, [*(slot.offset for slot in self.slots), self.numel]):
                 self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
@@ -768,7 +790,7 @@ class Bucket:
         return self.grad if self.predivide == 1 else self.grad.mul_(1 / self.predivide)
 
     def finish_reduction(self) -> None:
-        """Wait for the sum. In stages 2 and 3 the buffer goes, and with it the slices that belong to other ranks."""
+        """Wait for the sum. Unless it stays, the buffer goes, and with it the slices that belong to other ranks."""
         self.reduction.wait()
         if self.host is not None:
             self.host.bring_down(self.landing, self.grad_shard, add=self.reduced)
@@ -779,8 +801,13 @@ class Bucket:
         self.reduced = True
         for slot in self.slots:
             slot.filled = False
-        if self.sharded.gradients or self.host is not None:
+        if not self.keeps_buffer:
             self._drop_buffer()
+
+    @property
+    def keeps_buffer(self) -> bool:
+        """Whether the whole gradients' buffer stays between backward passes."""
+        return not self.sharded.gradients and self.host is None
 
     def _drop_buffer(self) -> None:
         if not self.fits_alone:
@@ -792,7 +819,7 @@ class Bucket:
         if self.fired or ran:
             self.awaited = self.fired | self.awaited if self.ran else self.fired
             self.ran = True
-        self.fired, self.launched = set(), False
+        self.fired, self.queued, self.launched = set(), False, False
         self.expected = sum(self.slots[index].parameter.requires_grad for index in self.awaited)
 
     def reduce_late(self) -> None:
@@ -811,7 +838,7 @@ class Bucket:
         if self.sent is not None and self.sent is not self.grad:
             self.communicator.spare.give_back(self.sent)
         self.sent = None
-        if not self.sharded.gradients and self.host is None:
+        if self.keeps_buffer:
             self.grad_shard = None
             if self.fits_alone:
                 self.grad = None
@@ -943,8 +970,19 @@ class Bucket:
         self.gather.wait()
         self.flat.untyped_storage().resize_(0)
 
+    def keep_writes(self) -> None:
+        """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
+
+        Where ranks wrote different values, those of each element's owner count.
+        """
+        versions = [slot.parameter._version for slot in self.slots]
+        if versions != [slot.version for slot in self.slots]:
+            self.keep_changes()
+            for slot, version in zip(self.slots, versions):
+                slot.version = version
+
     def keep_changes(self) -> None:
-        """Take what was written into the whole parameters (the same on every rank) over into shard and master."""
+        """Take what was written into the whole parameters over into shard and master."""
         held = self.held
         if held is None or _same_memory(held, self.flat):
             return
@@ -989,13 +1027,58 @@ class Bucket:
             part[low - start:high - start] = flat[low - slot.offset:high - slot.offset]
 
 
+class Plan(NamedTuple):
+    """What becomes a Bucket."""
+    unit: "Unit | None"   # of stage 3; None: the parameters stay whole
+    group: int | None     # the optimizer's param group, if it is in one
+    trained: bool         # in one, and not frozen
+    dtypes: Dtypes
+    slots: list[Slot]
+
+
+def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
+                 dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
+                 owners: "Mapping[int, Unit]") -> list[Plan]:
+    """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
+
+    groups   the param group of each parameter that is in one, by its id
+    owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    """
+    named = list(model.named_parameters())[::-1]
+    size = bucket_size(config, sum(p.numel() for _, p in named), device)
+    limit = config.stage3_param_persistence_threshold
+    plans: list[Plan] = []
+    open_slots: dict[Any, list[Slot]] = {}
+    for name, p in named:
+        unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
+        group = groups.get(id(p))
+        key = (unit, group, group is not None and p.requires_grad, Dtypes(*dtypes(p)))
+        slots = open_slots.setdefault(key, [])
+        offset = _round_up(slots[-1].end, ALIGN) if slots else 0
+        slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
+        if unit is None and slots[-1].end >= size:
+            plans.append(Plan(*key, open_slots.pop(key)))
+    return plans + [Plan(*key, slots) for key, slots in open_slots.items()]
+
+
+def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
+    """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
+
+    On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
+    and getting it again costs more than the communication.
+    """
+    if config.reduce_bucket_size != "auto":
+        return config.reduce_bucket_size
+    return min(max(total // 8, 2**20), 2**22 if device.type == "cpu" else 2**25)
+
+
 def _copy_at(host: Host | None, tensor: Tensor) -> Tensor:
     """A copy of a slice of a larger tensor, which it must not keep alive."""
     return tensor.clone() if host is None else host.empty(tensor.numel(), tensor.dtype).copy_(tensor)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -1040,8 +1123,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, child in module.named_children():
             path, inner = f"{prefix}{name}", search(child, f"{prefix}{name}.")
             repeats = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and kinds[type(child)] > 1
-            small = 3 * sum(p.numel() for p in child.parameters()) <= total
-            if repeats and any(child.children()) and (small or not inner):
+            if repeats and any(child.children()) and (
+                    not inner or 3 * sum(p.numel() for p in child.parameters()) <= total):
                 found[path] = child
             else:
                 found |= inner
@@ -1106,10 +1189,11 @@ class Unit:
     users   who needs the parameters: calls of the module in forward, the same calls in backward, a GatheredParameters.
             The last one to go frees them
     calls   the module's forward calls under way
+    number  its place among the model's units, the same on every rank
     """
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: nn.Module, number: int):
+        self.name, self.module, self.number = name, module, number
         self.buckets: list[Bucket] = []
         self.state = UnitState.SHARDED
         self.users: set[Any] = set()
@@ -1144,6 +1228,24 @@ class Unit:
 
 class Call:
     """A module's forward call, until the graph that autograd recorded of it is gone."""
+
+
+def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict[int, Unit]]:
+    """The units of a model beside its own, ``root``, and the unit of each parameter, by its id.
+
+    That is the innermost one that holds all modules which share the parameter.
+    """
+    modules = find_units(root.module, leaf)
+    by_path = {path: Unit(path, module, number) for number, (path, module) in enumerate(modules.items(), 1)}
+    paths: dict[int, list[list[str]]] = defaultdict(list)
+    for name, p in root.module.named_parameters(remove_duplicate=False):
+        prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        paths[id(p)].append([path for path in prefixes if path in by_path])
+    owners = {}
+    for key, uses in paths.items():
+        shared = [path for path in uses[0] if all(path in use for use in uses)]
+        owners[key] = by_path[shared[-1]] if shared else root
+    return list(by_path.values()), owners
 
 
 class Trace:
@@ -1186,10 +1288,13 @@ class Holder:
         """``user`` needs the unit no more; the last one to go frees it."""
         unit.users.discard(user)
         if not unit.users and unit.state is not UnitState.SHARDED:
-            unit.free()
+            self._free(unit)
 
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
+
+    def _free(self, unit: Unit) -> None:
+        unit.free()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
         """A sharded parameter's values are wanted by ``operation``; see ShardedParameter."""
@@ -1247,7 +1352,7 @@ METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 METADATA |= {getattr(Tensor, name) for name in (
     "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point", "is_complex",
     "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__", "__hash__", "ndimension",
-    "storage_offset", "get_device", "untyped_storage")}
+    "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -1316,7 +1421,7 @@ class Zero(Holder):
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
                  predivide: float | None = None, debug: bool = False, timeout: float | None = None):
-        self.optimizer, self.config, self.predivide = optimizer, config, predivide
+        self.optimizer, self.config, self.device, self.predivide = optimizer, config, device, predivide
         self.communicator = Communicator(device, debug, timeout)
         if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
@@ -1329,10 +1434,9 @@ class Zero(Holder):
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
-        self.queue: list[Bucket] = []  # the order of this backward's reductions
+        self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
-        self.root = Unit("", model)
-        self.units: list[Unit] = []
+        self.root = Unit("", model, 0)
         self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
         self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
         self._make_buckets(model)
@@ -1344,6 +1448,7 @@ class Zero(Holder):
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
         self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
+        self.live = 0      # elements of the units that are gathered now
         if optimizer is not None:
             self._hand_over(self.trained)
         self._register_hooks()
@@ -1421,42 +1526,24 @@ class Zero(Holder):
         return self.host if gone + numel <= ratio * (every + numel) else None
 
     def _make_buckets(self, model: nn.Module) -> None:
-        """Sort the parameters into buckets, in reverse order of registration: about the order of their gradients."""
+        """Make the parameters views of buckets."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"]}
-        named = list(model.named_parameters())[::-1]
-        if any(isinstance(_holder_of(p), Zero) for _, p in named):
+        if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
             raise ValueError("another engine already trains this model; call its destroy() first")
-        total, limit = sum(p.numel() for _, p in named), self.config.stage3_param_persistence_threshold
-        owners = self._owners(model) if self.sharded.parameters else {}
-        size = self._bucket_size(total)
-        open_slots: dict[Any, list[Slot]] = {}
+        self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
         self.buckets: list[Bucket] = []
-
-        def close(key: Any) -> None:
-            unit, group, trained, kinds = key
-            slots = open_slots.pop(key)
+        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners)
+        for unit, group, trained, kinds, slots in plans:
             bucket = Bucket(
                 slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
-                not self.config.reduce_scatter, self._predivide(kinds),
+                self.device, not self.config.reduce_scatter, self._predivide(kinds),
                 self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host)
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
                 unit.buckets.append(bucket)
                 unit.numel += bucket.numel
-
-        for name, p in named:
-            unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
-            group = groups.get(id(p))
-            key = (unit, group, group is not None and p.requires_grad, Dtypes(*self.dtypes(p)))
-            slots = open_slots.setdefault(key, [])
-            offset = _round_up(slots[-1].end, ALIGN) if slots else 0
-            slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
-            if unit is None and slots[-1].end >= size:
-                close(key)
-        for key in list(open_slots):
-            close(key)
         for unit in self.all_units if self.sharded.parameters else ():
             unit.free()
         _return_free_memory()
@@ -1469,31 +1556,6 @@ class Zero(Holder):
             return self.predivide
         return float(self.communicator.world_size) if dtypes.reduction == torch.float16 else 1.0
 
-    def _bucket_size(self, total: int) -> int:
-        """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
-
-        On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
-        and getting it again costs more than the communication.
-        """
-        if self.config.reduce_bucket_size != "auto":
-            return self.config.reduce_bucket_size
-        return min(max(total // 8, 2**20), 2**22 if self.communicator.device.type == "cpu" else 2**25)
-
-    def _owners(self, model: nn.Module) -> dict[int, Unit]:
-        """The unit of each parameter, by its id: the innermost one that holds all modules which share it."""
-        modules = find_units(model, self.config.leaf_module)
-        by_path = {path: Unit(path, module) for path, module in modules.items()}
-        self.units = list(by_path.values())
-        paths: dict[int, list[list[str]]] = defaultdict(list)
-        for name, p in model.named_parameters(remove_duplicate=False):
-            inside = [path for path in by_path if name.startswith(f"{path}.")]
-            paths[id(p)].append(sorted(inside, key=len))
-        owners = {}
-        for key, uses in paths.items():
-            shared = [path for path in uses[0] if all(path in use for use in uses)]
-            owners[key] = by_path[shared[-1]] if shared else self.root
-        return owners
-
     def _hand_over(self, buckets: list[Bucket]) -> None:
         """From now on the optimizer updates these buckets' masters."""
         for bucket in buckets:
@@ -1502,8 +1564,10 @@ class Zero(Holder):
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for index, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [s.parameter for b in self.trained if b.group == index for s in b.segments]
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        for bucket in self.trained:
+            self.optimizer.param_groups[bucket.group]["params"] += [s.parameter for s in bucket.segments]
 
     def _listen(self, bucket: Bucket, index: int) -> None:
         """Have autograd tell when it has finished a parameter's gradient."""
@@ -1575,6 +1639,8 @@ class Zero(Holder):
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
+        for bucket in unit.buckets:
+            bucket.keep_writes()
         self._release(unit, call)
 
     def _before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
@@ -1608,7 +1674,13 @@ class Zero(Holder):
 
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
-        self.gathered = (31 * self.gathered + self.all_units.index(unit) + 1) % 2**20
+        if unit.buckets:
+            self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
+        self.live += unit.numel
+
+    def _free(self, unit: Unit) -> None:
+        unit.free()
+        self.live -= unit.numel
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1626,9 +1698,8 @@ class Zero(Holder):
         return [unit, *self.companions] if unit is self.root else [unit]
 
     def _may_prefetch(self, unit: Unit) -> bool:
-        limit = self.config.stage3_prefetch_bucket_size
-        live = sum(u.numel for u in self.all_units if u.state is not UnitState.SHARDED)
-        return (limit == "auto" or unit.numel <= limit) and live + unit.numel <= self.config.stage3_max_live_parameters
+        limit, most = self.config.stage3_prefetch_bucket_size, self.config.stage3_max_live_parameters
+        return (limit == "auto" or unit.numel <= limit) and self.live + unit.numel <= most
 
     def _release(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward is over."""
@@ -1643,14 +1714,14 @@ class Zero(Holder):
             return  # create_graph: the backward of this backward reads the parameters again; finish_backward frees them
         unit.users.discard(RECOMPUTED)
         self._release(unit, call())
-        self.queue += [b for b in unit.buckets if b.trained and not b.launched and b not in self.queue]
+        self._enqueue(unit.buckets)
         self._launch_ready()
 
     def _free_unused(self) -> None:
         """Free what was gathered ahead for a use that did not come."""
         for unit in self.all_units if self.sharded.parameters else ():
             if not unit.users and unit.state is not UnitState.SHARDED:
-                unit.free()
+                self._free(unit)
 
     def _begin_forward(self) -> None:
         if self.pending:  # the caller ran backward() on the loss itself
@@ -1673,7 +1744,16 @@ class Zero(Holder):
     def _begin_backward(self) -> None:
         self.pending = True
         self.traces[True].restart()
-        self.queue = [] if self.sharded.parameters else list(self.trained)
+        self.queue = deque()
+        if not self.sharded.parameters:
+            self._enqueue(self.trained)
+
+    def _enqueue(self, buckets: list[Bucket]) -> None:
+        """Let them be reduced after those that wait already; each once per backward."""
+        for bucket in buckets:
+            if bucket.trained and not bucket.queued:
+                bucket.queued = True
+                self.queue.append(bucket)
 
     def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         """Autograd has finished a parameter's gradient."""
@@ -1703,7 +1783,7 @@ class Zero(Holder):
         if not (self.config.overlap_comm and self.reduces_now):
             return
         while self.queue and self.queue[0].complete:
-            self._launch(self.queue.pop(0))
+            self._launch(self.queue.popleft())
 
     def _launch(self, bucket: Bucket) -> None:
         while len(self.in_flight) > (0 if self.sharded.gradients else 1):
@@ -1720,7 +1800,7 @@ class Zero(Holder):
         self._thaw()
         if self.reduces_now:
             if self.sharded.parameters:
-                self.queue += [b for b in self.trained if not b.launched and b not in self.queue]
+                self._enqueue(self.trained)
             for bucket in self.queue:
                 self._launch(bucket)
             while self.in_flight:
@@ -1750,14 +1830,15 @@ class Zero(Holder):
             bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)), self.host)
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self._hand_over(new)
-        self.queue += new if not self.sharded.parameters else []  # behind the others, on every rank
+        if not self.sharded.parameters:
+            self._enqueue(new)  # behind the others, on every rank
         for bucket, index in thawed:
             self._listen(bucket, index)
             if bucket.slots[index].parameter.grad is not None:
                 bucket.take(index)
 
     def _end_backward(self) -> None:
-        self.queue, self.pending = [], False
+        self.queue, self.pending = deque(), False
         for unit in self.all_units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self._free_unused()
@@ -1790,6 +1871,8 @@ class Zero(Holder):
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         culprit = self._first_not_finite() if overflow else None
+        for bucket in self.trained if not (overflow or self.sharded.parameters) else ():
+            bucket.keep_writes()
         if not overflow:
             self._update(coefficient / divisor)
         for bucket in self.trained:
@@ -1799,9 +1882,8 @@ class Zero(Holder):
     def _check_parameters(self) -> None:
         """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
         for bucket in self.buckets:
-            start, size = bucket.flat.data_ptr(), bucket.flat.element_size()
             for slot in bucket.slots if bucket.unit is None else ():
-                if slot.shape.numel() and slot.parameter.data_ptr() != start + slot.offset * size:
+                if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
                     raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
                                        "to(), half() or load_state_dict(assign=True) after initialize()")
 
@@ -1861,12 +1943,14 @@ class Zero(Holder):
             b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
         fused = fused and factor != 1.0
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
-        in_waves = type(self.optimizer) in ELEMENTWISE and (self.sharded.optimizer or self.host is not None)
+        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
+        in_waves = type(self.optimizer) in ELEMENTWISE and (
+            self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
-        for bucket in self.trained:
-            if not all(slot.used for slot in bucket.slots) and bucket.split(self.optimizer):
-                self._refill_groups()
+        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
+        if any([bucket.split(self.optimizer) for bucket in idle]):
+            self._refill_groups()
         try:
             for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
                 for bucket in wave:
@@ -1998,9 +2082,9 @@ class Init(Holder):
             offset = _round_up(mine[-1].end, ALIGN) if mine else 0
             mine.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), type(p)))
         for dtype, mine in slots.items():
-            unit = Unit(type(module).__name__, module)
+            unit = Unit(type(module).__name__, module, 0)
             bucket = Bucket(mine, Dtypes(dtype, dtype, dtype, dtype), None, False, SHARDED[3], self.communicator,
-                            shard_host=self.host)
+                            self.communicator.device, shard_host=self.host)
             bucket.unit, unit.numel = unit, bucket.numel
             unit.buckets.append(bucket)
             unit.free()
@@ -2604,9 +2688,9 @@ def check_tag(tag: Any) -> None:
 
 
 def _main(argv: list[str] | None = None) -> int:
-    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..."""
-    parser = argparse.ArgumentParser(prog="zero.py",
-                                     description="Look into checkpoints, or make plain state dicts of them.")
+    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..., or estimate ..."""
+    parser = argparse.ArgumentParser(
+        prog="zero.py", description="Look into checkpoints, make plain state dicts of them, or estimate memory.")
     commands = parser.add_subparsers(dest="command", required=True)
     parts = [commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes"),
              commands.add_parser("inspect", help="print what is inside")]
@@ -2615,8 +2699,18 @@ def _main(argv: list[str] | None = None) -> int:
         part.add_argument("--tag", help="default: the one that the file latest names")
     parts[0].add_argument("output", metavar="OUT.pt")
     parts[0].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
+    part = commands.add_parser("estimate", help="print what a rank holds at stages 0 to 3")
+    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
+    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
+    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
+                                       "does not (default: bf16, with gradients in bf16)")
+    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
+    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
     options = parser.parse_args(argv)
     try:
+        if options.command == "estimate":
+            print(_estimate_command(options))
+            return 0
         folder = checkpoint_folder(options.directory, options.tag)
         if folder is None:
             raise CheckpointError(f"{options.directory} holds no checkpoint: there is no file latest")
@@ -2643,6 +2737,460 @@ def _inspection(reader: CheckpointReader) -> str:
     rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
                 f"{len(meta['files'])} files")
     return "\n".join(rows)
+
+
+# --- What it will take ------------------------------------------------------------------------------------------------
+
+
+PLACES = {"none": "device", "cpu": "cpu", "nvme": "nvme"}  # what an offload section's device means
+ADAM_STATE = 2  # tensors of an element each that Adam keeps: the averages of the gradient and of its square
+
+
+class Held(NamedTuple):
+    """Some of a rank's bytes, and where they are."""
+    bytes: int
+    place: str = "device"  # the GPU's memory; or "cpu", the host's; or "nvme", on a disk
+
+
+@dataclass
+class Estimate:
+    """What one rank holds.
+
+    Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
+    temporary tensors), and the allocator's gaps.
+    """
+    stage: int
+    world_size: int
+    parameters: Held       # whole (stages 0 to 2), or this rank's shards, which may be the masters at the same time
+    gradients: Held        # whole, accumulated (stages 0 and 1), or this rank's shards of their sum
+    masters: Held          # what the optimizer updates, where that is not the parameter itself
+    optimizer_state: Held
+    buffers: Held          # the model's: running means and the like
+    live: Held             # gathered units (stage 3), and the buffers that gradients pass through; more of these where
+                           # gradients come in another order than the reverse of registration, as buckets wait then
+
+    # An offload_optimizer.ratio below 1 is counted as 1.
+
+    def total(self, place: str = "device") -> int:
+        """Bytes of all categories in ``place``: "device", "cpu" or "nvme"."""
+        if place not in PLACES.values():
+            raise ValueError(f"place is {place!r}; allowed: {', '.join(PLACES.values())}")
+        return sum(held.bytes for held in self.categories().values() if held.place == place)
+
+    def categories(self) -> dict[str, Held]:
+        """The categories by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Held}
+
+    def table(self) -> str:
+        """All of it, as text."""
+        rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
+        rows += [f"{name.replace('_', ' '):<18}{held.place:<8}{held.bytes:>22,}{held.bytes / 1e9:>12.3f}"
+                 for name, held in self.categories().items()]
+        totals = {place: self.total(place) for place in PLACES.values()}
+        rows += [f"{'total':<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}" for place, size in totals.items() if size]
+        return "\n".join(rows)
+
+
+def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
+    """The bytes that this rank holds now, by category and place as in Estimate; each storage is counted once."""
+    seen: set[int] = set()
+    found: Counter[tuple[str, str]] = Counter()
+
+    def add(category: str, host: Host | None, tensors: Iterable[Tensor | None], in_memory: bool = False) -> None:
+        place = "device" if host is None else "cpu" if host.folder is None or in_memory else "nvme"
+        for storage in (t.untyped_storage() for t in tensors if t is not None):
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                found[category, place] += storage.nbytes()
+
+    for bucket in zero.buckets:
+        entries = [zero.optimizer.state.get(segment.parameter, {}) for segment in bucket.segments]
+        state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
+        add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
+        add("masters", bucket.host, [bucket.master])
+        add("gradients", bucket.host, [bucket.grad if bucket.keeps_buffer else bucket.grad_shard], in_memory=True)
+        add("optimizer_state", bucket.host, state)
+    add("buffers", None, model.buffers())
+    add("live", None, (t for b in zero.buckets for t in (b.flat, b.grad, b.sent, b.landing)))
+    add("live", None, zero.communicator.spare.free)
+    return found
+
+
+class MemoryReport(NamedTuple):
+    """What a rank holds beside what was estimated: bytes by category and place, see Estimate. ``str()`` is a table."""
+    measured: dict[tuple[str, str], int]
+    estimated: dict[tuple[str, str], int]
+
+    def __str__(self) -> str:
+        rows = [f"{'':<18}{'where':<8}{'measured':>18}{'estimated':>18}"]
+        for category, place in dict.fromkeys([*self.estimated, *self.measured]):
+            sizes = [of.get((category, place), 0) for of in (self.measured, self.estimated)]
+            rows.append(f"{category.replace('_', ' '):<18}{place:<8}{sizes[0]:>18,}{sizes[1]:>18,}")
+        return "\n".join([*rows, "live is what comes and goes: measured now, estimated at its most"])
+
+
+class Lot(NamedTuple):
+    """Parameters that share one fate: a bucket-to-be, or all of a model of which only the size is known."""
+    elements: int          # padding included
+    dtypes: Dtypes
+    trained: bool = True
+    stays: bool = False    # whole even at stage 3
+
+
+class Terms(NamedTuple):
+    """What a config says that counts here."""
+    config: ZeroConfig
+    dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
+    half: torch.dtype | None                 # that of parameters and buffers in mixed precision
+    updates: str     # the place of masters, optimizer state and gradient shards
+    parameters: str  # the place of stage 3's shards
+
+
+def estimate(model_or_counts: nn.Module | int | tuple[int, int],
+             config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None = None, world_size: int = 1, *,
+             dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
+             state_tensors: int = ADAM_STATE, device: torch.device | str | None = None) -> Estimate:
+    """What each of ``world_size`` ranks will hold, in bytes, before anything is allocated.
+
+    model_or_counts   a model, which may be on the meta device: then padding and the largest units are true. Or the
+                      number of parameters; or that and the largest unit's, without which stage 3 counts no live units
+    config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``
+                      and the dtypes of fp16, bf16, data_types and communication_data_type count; modules that
+                      ``keep_fp32`` names are counted like the others. None: stage 0
+    dtypes            of every parameter, or a function that tells. None: what the config says, else a model's own, fp32
+    state_tensors     tensors with a value per element in the optimizer's state: Adam 2, SGD 0, with momentum 1
+    device            the ranks' kind of device, which the size of buckets goes by. None: the model's; meta is a GPU
+
+    Raises ValueError, which names the argument or key, what was given and what is allowed.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size is {world_size!r}; allowed: a whole number from 1 up")
+    terms = _terms(config)
+    is_model = isinstance(model_or_counts, nn.Module)
+    if device is None:
+        device = next((p.device for p in model_or_counts.parameters()), "cpu") if is_model else "meta"
+    device = torch.device(device)
+    alone = world_size == 1 and terms.parameters == "device"
+    sharded = SHARDED[0 if alone else terms.config.stage]
+    if is_model:
+        ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
+        lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
+        buffers = sum(b.numel() * (terms.half if terms.half and b.is_floating_point() else b.dtype).itemsize
+                      for b in model_or_counts.buffers())
+    else:
+        total, unit = _checked_counts(model_or_counts)
+        ways, buffers = dtypes or terms.dtypes(torch.float32), 0
+        size = unit if sharded.parameters else min(bucket_size(terms.config, total, device), total)
+        lots, own, units = [Lot(total, ways)], [], [[Lot(size, ways)] for _ in range(3)]
+    passing = sharded._replace(gradients=sharded.gradients or terms.updates != "device")
+    live = 0 if alone and not passing.gradients else _gradient_buffers(
+        own, units, passing, world_size, direct=device.type == "cpu")
+    if terms.updates != "device":  # where sums land before they go down; and, below stage 2, a window's gradients
+        largest = max((lot.elements * lot.dtypes.gradient.itemsize
+                       for unit in [own, *units] for lot in unit if lot.trained), default=0)
+        live += 2 * largest // (world_size if sharded.optimizer else 1)
+        if not sharded.gradients:
+            live += sum(lot.elements * lot.dtypes.gradient.itemsize for lot in lots if lot.trained)
+    if sharded.parameters:  # the model's own unit, the one in use, and the one gathered ahead
+        bytes_of = [sum(lot.elements * lot.dtypes.compute.itemsize for lot in unit if not lot.stays)
+                    for unit in [own, *units]]
+        live += bytes_of[0] + sum(sorted(bytes_of[1:])[-2:])
+    return _shared_out(lots, terms, sharded, world_size, state_tensors, Held(buffers), Held(live))
+
+
+def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) -> Terms:
+    """What ``config`` says, in any of its forms."""
+    if isinstance(config, (str, os.PathLike)):
+        config = _read_config(config)
+    whole = {} if config is None or isinstance(config, ZeroConfig) else config
+    if not isinstance(whole, Mapping):
+        raise ValueError(f"the config is {whole!r}; allowed: an object, such as a dict")
+    for key in ("zero_optimization", "fp16", "bf16", "data_types"):
+        if not isinstance(whole.get(key, {}), Mapping):
+            raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
+    section = dict(whole.get("zero_optimization", {}))
+    offload = {key: section.pop(key, None) or {} for key in ("offload_optimizer", "offload_param")}
+    if not isinstance(config, ZeroConfig):
+        known = [f.name for f in fields(ZeroConfig)]
+        unknown = sorted(section.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown key zero_optimization.{unknown[0]} (known: {', '.join(known)})")
+        try:
+            if section.get("leaf_module"):
+                section["leaf_module"] = LeafModules(**section["leaf_module"])
+            config = ZeroConfig(**section)
+        except TypeError as error:
+            raise ValueError(f"zero_optimization: {error}") from None
+    else:
+        offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
+    updates, parameters = (_place(key, said) for key, said in offload.items())
+    given_dtypes, half = _dtypes_said(whole)
+    return Terms(config, given_dtypes, half, updates, parameters)
+
+
+def _read_config(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"the config file {path} is not JSON: {error}") from None
+
+
+def _place(key: str, said: Any) -> str:
+    device = said.get("device", "none") if isinstance(said, Mapping) else None
+    if device not in PLACES:
+        raise ValueError(f"zero_optimization.{key} is {said!r}; allowed: an object whose device is "
+                         f"{', '.join(PLACES)}")
+    return PLACES[device]
+
+
+def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
+    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and of mixed precision."""
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+    enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
+    half = names[enabled[0]] if enabled else None
+    masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
+    wanted = {"data_types.grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype"),
+              "communication_data_type": config.get("communication_data_type")}
+    for key, name in wanted.items():
+        if name not in names:
+            raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
+    accumulation, reduction = (names[name] for name in wanted.values())
+
+    def dtypes(given: torch.dtype) -> Dtypes:
+        if not given.is_floating_point:
+            return Dtypes(given, given, given, given)
+        master = (half if masters_too else torch.float32) if half else given
+        gradient = accumulation or master
+        return Dtypes(half or given, master, gradient, reduction or gradient)
+
+    return dtypes, half
+
+
+def _checked_counts(counts: Any) -> tuple[int, int]:
+    total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
+    for value in (total, unit):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"model_or_counts is {counts!r}; allowed: a model, a number of parameters, or a pair of "
+                             "that and the largest unit's")
+    if unit > total:
+        raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
+    return total, unit
+
+
+def _lots(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]],
+          sharded: Sharded, world_size: int, device: torch.device) -> tuple[list[Lot], list[Lot], list[list[Lot]]]:
+    """A model's buckets-to-be; at stage 3 those of its own unit, and of each other one (else every bucket is one)."""
+    root = Unit("", model, 0)
+    owners = assign_units(root, config.leaf_module)[1] if sharded.parameters else {}
+    trained = {id(p): 0 for p in model.parameters() if p.requires_grad}
+    lots, units = [], defaultdict(list)
+    for plan in plan_buckets(model, config, device, dtypes, trained, owners):
+        elements = _round_up(plan.slots[-1].end, ALIGN * world_size)
+        lots.append(Lot(elements, plan.dtypes, plan.trained, plan.unit is None))
+        units[plan.unit or root].append(lots[-1])  # what stays whole at stage 3 is reduced last, like the model's own
+    if not sharded.parameters:
+        return lots, [], [[lot] for lot in lots]
+    return lots, units.pop(root, []), list(units.values())
+
+
+def _gradient_buffers(own: list[Lot], units: list[list[Lot]], sharded: Sharded, world_size: int, direct: bool) -> int:
+    """Bytes of the buffers that backward passes take: one is gone through without memory, by ``Zero._launch``'s rules.
+
+    own      of the model's own unit, whose first gradient may come first and whose last comes last
+    direct   each rank receives all others' slices, as with gloo, see Communicator
+    """
+    spare, in_flight = SpareBuffers(torch.device("meta")), deque()
+
+    def fill(lot: Lot) -> list[Tensor]:
+        return [spare.take(lot.elements, lot.dtypes.gradient)] if sharded.gradients else []
+
+    def finish() -> None:
+        for buffer in in_flight.popleft():
+            spare.give_back(buffer)
+
+    def launch(lot: Lot, buffers: list[Tensor]) -> None:
+        while len(in_flight) > (0 if sharded.gradients else 1):
+            finish()
+        if lot.dtypes.reduction != lot.dtypes.gradient:
+            buffers.append(spare.take(lot.elements, lot.dtypes.reduction))
+        if direct and sharded.optimizer:
+            buffers += [spare.take(lot.elements // world_size, lot.dtypes.reduction) for _ in range(world_size - 1)]
+        in_flight.append(buffers)
+
+    last = [(lot, fill(lot)) for lot in own if lot.trained]
+    filling: deque[tuple[Lot, list[Tensor]]] = deque()
+    for lot in (lot for unit in units for lot in unit if lot.trained):
+        filling.append((lot, fill(lot)))
+        if len(filling) > (0 if sharded.parameters else 1):  # below stage 3 gradients come early for the next bucket
+            launch(*filling.popleft())
+    for lot, buffers in [*filling, *last]:
+        launch(lot, buffers)
+    while in_flight:
+        finish()
+    return sum(buffer.numel() for buffer in spare.free)
+
+
+def _shared_out(lots: list[Lot], terms: Terms, sharded: Sharded, world_size: int, state_tensors: int,
+                buffers: Held, live: Held) -> Estimate:
+    """The bytes of every category."""
+    parameters = gradients = masters = state = 0
+    offloaded = terms.updates != "device"
+    for lot in lots:
+        own = -(-lot.elements // world_size) if sharded.optimizer else lot.elements
+        is_shard = sharded.parameters and not lot.stays
+        # As Bucket._settle_in has it: a shard is the master, unless one of them is offloaded and they are not the same.
+        differ = lot.dtypes.compute != lot.dtypes.master
+        separate = (terms.updates != terms.parameters or offloaded and differ) if is_shard else offloaded or differ
+        parameters += (own if is_shard else lot.elements) * (
+            lot.dtypes.master if is_shard and lot.trained and not separate else lot.dtypes.compute).itemsize
+        if lot.trained:
+            masters += separate * own * lot.dtypes.master.itemsize
+            gradients += (own if sharded.gradients or offloaded else lot.elements) * lot.dtypes.gradient.itemsize
+            state += own * lot.dtypes.master.itemsize * state_tensors
+    return Estimate(
+        terms.config.stage, world_size,
+        parameters=Held(parameters, terms.parameters if sharded.parameters else "device"),
+        gradients=Held(gradients, "cpu" if offloaded else "device"),
+        masters=Held(masters, terms.updates), optimizer_state=Held(state, terms.updates), buffers=buffers, live=live)
+
+
+# DeepSpeed's documented functions, with its figures: they count what DeepSpeed holds, 2 bytes per parameter over the
+# number of ranks more than is held here: a 16-bit shard of the gradients (stage 2) or of the parameters (stage 3).
+
+
+def estimate_zero2_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what a model takes at stage 2, see estimate_zero2_model_states_mem_needs_all_cold."""
+    total, _ = _sizes(model)
+    estimate_zero2_model_states_mem_needs_all_cold(total, num_gpus_per_node, num_nodes, additional_buffer_factor)
+
+
+def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what DeepSpeed takes at stage 2 in mixed precision, per node's host and per GPU, with and without offload.
+
+    additional_buffer_factor   what host memory is multiplied by, for all that comes beside
+    The GPU's figure without offload is 2 + 18/N bytes per parameter, where ``estimate`` has 2 + 16/N, see above.
+    As in DeepSpeed, the host's figure with offload counts the optimizer's share of all nodes, not of one.
+    """
+    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
+    whole = 2 * total_params
+    _print_needs(total_params, None, num_gpus_per_node, num_nodes, {
+        "offload_optimizer=cpu": (max(4 * total_params, shards) * ranks * additional_buffer_factor, whole),
+        "offload_optimizer=none": (4 * total_params * num_gpus_per_node * additional_buffer_factor,
+                                   whole + shards + whole // ranks)})
+
+
+def estimate_zero3_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what a model takes at stage 3, see estimate_zero3_model_states_mem_needs_all_cold."""
+    estimate_zero3_model_states_mem_needs_all_cold(*_sizes(model), num_gpus_per_node, num_nodes,
+                                                   additional_buffer_factor)
+
+
+def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
+                                                   num_gpus_per_node: int = 1, num_nodes: int = 1,
+                                                   additional_buffer_factor: float = 1.5) -> None:
+    """Print what DeepSpeed takes at stage 3 in mixed precision, per node's host and per GPU, with and without offload.
+
+    largest_layer_params   of the one module that holds most by itself: it is whole for a time, with its gradients
+    The GPU's figure without offload is 18/N bytes per parameter beside it, where ``estimate`` has 16/N, see above.
+    ``zero_init=0``: every process first builds the whole model in fp32 in host memory; ``zero_init=1``: zero.Init.
+    """
+    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
+    layer, half = 4 * largest_layer_params, 2 * total_params // ranks
+    needs = {}
+    for parameters, updates in (("cpu", "cpu"), ("none", "cpu"), ("none", "none")):
+        device = layer + (parameters == "none") * half + (updates == "none") * shards
+        host = (parameters == "cpu") * half + (updates == "cpu") * shards
+        for init in (True, False):
+            built = 4 * total_params if not init else layer if updates == "none" else 0
+            needs[f"offload_param={parameters}, offload_optimizer={updates}, zero_init={init:d}"] = (
+                max(built, host) * num_gpus_per_node * additional_buffer_factor, device)
+    _print_needs(total_params, largest_layer_params, num_gpus_per_node, num_nodes, needs)
+
+
+def _shards(total: int, ranks: int) -> int:
+    """Bytes of one rank's gradients, masters and optimizer state in mixed precision, as ``estimate`` has them."""
+    held = estimate(int(total), {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, ranks)
+    return held.gradients.bytes + held.masters.bytes + held.optimizer_state.bytes
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and of the module that directly holds most of them."""
+    return (sum(p.numel() for p in model.parameters()),
+            max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()))
+
+
+def _print_needs(total: int, layer: int | None, per_node: int, nodes: int,
+                 needs: Mapping[str, tuple[float, float]]) -> None:
+    largest = "" if layer is None else f", the largest layer {layer / 1e6:,.0f} million"
+    print(f"Parameters, gradients and optimizer state of {total / 1e6:,.0f} million parameters{largest},\n"
+          f"on {nodes} node(s) of {per_node} GPU(s); 1 GB = 2**30 bytes")
+    print("  per CPU  |  per GPU |   Options")
+    for options, (host, device) in needs.items():
+        print(f" {host / 2**30:7.2f}GB | {device / 2**30:6.2f}GB | {options}")
+
+
+# The command line's part. Without a config it speaks of the ZeRO paper's case: gradients stay in 16 bits.
+PAPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+
+
+def _estimate_command(options: argparse.Namespace) -> str:
+    """A table of stages 0 to 3 side by side, a row per number of ranks; drawn as well, with ``--plot``."""
+    total, unit = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
+    worlds = [_whole("--world", size, 1) for size in options.world]
+    config = _read_config(options.config) if options.config else PAPER
+    dtypes = _terms(config).dtypes(torch.float32)
+    rows = []
+    for size in worlds:
+        configs = [{**config, "zero_optimization": {**config.get("zero_optimization", {}), "stage": stage}}
+                   for stage in SHARDED]
+        rows.append([estimate((total, unit), each, size) for each in configs])
+    if options.plot:
+        _draw_estimates(rows, options.plot)
+    names = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
+    text = [f"{total:,} parameters with Adam, {', '.join(names)}; GB (1e9 bytes) per rank, without live units"]
+    for place in PLACES.values():
+        if any(each.total(place) for row in rows for each in row):
+            text += _table(f"ranks, {place}", rows,
+                           lambda each: each.total(place) - (each.live.bytes if place == each.live.place else 0))
+    text += _table("live units", rows, lambda each: each.live.bytes)
+    if dtypes.compute != dtypes.master:
+        text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
+                    f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
+    return "\n".join(text)
+
+
+def _table(title: str, rows: list[list[Estimate]], of: Callable[[Estimate], int]) -> list[str]:
+    lines = [f"{title:<16}" + "".join(f"{f'stage {stage}':>12}" for stage in SHARDED)]
+    return lines + [f"{row[0].world_size:<16}" + "".join(f"{of(each) / 1e9:>12.2f}" for each in row) for row in rows]
+
+
+def _draw_estimates(rows: list[list[Estimate]], output: str) -> None:
+    """A curve per stage over the number of ranks: all that is in the GPU's memory, live units included."""
+    import matplotlib.figure  # here, so that training does not wait for it
+
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.add_subplot()
+    for stage in SHARDED:
+        axis.plot([row[0].world_size for row in rows], [row[stage].total() / 1e9 for row in rows], marker="o",
+                  label=f"stage {stage}")
+    axis.set(xlabel="ranks", ylabel="GB per rank", xscale="log", yscale="log")
+    axis.set_xticks([row[0].world_size for row in rows], [str(row[0].world_size) for row in rows])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output, dpi=110)
+
+
+def _whole(option: str, text: str, least: int) -> int:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (least <= value < math.inf and value == int(value)):
+        raise ValueError(f"{option} is {text!r}; allowed: a whole number from {least} up, such as 64 or 7.5e9")
+    return int(value)
 
 
 # --- Do all ranks mean the same? --------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import engine as deepspeed
 from engine import ConfigError
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-SECTION = README[README.index("## Coming from a DeepSpeed script"):README.index("## What to know")]
+SECTION = README[README.index("## Coming from a DeepSpeed script"):]
 SIZES = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 CONFIG = SIZES | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}
 
@@ -77,7 +77,7 @@ def alone():
 def rows(header: str) -> list[tuple[str, ...]]:
     """The cells of the section's table with this header."""
     lines = SECTION[SECTION.index(header):].splitlines()[2:]
-    end = next(i for i, line in enumerate(lines) if not line.startswith("|"))
+    end = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
     return [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in lines[:end]]
 
 
@@ -375,7 +375,7 @@ def misspelt(draw: random.Random) -> tuple[dict, str]:
     suggestion, config = "|".join(map(re.escape, near)), with_key(path, wrong, 1)
     if path == ("optimizer", "params"):
         config["optimizer"] = {"type": "AdamW", "params": {wrong: 1}}
-    return config, rf"{re.escape('.'.join((*path, wrong)))}.*did you mean '({suggestion})'"
+    return config, rf"{re.escape('.'.join((*path, wrong)))}.*did you mean .*'({suggestion})'"
 
 
 def mistyped(draw: random.Random) -> tuple[dict, str]:

@@ -7,15 +7,25 @@ import contextlib
 import io
 import json
 import os
+import random
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 import launch
 from conftest import ROOT
+from test_train_gpt import SMALL, losses, run_script
 
+STEP_LOSS = re.compile(r"step +(\d+)/\d+  loss (\d+\.\d+)")
 RATE = "Learning rate after warm-up step: 0.0023546349804879152"  # DeepSpeed 0.19.8's own, to the last digit
 
 
@@ -63,7 +73,16 @@ def test_user_errors_take_one_line_and_a_code(tmp_path):
     for arguments, told in (["--bogus"], "unrecognized arguments"), (["--zero_stage", "4"], "invalid choice: 4"), \
             (["--zero_stage", "1", "--deepspeed_config", "ds.json"], "put the stage into ds.json"), \
             (["none.py"], "there is no script 'none.py'"), (["--nproc_per_node", "0"], "--nproc_per_node is 0"), \
-            (["--zero_stage", "1", __file__], "--zero_stage changes the example's config"):
+            (["--zero_stage", "1", __file__], "--zero_stage changes the example's config"), \
+            (["--nnodes", "2"], "several machines need --rdzv_endpoint HOST:PORT"), \
+            (["--nnodes", "2", "--master_addr", "h"], "each machine needs its own --node_rank, 0 to 1"), \
+            (["--nnodes", "3:2", "--master_addr", "h"], "allowed: N or MIN:MAX from 1 up"), \
+            (["--nnodes", "2", "--node_rank", "2", "--master_addr", "h"], "--node_rank is 2; allowed: 0 to 1"), \
+            (["--nnodes", "2", "--node_rank", "1", "--master_addr", "no.such.host.invalid"], "no way to node 0"), \
+            (["--launcher", "pdsh", __file__], "--launcher is not an option here: nothing is started on other"), \
+            (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
+            (["--include", "a", "--exclude", "a"], "allowed: one of them"), \
+            (["--hostfile", "no file"], "--hostfile no file can't be read"):
         code, out, err = run_main(arguments)
         assert code == 2 and told in err.splitlines()[-1]
 
@@ -81,20 +100,186 @@ def test_help_says_how_to_start():
     assert all(text in out for text in ("torchrun --nproc_per_node 2 launch.py", "--zero_stage", "SCRIPT"))
 
 
-def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(tmp_path):
-    """Two launchers side by side, as starting one takes a while: the example, and a script that fails on one rank."""
-    script = tmp_path / "fails.py"
-    script.write_text("import os, sys, time\n"
-                      "print(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:], flush=True)\n"
-                      "sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(300)\n")
+def test_deepspeeds_launcher_options_are_pytorchs(tmp_path):
+    def settled(*argv: str) -> dict:
+        options = launch.build_parser().parse_args([*argv, __file__, "--num_gpus", "7"])
+        assert options.training_script_args == ["--num_gpus", "7"], "behind SCRIPT, options are the script's"
+        with mock.patch.dict(os.environ):
+            launch.settle(options, argv)
+            return vars(options) | {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+                                    "card": os.environ.get("GLOO_SOCKET_IFNAME")}
+
+    def expect(argv: str, **expected: object) -> None:
+        found = settled(*argv.split())
+        assert {key: found[key] for key in expected} == expected, argv
+
+    expect("--num_gpus 2", nproc_per_node="2", nnodes="1", rdzv_endpoint="localhost:0")
+    expect("--num_gpus 2 --master_port 1234", rdzv_endpoint="127.0.0.1:1234", rdzv_backend="static", node_rank=0)
+    expect("--num_nodes 2 --no_ssh --node_rank 1 --master_addr 127.0.0.1 --module", nnodes="2", node_rank=1,
+           module=True, rdzv_endpoint="127.0.0.1:29500", rdzv_backend="static", local_addr="127.0.0.1", card="lo")
+    expect("--nnodes 1:2 --node_rank 1 --rdzv_endpoint 127.0.0.1:1234 --rdzv_conf a=1", rdzv_backend="c10d",
+           rdzv_conf="a=1,is_host=0", rdzv_endpoint="127.0.0.1:1234")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\n127.0.0.1 slots=4\n\nb slots=2  # small\nc slots=4\n")
+    expect(f"--hostfile {hosts} --node_rank 0", nnodes="3", nproc_per_node="4", rdzv_endpoint="127.0.0.1:29500",
+           gpus=None)
+    expect(f"--hostfile {hosts} --num_nodes 2 --num_gpus 1 --node_rank 0", nnodes="2", nproc_per_node="1", gpus=None)
+    expect(f"-H {hosts} --include 127.0.0.1:1,3@b --node_rank 0", nnodes="2", nproc_per_node="2", gpus="1,3")
+    expect(f"-H {hosts} --exclude 127.0.0.1:0@b --node_rank 0", nnodes="2", nproc_per_node="3", gpus="1,2,3")
+    expect(f"-H {hosts} --include 127.0.0.1:2", nnodes="1", nproc_per_node="1", gpus="2", rdzv_endpoint="localhost:0")
+    for wrong, told in ("--include d", "'d' in 'd' is not there"), ("--exclude b:2", "'b:2' in 'b:2' is not there"), \
+            ("--num_nodes 4", "4 machines of all their slots"), ("--num_gpus 3", "3 machines of 3 slots"), \
+            ("--node_rank 3", "allowed: 0 to 2, for 127.0.0.1, b, c"):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            settled("--hostfile", str(hosts), *wrong.split())
+    hosts.write_text("a slots=4\na slots=4\n")
+    with pytest.raises(ValueError, match="the line of 'a' is not one of NAME slots=N, each NAME once"):
+        settled("--hostfile", str(hosts))
+
+
+def test_a_hostfile_is_answered_with_what_to_run_on_each_machine(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb slots=2\n")
+    code, out, err = run_main(["--hostfile", str(hosts), __file__, "--lr", "1 2"])
+    assert (code, out) == (2, "") and err.splitlines()[-2:] == [
+        f"  {host}: python launch.py --node_rank {rank} --hostfile {hosts} {__file__} --lr '1 2'"
+        for rank, host in enumerate("ab")]
+
+
+# --- Started for real -------------------------------------------------------------------------------------------------
+
+
+FAILS = """import fcntl, os, signal, sys, time, traceback
+print(os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[2:], flush=True)
+lock = open(sys.argv[1], "w")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to stop or not, each comes to its own end
+if os.environ["RANK"] == "1":
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    open(sys.argv[1] + ".taken", "w")
+    try:
+        raise KeyError("the cause")
+    except KeyError:
+        traceback.print_exc()
+        sys.exit(7)
+while not os.path.exists(sys.argv[1] + ".taken"):
+    pass
+fcntl.flock(lock, fcntl.LOCK_EX)  # free as soon as rank 1 has ended
+time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real process takes longer to end
+raise RuntimeError("a consequence")
+"""
+KILLED = "import os; os.kill(os.getpid(), 9)"
+DIES = """import os, signal, sys
+from pathlib import Path
+import engine, train_gpt
+step, once = engine.Engine.step, Path(os.environ["ONCE"])
+def step_or_die(self, *args):
+    if os.environ["NODE"] == "1" and self.global_steps == 7 and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["NODE"] == "1" and self.global_steps == 17:
+        os.kill(os.getppid(), signal.SIGKILL)  # the launcher: the machine is gone
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+engine.Engine.step = step_or_die
+train_gpt.main()
+"""
+TRAINING = [*SMALL, "--report=1", f"--data={ROOT / 'engine.py'}", f"--plot={os.devnull}"]
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    """A launcher."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    example, failing = (subprocess.Popen([sys.executable, str(ROOT / "launch.py"), "--nproc_per_node", "2", *arguments],
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-                        for arguments in ([], [str(script), "--x", "1"]))
-    out, err = failing.communicate(timeout=150)
-    assert failing.returncode == 7, err
+    return subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env=environment | {"CUDA_VISIBLE_DEVICES": ""} | variables)
+
+
+class Launches:
+    """Launchers that run side by side, as each takes a while; each test collects its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.running = folder, []
+        for name, text in ("fails", FAILS), ("killed", KILLED), ("dies", DIES):
+            (folder / f"{name}.py").write_text(text)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        elastic = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf",
+                   "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"]
+        self.machines = [self._start(
+            [*elastic, "--node_rank", node, str(folder / "dies.py"), *TRAINING,
+             f"--save_dir={folder / 'runs'}", "--save_every=5", "--resume"],
+            NODE=node, ONCE=str(folder / "once"), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tutorials'}",
+            OMP_NUM_THREADS="1") for node in "01"]
+        self.failing = self._start(
+            ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
+        self.killed = self._start([str(folder / "killed.py")])
+        self.example = self._start(["--nproc_per_node", "2"])
+
+    def _start(self, arguments: list[str], **variables: str) -> subprocess.Popen:
+        self.running.append(start(arguments, TMPDIR=str(self.folder), **variables))
+        return self.running[-1]
+
+    def stop(self) -> None:
+        for launcher in self.running:
+            launcher.terminate()  # and with it its processes
+        for launcher in self.running:
+            launcher.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
+    launches = Launches(tmp_path_factory.mktemp("launches"))
+    yield launches
+    launches.stop()
+
+
+def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(launches):
+    """Rank 0 of the failing script fails because rank 1 did, as soon as that has ended."""
+    out, err = launches.failing.communicate(timeout=150)
+    assert launches.failing.returncode == 7, err
     assert sorted(out.splitlines()) == [f"{rank} 2 ['--x', '1']" for rank in (0, 1)]
-    assert err.splitlines()[-1] == f"launch.py: error: {script} failed on rank 1 with exit code 7"
-    out, err = example.communicate(timeout=150)
-    assert example.returncode == 0, err
+    streamed, _, last = err.partition(
+        f"launch.py: error: {launches.folder / 'fails.py'} failed on rank 1 with exit code 7\n")
+    assert last.startswith("Traceback (most recent call last):\n") and last.endswith("\nKeyError: 'the cause'\n"), err
+    assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
+    out, err = launches.killed.communicate(timeout=150)
+    assert launches.killed.returncode == 137, err
+    assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
+    out, err = launches.example.communicate(timeout=150)
+    assert launches.example.returncode == 0, err
     assert out.splitlines()[0] == RATE and len(out.splitlines()) == 3
+
+
+def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone(launches, run_ranks):
+    """Two launchers of one process each, as two machines. One process is killed after step 7, its machine after 17."""
+    together, _ = run_ranks(run_script, 2, TRAINING)
+    (out, err), (other_out, _) = [machine.communicate(timeout=150) for machine in launches.machines]
+    assert [machine.returncode for machine in launches.machines] == [0, -9], err
+    whole = dict(STEP_LOSS.findall(together))
+    printed = STEP_LOSS.findall(other_out + out)  # by rank 0 of each start: on machine 0 or 1, but the last on 0
+    assert [int(step) for step, _ in printed] == [*range(1, 8), *range(6, 18), *range(16, 21)], err
+    for step, loss in printed[:-5]:
+        assert loss == whole[step], f"step {step} on 2 processes: {loss}, where no kill gave {whole[step]}"
+    for step, loss in printed[-5:]:
+        assert float(loss) == pytest.approx(float(whole[step]), abs=2e-4), f"step {step} on the process that was left"
+    assert losses(out)[-1] == pytest.approx(losses(together)[-1], abs=2e-4), "held-out text"
+
+
+def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("six restarts take a minute or two; --long runs it")
+    common = [*TRAINING, "--steps=3000", "--report=100"]
+    (together, _), moments = run_ranks(run_script, 2, common, timeout=300), random.Random(0)
+    launcher = start(["--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
+                      f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
+    for _ in range(6):
+        time.sleep(moments.uniform(4, 10))  # a start takes some of this: kills also hit loading and connecting
+        processes = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        if processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(moments.choice(processes)), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0 and "restart 2 of at most 6" in err, err
+    whole, resumed = dict(STEP_LOSS.findall(together)), STEP_LOSS.findall(out)
+    assert resumed[-1][0] == "3000" and all(whole[step] == loss for step, loss in resumed), (resumed, whole)

@@ -61,8 +61,9 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-model = nn.Sequential(*(Block(256 + 64 * (k % 3)) if k % 2 == 0 else nn.Linear(256 + 64 * ((k - 1) % 3),
-                                                                             256 + 64 * ((k + 1) % 3)) for k in range(12)))
+def width(k):
+    return 256 + 64 * (k % 3)
+model = nn.Sequential(*(Block(width(k)) if k % 2 == 0 else nn.Linear(width(k - 1), width(k + 1)) for k in range(12)))
 engine, *_ = deepspeed.initialize(model=model, config={{
     "train_micro_batch_size_per_gpu": 4, "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-3}}}},
     "zero_optimization": {{"stage": {stage}, "reduce_bucket_size": 300000}}}})

@@ -202,7 +202,7 @@ def test_the_tag_that_is_asked_for_is_loaded_and_old_ones_go_when_the_new_is_com
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_consolidated_checkpoint_is_one_plain_state_dict(run_ranks, tmp_path, stage, capsys):
+def test_a_consolidated_checkpoint_has_the_models_shapes_and_ties(run_ranks, tmp_path, stage, capsys):
     (state, *_), *_ = run_ranks(save_after, 3, str(tmp_path), stage, PRECISIONS["bf16"], False, 2, 0)
     out = tmp_path / "whole.pt"
     assert zero._main(["consolidate", str(tmp_path), str(out)]) == 0
@@ -234,7 +234,7 @@ def exported(folder: str, stage: int):
     return fp32, {name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
 
 
-def test_the_whole_model_is_exported_in_16_bits_and_in_fp32(run_ranks, tmp_path):
+def test_exports_in_16_bits_and_in_fp32_are_whole_and_tied(run_ranks, tmp_path):
     for stage in (1, 3):
         (fp32, masters), (nothing, _) = run_ranks(exported, 2, str(tmp_path), stage)
         half = torch.load(tmp_path / "half.bin", weights_only=True)

@@ -807,7 +807,7 @@ def test_keys_without_effect_say_so_once(caplog):
     assert "contiguous" not in record.message, "given with its default, it changes nothing"
 
 
-def test_the_logs_on_request(capsys):
+def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(capsys):
     torch.manual_seed(0)
     engine, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config={
         "train_batch_size": 1, "optimizer": ADAM, "wall_clock_breakdown": True, "comms_logger": {"enabled": True}})

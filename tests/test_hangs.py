@@ -1,0 +1,139 @@
+"""What would hang is told: ranks that take different branches, have different numbers of batches, or are alone.
+
+    .venv/bin/python -m pytest -q tests/test_hangs.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import engine as deepspeed
+import zero
+
+ROOT = Path(zero.__file__).parent
+
+
+class Choice(nn.Module):
+    """Two experts, of which the caller chooses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x, expert):
+        return self.experts[expert](self.first(x))
+
+
+def start(stage: int, **options):
+    torch.manual_seed(0)
+    return deepspeed.initialize(model=Choice(), config={
+        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "debug": True,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10}, **options})[0]
+
+
+def train(engine, expert: int) -> str:
+    try:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 4), expert).sum())
+            engine.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def branch(stage: int) -> str:
+    return train(start(stage), expert=dist.get_rank())
+
+
+def test_debug_names_rank_module_parameter_and_operation_where_ranks_go_apart(run_ranks):
+    for told in run_ranks(branch, 2, 3):
+        assert "ranks go apart at their collective 3: rank 0 is about to do all-gather of the block experts.0: " \
+            "experts.0.0.weight to experts.0.0.bias (128 elements, float32), rank 1 all-gather of the block " \
+            "experts.1: experts.1.0.weight" in told, told
+
+
+def test_debug_lets_ranks_take_their_own_branches_below_stage_3(run_ranks):
+    for stage in range(3):
+        assert run_ranks(branch, 2, stage) == ["no error"] * 2
+
+
+def trained_in_debug(stage: int) -> tuple[list, list]:
+    ends = []
+    for debug in (False, True):
+        engine = start(stage, debug=debug)
+        assert train(engine, expert=0) == "no error"
+        ends.append([zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()])
+        engine.destroy()
+    return tuple(ends)
+
+
+def test_debug_changes_no_number(run_ranks):
+    for stage in range(4):
+        for usual, watched in run_ranks(trained_in_debug, 2, stage):
+            assert all(torch.equal(a, b) for a, b in zip(usual, watched)), f"stage {stage}"
+
+
+def alone() -> str:
+    """Rank 1 does not come to the second step."""
+    engine = start(2, timeout=1.5)
+    engine.backward(engine(torch.ones(2, 4), 0).sum())
+    engine.step()
+    if dist.get_rank() == 1:
+        return "left"
+    return train(engine, 0)
+
+
+def test_debug_names_the_rank_that_does_not_come_and_what_it_did_last(run_ranks):
+    told = run_ranks(alone, 2)[0]
+    run_ranks.stop()  # the ranks have gone apart
+    assert "rank 0 is about to do its collective 10: reduce-scatter of experts.1.0.weight" in told, told
+    assert "for 1.5 seconds it has waited for rank 1, whose last was 9: all-gather of first.0.weight" in told, told
+
+
+UNEVEN = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from datetime import timedelta
+import torch.distributed as dist
+import engine as deepspeed
+rank = int(sys.argv[1])
+store = dist.TCPStore("127.0.0.1", {port}, 2, rank == 0, timeout=timedelta(seconds=60))
+for stage in range(4):
+    dist.init_process_group("gloo", store=dist.PrefixStore(str(stage), store), rank=rank, world_size=2,
+                            timeout=timedelta(seconds=20))
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3)))
+    engine, *_ = deepspeed.initialize(model=model, config={{
+        "train_micro_batch_size_per_gpu": 2, "optimizer": {{"type": "SGD", "params": {{"lr": 0.1}}}},
+        "zero_optimization": {{"stage": stage}}}})
+    try:
+        for _ in range(3 - rank):                      # rank 1 runs out of data one step early
+            engine.backward(engine(torch.ones(2, 4)).sum())
+            engine.step()
+        engine.destroy()
+        print("no error")
+    except RuntimeError as error:
+        print(str(error).replace("\\n", " "))
+    dist.destroy_process_group()
+store.set(f"done {{rank}}", "")
+store.wait(["done 0", "done 1"])
+"""
+
+
+def test_uneven_data_raises_on_every_rank_with_the_counts():
+    program = UNEVEN.format(root=str(ROOT), port=21000 + os.getpid() % 20000)
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(rank)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                 for rank in range(2)]
+    for rank, process in enumerate(processes):
+        output, error = process.communicate(timeout=100)
+        told = output.splitlines()
+        assert len(told) == 4, error
+        for stage, line in enumerate(told):
+            assert "ranks have had different numbers of micro-batches: rank 0 is in its micro-batch 3, rank 1 ended " \
+                "after micro-batch 2; give all ranks equally many" in line, f"stage {stage}, rank {rank}: {line}"

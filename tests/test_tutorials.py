@@ -1,0 +1,264 @@
+"""The course: every block of every chapter runs and prints what the chapter shows, and all that it names exists.
+
+    .venv/bin/python -m pytest -q tests/test_tutorials.py
+    .venv/bin/python -m pytest -q tests/test_tutorials.py -k 4_learning     one chapter
+
+How fenced blocks are read. A chapter's blocks run in order, in a temporary folder of its own in which the project's
+files can be named as from the project's folder. A traceback names the line of the chapter.
+
+    ```python                   runs here; all these blocks of a chapter share one namespace
+    ```python ranks=2           runs on as many processes, in a namespace of its own; rank 0's output counts
+    ```sh                       runs with bash; python and torchrun are those of this interpreter
+    ```sh skip                  too slow to run: its scripts must exist and know the options that they are given
+    ```output                   directly behind one of these: what it prints. Needed where something is printed
+    ```output tolerance=0.2     words are compared exactly, numbers within 1 % or this; ``...`` ends a line in anything
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.run
+
+import checkpointing
+from conftest import ROOT
+
+CHAPTERS = sorted((ROOT / "tutorials").glob("*.md"))
+MODULES = "engine zero amp checkpointing schedulers launch".split()
+FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)^```[ ]*$\n*", re.MULTILINE)
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+@dataclass
+class Block:
+    """A fenced block of a chapter, with the output that the chapter shows for it."""
+    place: str               # file and line, for messages
+    line: int                # of its first line of code, from 1
+    language: str            # the first word behind the fence
+    words: list[str]         # the words after it
+    code: str
+    output: str | None = None
+    tolerance: float = 0.01  # relative, for numbers in the output
+
+
+def option(words: list[str], name: str, default: Any) -> Any:
+    """The value of ``name=value`` among ``words``, as what ``default`` is."""
+    return next((type(default)(word.partition("=")[2]) for word in words if word.startswith(f"{name}=")), default)
+
+
+def blocks_of(chapter: Path) -> list[Block]:
+    text, blocks, end = chapter.read_text(), [], -1
+    for match in FENCED.finditer(text):
+        language, *words = match[1].split() or [""]
+        line = text.count("\n", 0, match.start()) + 2
+        if language == "output":
+            assert blocks and end == match.start(), f"{chapter.name}:{line}: output that stands behind no block"
+            blocks[-1].output, blocks[-1].tolerance = match[2], option(words, "tolerance", 0.01)
+        else:
+            blocks.append(Block(f"{chapter.name}:{line}", line, language, words, match[2]))
+        end = match.end()
+    return blocks
+
+
+# --- Running a block --------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, chapter: str, line: int, folder: str, namespace: dict | None = None) -> str:
+    """What ``code`` prints, run in ``folder``. On a worker, which has no namespace to keep, it has one of its own."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile("\n" * (line - 1) + code, chapter, "exec"), {"__name__": "__main__"} if namespace is None
+             else namespace)
+    return printed.getvalue()
+
+
+def run_shell(block: Block, folder: Path) -> str:
+    """What the commands print, errors included; they must succeed."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PATH": f"{folder / '.bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+                    "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-ec", block.code], cwd=folder, env=environment, text=True, timeout=120,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, f"{block.place}: exit code {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def check_command(block: Block, folder: Path) -> None:
+    """For commands that take too long: their scripts are there, and know the options that follow them."""
+    for command in block.code.replace("\\\n", " ").splitlines():
+        script = None
+        for word in shlex.split(command, comments=True):
+            if word.endswith(".py"):
+                script = folder / word
+                assert script.exists(), f"{block.place}: there is no {word}"
+            elif script and word.startswith("--"):
+                name = word.partition("=")[0]
+                passed_on = inspect.getsource(torch.distributed.run) if script.stem == "launch" else ""
+                known = script.read_text() + passed_on
+                assert f'"{name}"' in known, f"{block.place}: {script.name} has no option {name}"
+
+
+def make_folder(folder: Path) -> None:
+    """The project's files by their names, and the commands of this interpreter."""
+    for name in ("tests", "tutorials", *(f"{module}.py" for module in MODULES)):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".bin").mkdir()
+    for name, arguments in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        (folder / ".bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (folder / ".bin" / name).chmod(0o755)
+
+
+# --- Comparing what it prints -----------------------------------------------------------------------------------------
+
+
+def lines_agree(shown: str, printed: str, tolerance: float) -> bool:
+    """Whether words are the same, in the same order, and numbers close; how many spaces there are doesn't count."""
+    text = shown.rstrip()
+    words = [r"\s+".join(map(re.escape, part.split())) for part in NUMBER.split(text.removesuffix("..."))]
+    pattern = r"\s*" + rf"\s*({NUMBER.pattern})\s*".join(words) + (".*" if text.endswith("...") else r"\s*")
+    match = re.fullmatch(pattern, printed)
+    pairs = zip(NUMBER.findall(text), match.groups()) if match else ()
+    return match is not None and all(
+        math.isclose(*(float(number.replace(",", "")) for number in pair), rel_tol=tolerance) for pair in pairs)
+
+
+def check_output(block: Block, printed: str) -> None:
+    shown_lines, lines = [(text or "").rstrip().splitlines() for text in (block.output, printed)]
+    assert block.output is not None or not lines, f"{block.place} prints, and no output is shown:\n{printed}"
+    for shown, line in zip(shown_lines, lines):
+        assert lines_agree(shown, line, block.tolerance), \
+            f"{block.place} shows\n{shown}\nand prints\n{line}\nin the whole\n{printed}"
+    assert len(lines) == len(shown_lines), \
+        f"{block.place} shows {len(shown_lines)} lines and prints {len(lines)}:\n{printed}"
+
+
+@pytest.fixture
+def as_found():
+    """Leave this process as it was: the random state, the threads, the process group, recomputation by hand."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+    checkpointing.reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_chapter(chapter: Path, folder: Path, run_ranks: Any) -> None:
+    make_folder(folder)
+    namespace = {"__name__": "__main__"}
+    for block in blocks_of(chapter):
+        if block.language == "python":
+            ranks = option(block.words, "ranks", 0)
+            run = functools.partial(run_ranks, run_python, ranks) if ranks else \
+                lambda *args: [run_python(*args, namespace)]
+            check_output(block, run(block.code, str(chapter), block.line, str(folder))[0])
+        elif block.language == "sh" and "skip" in block.words:
+            check_command(block, folder)
+        elif block.language == "sh":
+            check_output(block, run_shell(block, folder))
+        else:
+            assert block.output is None, f"{block.place}: output behind a block that is not run"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_every_block_prints_what_is_shown(chapter, tmp_path, run_ranks, as_found):
+    run_chapter(chapter, tmp_path, run_ranks)
+
+
+# --- What a chapter names ---------------------------------------------------------------------------------------------
+
+
+def exists(path: str) -> bool:
+    """Whether ``module.name.name`` is there; of a class also what its methods set. ``engine.`` may be an engine."""
+    name, *rest = path.split(".")
+    module = importlib.import_module(name)
+    thing = module if name != "engine" or hasattr(module, rest[0]) else module.Engine
+    for part in rest:
+        if not hasattr(thing, part):
+            return inspect.isclass(thing) and bool(
+                re.search(rf"(\bself\.|^    ){part}\b", inspect.getsource(thing), re.MULTILINE))
+        thing = getattr(thing, part)
+    return True
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def missing_in(chapter: Path) -> list[str]:
+    """The links, pictures and names in a chapter that lead nowhere."""
+    text = FENCED.sub("", chapter.read_text())
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = chapter.parent / path if path else chapter
+        if re.match(r"[a-z]+:", target):
+            continue
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor and file.exists() else []
+        if not file.exists() or anchor and anchor not in map(slug, headings):
+            missing.append(target)
+    for name in re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.\w+)+)", text):
+        if not name.endswith(".py") and not exists(name):
+            missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_every_link_and_every_name_of_the_code_exists(chapter):
+    assert not missing_in(chapter)
+
+
+# --- The runner itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown, printed, agree", [
+    ("loss 0.500", "loss  0.503", True), ("loss 0.5", "loss 0.51", False), ("loss 0.5", "lost 0.5", False),
+    ("rank 0: ...", "rank 0: what it wrote 17 times", True), ("rank 0: ...", "rank 1: more", False),
+    ("it must be ...", "it must be 7 * 8", True), ("it is ...", "it was", False), ("step 1 ...", "step 12 of", False),
+    ("1,024 bytes", "1024 bytes", True), ("-0.0000", "0.0000", True), ("nan", "1.0", False), ("a 1 ...", "a", False),
+    ("1e-3, 2", "0.001, 2", True), ("1 2", "1", False)])
+def test_how_lines_are_compared(shown, printed, agree):
+    assert lines_agree(shown, printed, 0.01) == agree
+
+
+@pytest.mark.parametrize("text, told", [
+    ("```python\nprint(1)\n```\n", "prints, and no output is shown"),
+    ("```python\nprint(1)\n```\n```output\n2\n```\n", "shows 2 and prints 1"),
+    ("```python\nx = 1\n```\n\n```output\n2\n```\n", "shows 1 lines and prints 0"),
+    ("```python ranks=2\nimport torch.distributed as dist\nprint(dist.get_world_size())\n```\n```output\n3\n```\n",
+     "shows 3 and prints 2"),
+    ("```sh\npython -c 'raise SystemExit(3)'\n```\n", "exit code 3"),
+    ("```sh skip\npython launch.py --nproc_per_node 2 --fast\n```\n", "launch.py has no option --fast"),
+    ("```output\n1\n```\n", "behind no block")],
+    ids=["no output shown", "other number", "nothing printed", "ranks", "exit code", "unknown option", "stray output"])
+def test_a_wrong_chapter_fails(tmp_path, run_ranks, text, told):
+    chapter = tmp_path / "chapter.md"
+    chapter.write_text(text)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(AssertionError) as failure:
+        run_chapter(chapter, tmp_path / "work", run_ranks)
+    assert told in " ".join(str(failure.value).split())
+
+
+def test_what_leads_nowhere_is_found(tmp_path):
+    chapter = tmp_path / "chapter.md"
+    chapter.write_text("# A heading, two\n`zero.Bucket.take`, `engine.step()`, `zero.Bucket.flat`, `launch.py`, "
+                       "`engine.initialize(...)`, [here](#a-heading-two) and [there](chapter.md); `zero.Bucket.fly`, "
+                       "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg)\n")
+    assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing"]
