@@ -391,7 +391,7 @@ class Zero:
     def _launch_ready(self):
         if self.config.overlap_comm and self.reduces_now:
             while self.queue and self.queue[0].complete:
-                self._launch(self.queue.pop(0))
+                self._launch(self.queue.popleft())
 '''
 
 AS_THEY_COME = '''
@@ -486,7 +486,7 @@ class Holder:
     def let_go(self, unit, user):
         unit.users.discard(user)
         if not unit.users and unit.state is not UnitState.SHARDED:
-            unit.free()
+            self._free(unit)
 '''
 
 RIGHT = {"schedulers:WarmupLR": SCHEDULE, "amp:DynamicLossScaler": SCALER, "amp:Precision.path": PATH,

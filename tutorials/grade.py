@@ -292,7 +292,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "hold: add the user; SHARDED: self._start_gather(unit), which Zero overrides to count; GATHERING: "
          "unit.finish_gather(). A prefetched unit comes to hold in state GATHERING. finish_gather gives each "
          "slot.parameter its class slot.kind back, free makes it a ShardedParameter. let_go: discard the user, and "
-         "free where none is left and the state is not SHARDED.")),
+         "self._free(unit), which counts too, where none is left and the state is not SHARDED.")),
 )}
 
 
