@@ -1,0 +1,692 @@
+"""Make the course's pictures, each from a real run of this project's code.
+
+    python tutorials/figures.py                             all seven, into tutorials/figures
+    python tutorials/figures.py holdings recompute          some of them
+    python tutorials/figures.py --output DIR --format png   elsewhere, and as PNG
+
+    schedules     the learning rate of every schedule over 1000 steps
+    holdings      what each of 4 ranks holds at each ZeRO stage, from the live tensors of an engine, to scale
+    timeline      computation and collectives in one step of 2 ranks, as recorded
+    step_memory   the live bytes of one of 4 ranks through one step, counted after every operation
+    loss_scale    the loss scale of an fp16 training run, with its overflows
+    recompute     peak activation memory against the share of the forward pass that is computed twice
+    same_losses   the losses of plain PyTorch and of stages 0 to 3, and how far they are apart
+
+Nothing is drawn by hand. Bytes, losses and scales are the same in every run of a version; the times of ``timeline`` are
+those of the quickest of some steps on the machine at hand.
+"""
+
+import argparse
+import gc
+import io
+import multiprocessing
+import re
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.transforms import Bbox
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
+import engine as deepspeed  # noqa: E402
+import schedulers  # noqa: E402
+import zero  # noqa: E402
+from train_gpt import GPT, mean_over_ranks  # noqa: E402
+
+# The palette of Okabe and Ito, which people with any kind of colour vision can tell apart.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+GREY, PALE = "#595959", "#E8E8E8"
+STYLE = {"font.size": 15, "axes.titlesize": 15, "axes.labelsize": 15, "xtick.labelsize": 13, "ytick.labelsize": 13,
+         "legend.fontsize": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+         "axes.linewidth": 1.0, "xtick.color": GREY, "ytick.color": GREY, "lines.linewidth": 2.5,
+         "svg.hashsalt": "course", "path.simplify_threshold": 0.5, "hatch.linewidth": 1.0}
+WIDTH = 7.2  # inches: 15 points are still to be read where a phone shows it 7 cm wide
+MARGIN = 0.2  # inches of white around it
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def on_ranks(function: Callable, ranks: int, *args: Any) -> list[Any]:
+    """``function(*args)`` in ``ranks`` new processes with a gloo group: what each returned. Raises RuntimeError."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [context.Pipe(duplex=False) for _ in range(ranks)]
+        processes = [context.Process(target=_rank, args=(rank, ranks, f"{folder}/store", ends[rank][1], function, args),
+                                     daemon=True) for rank in range(ranks)]
+        for process, (_, theirs) in zip(processes, ends):
+            process.start()
+            theirs.close()
+        try:
+            answers = [ours.recv() for ours, _ in ends]
+        except EOFError:
+            answers = [(False, "a rank died without a word")]
+        for process in processes:
+            process.join(5.0)
+            process.kill()
+    for fine, text in answers:
+        if not fine:
+            raise RuntimeError(f"a rank failed:\n{text}")
+    return [result for _, result in answers]
+
+
+def _rank(rank: int, ranks: int, store: str, connection: Any, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        answer = True, function(*args)
+    except Exception:
+        answer = False, traceback.format_exc()
+    connection.send(answer)
+
+
+def text_windows(step: int, batch: int, length: int) -> Tensor:
+    """``batch`` stretches of this project's own source: (batch, length + 1), int64; the same for each ``step``."""
+    source = torch.frombuffer(bytearray((ROOT / "zero.py").read_bytes()), dtype=torch.uint8)
+    starts = torch.randint(len(source) - length, (batch,), generator=torch.Generator().manual_seed(step))
+    return torch.stack([source[i:i + length + 1] for i in starts.tolist()]).long()
+
+
+def gpt(width: int, layers: int, context: int, config: dict) -> deepspeed.Engine:
+    """An engine with a GPT, the same on every call; AdamW unless the config says otherwise."""
+    torch.manual_seed(0)
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
+    engine, *_ = deepspeed.initialize(model=GPT(width, layers, 4, context), config={"optimizer": optimizer} | config)
+    return engine
+
+
+def train_step(engine: deepspeed.Engine, step: int, rows: int) -> Tensor:
+    """One optimizer step, on this rank's ``rows`` of the step's batch; its loss."""
+    windows = text_windows(step, rows * engine.world_size, engine.module.context)
+    windows = windows[engine.global_rank::engine.world_size]
+    loss = engine(windows[:, :-1], windows[:, 1:])
+    engine.backward(loss)
+    engine.step()
+    return loss
+
+
+# --- Measuring live bytes ---------------------------------------------------------------------------------------------
+
+
+KINDS = ("parameters", "optimizer state", "gradients", "receive buffers", "activations")
+COLOURS = dict(zip(KINDS, (BLUE, GREEN, ORANGE, PURPLE, SKY)))
+
+
+def known_storages(engine: deepspeed.Engine) -> dict[int, tuple[str, int]]:
+    """The kind and bytes of each storage that a rank keeps for parameters, optimizer state and gradients, by its id."""
+    found: dict[int, tuple[str, int]] = {}
+
+    def note(kind: str, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                found.setdefault(storage._cdata, (kind, storage.nbytes()))
+
+    for bucket in engine.zero.buckets:
+        note("parameters", bucket.flat, bucket.shard)
+        note("optimizer state", bucket.master)  # where it is not a part of the parameters
+        note("gradients", bucket.grad, bucket.grad_shard, bucket.sent)
+    for state in engine.optimizer.state.values():
+        note("optimizer state", *(v for v in state.values() if isinstance(v, Tensor) and v.dim()))
+    note("gradients", *(slot.parameter.grad for bucket in engine.zero.buckets for slot in bucket.slots))
+    note("receive buffers", *engine.zero.communicator.spare.free)
+    return found
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts, after every operation, the bytes that are alive, by kind; what is of no known kind is an activation.
+
+    samples   one dict of bytes by kind per operation
+    """
+
+    def __init__(self, engine: deepspeed.Engine):
+        super().__init__()
+        self.engine = engine
+        self.made: dict[int, int] = {}       # bytes of the storages made inside, by their ids
+        self.received: dict[int, int] = {}   # of those into which collectives receive
+        self.samples: list[dict[str, int]] = []
+        self.receiving = False
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before | self.made.keys():
+                storage = leaf.untyped_storage()
+                self.made[storage._cdata] = storage.nbytes()
+                if self.receiving:
+                    self.received[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata).atexit = False
+        self.sample()
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.made.pop(key, None)
+        self.received.pop(key, None)
+
+    def sample(self) -> None:
+        """Note what is alive now."""
+        known = known_storages(self.engine)
+        counts = dict.fromkeys(KINDS, 0)
+        for key, (kind, size) in known.items():
+            counts[kind] += size
+        for key, size in self.made.items():
+            if key not in known:
+                counts["receive buffers" if key in self.received else "activations"] += size
+        self.samples.append(counts)
+
+    def watch_buffers(self) -> None:
+        """Tell the communicator's buffers from activations."""
+        spare = self.engine.zero.communicator.spare
+        take = spare.take
+
+        def taken(numel: int, dtype: torch.dtype) -> Tensor:
+            self.receiving = True
+            try:
+                buffer = take(numel, dtype)
+            finally:
+                self.receiving = False
+            storage = buffer.untyped_storage()
+            self.received[storage._cdata] = self.made.setdefault(storage._cdata, storage.nbytes())
+            return buffer
+
+        spare.take = taken
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def new_figure(height: float) -> Figure:
+    """A figure on a white sheet with round corners, so that it stands out on light and dark pages alike."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    edge = MARGIN - 0.03
+    figure.patches.append(FancyBboxPatch(
+        (-edge / WIDTH, -edge / height), 1 + 2 * edge / WIDTH, 1 + 2 * edge / height,
+        boxstyle=f"round,pad=0,rounding_size={0.2 / WIDTH}", mutation_aspect=WIDTH / height,
+        transform=figure.transFigure, facecolor="white", edgecolor="#BBBBBB", linewidth=1.0, zorder=-1, clip_on=False))
+    return figure
+
+
+def legend(figure: Figure, colours: dict[str, str], columns: int) -> None:
+    """A legend of coloured squares below everything else."""
+    figure.legend([Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()], list(colours),
+                  loc="outside lower center", ncols=columns, frameon=False, handlelength=1.0, handleheight=1.0,
+                  columnspacing=1.4, handletextpad=0.5)
+
+
+def schedules() -> Figure:
+    """Every schedule's learning rate over 1000 steps."""
+    figure = new_figure(6.4)
+    for index, (name, params) in enumerate(schedulers.GALLERY):
+        axis = figure.add_subplot(3, 3, index + 1)
+        rates = [row[0] for row in schedulers.preview({"type": name, "params": params}, 1001, lr=0.01)]
+        axis.plot(rates, color=BLUE)
+        axis.set_title(name, fontsize=14)
+        axis.set(xlim=(0, 1000), ylim=(0, 1.12 * max(rates)), xticks=[0, 1000], yticks=[0, max(rates)])
+        axis.set_xticklabels(["0", "1000"] if index > 5 else [])
+        axis.set_yticklabels(["0", f"{max(rates):.2g}"])
+    figure.supxlabel("optimizer step", fontsize=15)
+    figure.supylabel("learning rate", fontsize=15)
+    return figure
+
+
+# What each rank holds.
+
+
+def pieces_held(stage: int) -> tuple[list[tuple[str, int, int, int]], int]:
+    """After a step: for each kind the bytes held, and the bytes of the whole with where what is held begins."""
+    engine = gpt(64, 4, 32, {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})
+    for step in range(2):
+        train_step(engine, step, 1)
+    known = known_storages(engine).values()
+    count = sum(bucket.numel for bucket in engine.zero.buckets)
+    whole = {"parameters": 4 * count, "gradients": 4 * count, "optimizer state": 8 * count}
+    rows = []
+    for kind, size in whole.items():
+        held = sum(n for k, n in known if k == kind)
+        rows.append((kind, held, 0 if held == size else engine.global_rank * size // engine.world_size, size))
+    return rows, count
+
+
+def all_pieces() -> list[Any]:
+    """``pieces_held`` at each stage."""
+    return [pieces_held(stage) for stage in range(4)]
+
+
+def holdings() -> Figure:
+    """Four ranks at each stage: the whole model state as pale columns, and in colour what each rank holds of it."""
+    ranks = on_ranks(all_pieces, 4)
+    figure = new_figure(5.4)
+    axes = figure.subplots(1, 4, sharey=True)
+    for stage, axis in enumerate(axes):
+        for rank in range(4):
+            rows, count = ranks[rank][stage]
+            bottom = 0.0
+            for kind, held, start, whole in rows:
+                axis.bar(rank, whole / count, bottom=bottom, color=PALE, width=0.84)
+                axis.bar(rank, held / count, bottom=bottom + start / count, color=COLOURS[kind], width=0.84)
+                bottom += whole / count + 0.3
+        total = sum(held for _, held, _, _ in rows) / count
+        axis.set_title(f"stage {stage}\n{total:.4g} bytes", fontsize=15)
+        axis.set(xticks=range(4), yticks=[], xlim=(-0.6, 3.6))
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_xlabel("rank")
+    axes[0].set_ylabel("bytes per parameter")
+    legend(figure, {kind: COLOURS[kind] for kind in ("parameters", "gradients", "optimizer state")}, 3)
+    return figure
+
+
+# One step over time.
+
+
+class Watched:
+    """Works of torch.distributed that tell when they were done: a thread of their own waits for them."""
+
+    def __init__(self, works: list[Any], done: Callable[[], None]):
+        self.thread = threading.Thread(target=self._run, args=(works, done), daemon=True)
+        self.thread.start()
+
+    def _run(self, works: list[Any], done: Callable[[], None]) -> None:
+        for work in works:
+            work.wait()
+        done()
+
+    def wait(self) -> None:
+        """Block until all are done."""
+        self.thread.join()
+
+
+class Recorder:
+    """Notes what a rank does when: (what, begin, end) in seconds, while it is in place."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float, float]] = []
+
+    def note(self, what: str, began: float) -> None:
+        """``what`` has gone on since ``began``, and ends now."""
+        self.events.append((what, began, time.perf_counter()))
+
+    def watch(self) -> None:
+        """From now on note every collective of this process, and every time that it waits for one."""
+        for name in ("all_gather", "reduce_scatter", "all_reduce"):
+            original = getattr(zero.Communicator, name)
+            setattr(zero.Communicator, name, self._collective(name.replace("_", "-"), original))
+        wait = zero.Handle.wait
+
+        def waiting(handle: zero.Handle) -> None:
+            began = time.perf_counter()
+            wait(handle)
+            self.note("waiting", began)
+
+        zero.Handle.wait = waiting
+
+    def _collective(self, kind: str, original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> zero.Handle:
+            began = time.perf_counter()
+            handle = original(*args, **kwargs)
+            if handle.works and args[1].numel() > 4096:  # the scalars are over at once
+                handle.works = [Watched(list(handle.works), partial(self.note, kind, began))]
+            return handle
+
+        return call
+
+
+def recorded_step(engine: deepspeed.Engine, recorder: Recorder, step: int) -> list[tuple[str, float, float]]:
+    """The events of one step of both ranks, in seconds from its begin on."""
+    windows = text_windows(step, 8, 64)[dist.get_rank()::2]
+    dist.barrier()
+    recorder.events = []
+    began = time.perf_counter()
+    loss = engine(windows[:, :-1], windows[:, 1:])
+    recorder.note("forward", began)
+    middle = time.perf_counter()
+    engine.backward(loss)
+    recorder.note("backward", middle)
+    late = time.perf_counter()
+    engine.step()
+    recorder.note("update", late)
+    return [(what, begin - began, end - began) for what, begin, end in recorder.events]
+
+
+def quickest_steps(rounds: int) -> list[list[tuple[str, float, float]]]:
+    """For each stage the events of the quickest of ``rounds`` steps."""
+    recorder = Recorder()
+    recorder.watch()
+    engines = [gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {
+        "stage": stage, "reduce_bucket_size": 780_000}}) for stage in range(4)]
+    times, quickest = [float("inf")] * 4, [[] for _ in range(4)]
+    for step in range(rounds):  # in turns, so that a busy moment of the machine meets all stages
+        for stage, engine in enumerate(engines):
+            events = recorded_step(engine, recorder, step)
+            slowest = torch.tensor([max(end for _, _, end in events)])
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks choose the same step
+            if step > 1 and float(slowest) < times[stage]:
+                times[stage], quickest[stage] = float(slowest), events
+    return quickest
+
+
+COMPUTE = {"forward": SKY, "backward": BLUE, "update": GREEN}
+NETWORK = {"all-reduce": RED, "reduce-scatter": ORANGE, "all-gather": PURPLE}
+
+
+def timeline() -> Figure:
+    """Stages 0 to 3 below each other: what the rank computes, and what its collectives do meanwhile."""
+    stages = on_ranks(quickest_steps, 2, 30)[0]
+    figure = new_figure(7.2)
+    axes = figure.subplots(4, 1, sharex=True)
+    for stage, (axis, events) in enumerate(zip(axes, stages)):
+        def bars(kind: str) -> list[tuple[float, float]]:
+            return [(1e3 * begin, 1e3 * (end - begin)) for what, begin, end in sorted(events, key=lambda e: e[1])
+                    if what == kind and end - begin > 2e-4]
+
+        for kind, colour in COMPUTE.items():
+            axis.broken_barh(bars(kind), (2, 0.9), facecolor=colour)
+        axis.broken_barh(bars("waiting"), (2, 0.9), facecolor="white", alpha=0.75)
+        for kind, colour in NETWORK.items():
+            axis.broken_barh(bars(kind), (0 if kind == "all-gather" else 1, 0.8), facecolor=colour, edgecolor="white",
+                             linewidth=0.8)
+        axis.set(yticks=[2.45, 1.4, 0.4], ylim=(-0.4, 2.9))
+        axis.set_yticklabels(["computes", "reduces", "gathers"])
+        axis.set_title(f"stage {stage}", loc="left", fontsize=15, pad=2)
+        axis.spines["left"].set_visible(False)
+        axis.spines["bottom"].set_visible(stage == 3)
+        axis.tick_params(axis="x", length=4 if stage == 3 else 0)
+        axis.tick_params(axis="y", length=0)
+    axes[-1].set_xlabel("milliseconds")
+    axes[-1].set_xlim(0, None)
+    legend(figure, COMPUTE | {"waits": "#D0D0D0"} | NETWORK, 4)
+    return figure
+
+
+# Memory through one step.
+
+
+def memory_of_a_step(stage: int) -> tuple[list[dict[str, int]], list[int]]:
+    """The bytes by kind after every operation of one step, and where forward and backward end."""
+    engine = gpt(64, 6, 32, {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {
+        "stage": stage, "reduce_bucket_size": 50_000}})
+    for step in range(2):
+        train_step(engine, step, 2)
+    windows = text_windows(2, 8, 32)[dist.get_rank()::4]
+    live, marks = LiveBytes(engine), []
+    live.watch_buffers()
+    gc.collect()
+    with live:
+        loss = engine(windows[:, :-1], windows[:, 1:])
+        marks.append(len(live.samples))
+        engine.backward(loss)
+        marks.append(len(live.samples))
+        engine.step()
+        live.sample()
+    return live.samples, marks
+
+
+def memory_at_all_stages() -> list[Any]:
+    """``memory_of_a_step`` at each stage."""
+    return [memory_of_a_step(stage) for stage in range(4)]
+
+
+def stretched(samples: list[dict[str, int]], marks: list[int]) -> list[float]:
+    """A place on the horizontal axis for each sample: forward from 0 to 1, backward to 3, update to 4."""
+    ends = [0, *marks, len(samples)]
+    places = []
+    for begin, width, first, last in zip((0, 1, 3), (1, 2, 1), ends, ends[1:]):
+        places += [begin + width * (i + 1) / (last - first) for i in range(last - first)]
+    return places
+
+
+def thinned(places: list[float], samples: list[dict[str, int]], count: int) -> list[tuple[float, dict[str, int]]]:
+    """At most ``count`` places with their samples: of those that lie together, the one with most bytes."""
+    groups = defaultdict(list)
+    for place, sample in zip(places, samples):
+        groups[int(place * count / places[-1])].append((place, sample))
+    return [max(group, key=lambda pair: sum(pair[1].values())) for group in groups.values()]
+
+
+def step_memory() -> Figure:
+    """Stages 0 to 3: what is alive on one of 4 ranks, from the begin of forward to the end of the update."""
+    stages = on_ranks(memory_at_all_stages, 4)[0]
+    figure = new_figure(6.4)
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    for stage, (axis, (samples, marks)) in enumerate(zip(axes.flat, stages)):
+        shown = thinned(stretched(samples, marks), samples, 120)
+        for upto in range(len(KINDS), 0, -1):  # the whole first, and over it ever fewer kinds
+            line = [(place, sum(sample[kind] for kind in KINDS[:upto]) / 2**20) for place, sample in shown]
+            corners = [here for before, here, after in zip([(0, 0), *line], line, [*line[1:], (0, 0)])
+                       if not before[1] == here[1] == after[1]]
+            axis.fill(*zip((0, 0), (0, line[0][1]), *corners, (4, 0)), color=COLOURS[KINDS[upto - 1]], linewidth=0)
+        most = max(sum(sample.values()) for sample in samples) / 2**20
+        axis.set_title(f"stage {stage}: at most {most:.1f} MiB", fontsize=15)
+        for place in (1, 3):
+            axis.axvline(place, color=BLACK, linewidth=1.0, linestyle=":")
+        axis.set(xlim=(0, 4), ylim=(0, None), xticks=[0.5, 2, 3.5])
+        axis.set_xticklabels(["forward", "backward", "update"])
+        axis.tick_params(axis="x", length=0)
+    figure.supylabel("MiB alive on one of 4 ranks", fontsize=15)
+    legend(figure, COLOURS, 3)
+    return figure
+
+
+# Mixed precision.
+
+
+def scale_history(steps: int) -> tuple[list[float], list[int]]:
+    """The loss scale in force at each step of an fp16 run, and the steps that overflowed."""
+    engine = gpt(32, 2, 16, {"train_micro_batch_size_per_gpu": 4, "fp16": {
+        "enabled": True, "initial_scale_power": 24, "loss_scale_window": 20, "hysteresis": 1}})
+    scales, overflows = [], []
+    for step in range(steps):
+        scales.append(engine.loss_scale())
+        skipped = engine.skipped_steps
+        train_step(engine, step, 4)
+        if engine.skipped_steps > skipped:
+            overflows.append(step)
+    return scales, overflows
+
+
+def loss_scale() -> Figure:
+    """The scale as stairs, and a cross at every overflow."""
+    (scales, overflows), = on_ranks(scale_history, 1, 240)
+    figure = new_figure(4.6)
+    axis = figure.subplots()
+    axis.step(range(len(scales)), scales, where="post", color=BLUE, label="loss scale: doubled after 20 good steps")
+    axis.plot(overflows, [scales[step] for step in overflows], "X", color=RED, markersize=11, markeredgecolor="white",
+              clip_on=False, label="overflow: step skipped, scale halved")
+    axis.legend(frameon=False, loc="upper right")
+    axis.set_yscale("log", base=2)
+    axis.set(xlabel="step", ylabel="loss scale", xlim=(0, len(scales)))
+    axis.grid(axis="y", color=PALE)
+    return figure
+
+
+# Recomputation.
+
+
+def activations_and_flops(sections: list[dict]) -> list[tuple[int, int]]:
+    """The peak of live activations in bytes, and the floating-point operations, of a step with each config section."""
+    results = []
+    for section in sections:
+        engine = gpt(64, 12, 64, {"train_micro_batch_size_per_gpu": 4} | section)
+        train_step(engine, 0, 4)
+        live = LiveBytes(engine)
+        live.watch_buffers()
+        with live:
+            train_step(engine, 1, 4)
+        with FlopCounterMode(display=False) as flops:  # a step of its own, as it keeps tensors that are recomputed
+            train_step(engine, 2, 4)
+        results.append((max(sample["activations"] for sample in live.samples), flops.get_total_flops()))
+        engine.destroy()
+    return results
+
+
+def recompute() -> Figure:
+    """A curve for ever more of 12 blocks, and points for larger regions and for the selective mode."""
+    def section(**more: Any) -> dict:
+        return {"activation_checkpointing": more}
+
+    counts, regions = [0, 2, 4, 6, 8, 10, 12], [2, 3, 4, 6]
+    partly = [section(modules=[f"blocks.{i}" for i in range(count)]) if count else {} for count in counts]
+    configs = [*partly, *(section(every=k) for k in regions), section(mode="selective")]
+    (results,) = on_ranks(activations_and_flops, 1, configs)
+    base = results[0][1]
+    points = [(100 * (flops - base) / (base / 3), held / 2**20) for held, flops in results]  # forward is a third
+    figure = new_figure(4.6)
+    axis = figure.subplots()
+    curve, larger, selective = points[:len(counts)], points[len(counts):-1], points[-1]
+    axis.plot(*zip(*curve), "o-", color=BLUE, markersize=9)
+    axis.plot(*zip(*larger), "s", color=ORANGE, markersize=11)
+    axis.plot(*selective, "D", color=GREEN, markersize=11)
+    for count, (x, y) in zip(counts, curve):
+        axis.annotate(f"{count}", (x, y), xytext=(9, 5), textcoords="offset points", color=BLUE)
+    for blocks, (x, y) in zip(regions, larger):
+        axis.annotate(f"{blocks}", (x, y), xytext=(12, -5), textcoords="offset points", color=RED)
+    axis.annotate("blocks recomputed, of 12", curve[2], xytext=(40, 14), textcoords="offset points", color=BLUE)
+    axis.annotate("all 12, in regions\nof several blocks", larger[-1], xytext=(30, 16), textcoords="offset points",
+                  ha="right", color=RED)
+    axis.annotate("selective\nmode", selective, xytext=(-4, -50), textcoords="offset points", color=GREEN)
+    axis.set(xlabel="computed twice, % of the forward pass", ylabel="activations, MiB", xlim=(-3, 100), ylim=(0, None))
+    axis.grid(axis="y", color=PALE)
+    return figure
+
+
+# The same training.
+
+
+def loss_of(model: torch.nn.Module, windows: Tensor) -> Tensor:
+    """The mean loss in nats per byte, in the dtype of the model."""
+    return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
+def losses_of_all_stages(steps: int, dtype: torch.dtype) -> list[list[float]]:
+    """For each stage the mean loss over ranks at each step."""
+    stages = []
+    for stage in range(4):
+        torch.manual_seed(0)
+        engine, *_ = deepspeed.initialize(model=GPT(64, 4, 4, 64).to(dtype), config={
+            "train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
+            "zero_optimization": {"stage": stage}})
+        losses = []
+        for step in range(steps):
+            loss = loss_of(engine, text_windows(step, 8, 64)[dist.get_rank()::dist.get_world_size()])
+            engine.backward(loss)
+            engine.step()
+            losses.append(mean_over_ranks(loss))
+        engine.destroy()
+        stages.append(losses)
+    return stages
+
+
+def plain_losses(steps: int, dtype: torch.dtype) -> list[float]:
+    """The same training in plain PyTorch, in one process on the whole batch."""
+    torch.manual_seed(0)
+    model = GPT(64, 4, 4, 64).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, text_windows(step, 8, 64))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def same_losses(steps: int = 100) -> Figure:
+    """Five loss curves on top of each other, ever thinner; below, how far the stages have been from plain PyTorch."""
+    figure = new_figure(6.2)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for dtype, name, colour in ((torch.float32, "float32", RED), (torch.float64, "float64", BLUE)):
+        (plain,), stages = on_ranks(plain_losses, 1, steps, dtype), on_ranks(losses_of_all_stages, 2, steps, dtype)[0]
+        apart = [max(abs(loss - expected) for loss in losses) for expected, *losses in zip(plain, *stages)]
+        lower.plot([max(1e-17, most) for most in accumulate(apart, max)], color=colour, drawstyle="steps-post",
+                   label=f"{name}: {max(apart):.0e}")
+        if dtype == torch.float32:
+            curves = [plain, *stages]
+    names = {"plain PyTorch": PALE, "stage 0": ORANGE, "stage 1": SKY, "stage 2": RED, "stage 3": BLACK}
+    for width, (name, colour), losses in zip((20, 13, 8, 4, 1.2), names.items(), curves):
+        upper.plot(losses, color=colour, linewidth=width, solid_capstyle="butt", label=name)
+    upper.set_ylabel("loss")
+    upper.legend(frameon=False, labelspacing=0.4)
+    lower.set_yscale("log")
+    lower.set(ylabel="largest\ndifference", xlabel="step", ylim=(1e-17, 1e2), yticks=[1e-15, 1e-10, 1e-5, 1])
+    lower.minorticks_off()
+    lower.grid(axis="y", color=PALE)
+    lower.legend(frameon=False, ncols=2, loc="upper center", handlelength=1.2, columnspacing=1.2)
+    return figure
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {f.__name__: f for f in (
+    schedules, holdings, timeline, step_memory, loss_scale, recompute, same_losses)}
+
+
+def write(figure: Figure, path: Path) -> int:
+    """Save a figure; its size in bytes."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    width, height = figure.get_size_inches()
+    sheet = Bbox.from_extents(-MARGIN, -MARGIN, width + MARGIN, height + MARGIN)
+    figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata=metadata, bbox_inches=sheet)
+    data = buffer.getvalue()
+    if path.suffix == ".svg":
+        data = compact(data.decode()).encode()
+    path.write_bytes(data)
+    return len(data)
+
+
+def compact(svg: str) -> str:
+    """The same picture in half the bytes: paths to a tenth of a point, in one line each."""
+    def rounded(path: re.Match) -> str:
+        numbers = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), path[0])
+        return " ".join(numbers.split())
+
+    return re.sub(r"\n +", "\n", re.sub(r'(?<= d=")[^"]*', rounded, svg))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(description="Make the course's pictures from real runs of this project's code.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--output", type=Path, default=ROOT / "tutorials" / "figures", metavar="DIR",
+                        help="the folder to write to (default: tutorials/figures)")
+    parser.add_argument("--format", choices=["svg", "png"], default="svg", help="default: svg")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.names if name not in FIGURES]
+    if unknown:
+        parser.error(f"the figure is {unknown[0]!r}; allowed: {', '.join(FIGURES)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.names or FIGURES:
+        path = options.output / f"{name}.{options.format}"
+        with matplotlib.rc_context(STYLE):
+            size = write(FIGURES[name](), path)
+        print(f"wrote {path}: {size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
