@@ -147,7 +147,7 @@ def test_n_steps_save_load_m_steps_equal_n_plus_m_bit_for_bit(run_ranks, tmp_pat
 
 @given(st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(list(PRECISIONS))),
        st.tuples(st.integers(1, 4), st.integers(0, 3), st.sampled_from(list(PRECISIONS))), st.booleans())
-@settings(phases=[Phase.generate], max_examples=20)
+@settings(phases=[Phase.generate], max_examples=12)
 def test_a_checkpoint_loads_at_any_stage_number_of_ranks_and_precision(run_ranks, saver, loader, groups):
     with tempfile.TemporaryDirectory() as folder:
         (state, *_), *_ = run_ranks(save_after, saver[0], folder, saver[1], PRECISIONS[saver[2]], groups, 2, 0)
@@ -337,7 +337,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(run_ranks, tmp_path
     run_ranks(save_two, 2, str(tmp_path))
     generator = random.Random(0)
     shutil.copytree(tmp_path / "good", tmp_path / "kept")
-    for _ in range(200 if request.config.getoption("--long") else 25):
+    for _ in range(200 if request.config.getoption("--long") else 15):
         shutil.rmtree(tmp_path / "good")
         shutil.copytree(tmp_path / "kept", tmp_path / "good")
         how = damage(tmp_path / "good", generator)
@@ -530,7 +530,7 @@ def load_after_kill(folder: str):
 
 def test_killed_at_any_moment_of_a_save_the_last_complete_checkpoint_loads(run_ranks, tmp_path, request):
     generator = random.Random(1)
-    for round_ in range(50 if request.config.getoption("--long") else 3):
+    for round_ in range(50 if request.config.getoption("--long") else 2):
         folder = tmp_path / str(round_)
         saver = subprocess.Popen(
             [sys.executable, "-c", SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))],
