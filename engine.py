@@ -1195,7 +1195,7 @@ class _RollCall:
         seen: list[tuple[list[bool], list[int]]] = []
         looker = threading.Thread(target=self._look_if_there, args=[seen], daemon=True)
         looker.start()
-        looker.join(self.PATIENCE)
+        looker.join(2.0)
         if not seen:  # the process that keeps the store is gone, or its machine, and PyTorch would wait for long
             return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
         left, at = seen[0]

@@ -154,19 +154,21 @@ def read(path: Path) -> list:
     return json.loads(path.read_text(), object_hook=lambda d: {int(k) if k.isdecimal() else k: v for k, v in d.items()})
 
 
-def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path):
+def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path, request):
+    each = 2 if request.config.getoption("--long") else 1  # processes per machine
     script = [__file__, str(tmp_path)]
-    with machines.launch(["--nnodes", "2", "--nproc_per_node", "2"], script) as launchers:
+    with machines.launch(["--nnodes", "2", "--nproc_per_node", str(each)], script) as launchers:
         (stages,), (whole,) = run_ranks(train_at_all_stages, 1), run_ranks(train, 1, 2, STEPS)
         said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
-    for rank in range(4):
+    for rank in range(2 * each):
         path = tmp_path / f"rank{rank}.json"
         assert path.exists(), said
         place, losses = read(path)
-        assert place == {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": CARD}
+        assert place == {"RANK": str(rank), "LOCAL_RANK": str(rank % each), "WORLD_SIZE": str(2 * each),
+                         "GLOO_SOCKET_IFNAME": CARD}
         for stage in range(4):
             assert list(losses[stage]) == [1, 2, 3]
-            assert_close(losses[stage], stages[stage], f"rank {rank} of 4, stage {stage}")
+            assert_close(losses[stage], stages[stage], f"rank {rank} of {2 * each}, stage {stage}")
     assert not (tmp_path / "last.json").exists(), "trained on with the cable cut"
     for launcher, machine in zip(launchers, said):
         assert launcher.returncode == 1, machine
