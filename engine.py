@@ -1004,6 +1004,7 @@ class Engine(nn.Module):
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
             return None, {}
         failure = None
+        self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
         try:
             reader = zero.CheckpointReader(folder)
@@ -1166,7 +1167,7 @@ class _RollCall:
     """
 
     SIGNS = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")
-    PATIENCE = 5.0  # seconds that a rank waits at its end for the others to end, or to show that they go on
+    PATIENCE = 2.0  # seconds that a rank waits at its end for the others to end too
 
     def __init__(self, number: int):
         self.store = dist.PrefixStore(f"roll_call/{number}", dist.distributed_c10d._get_default_store())
@@ -1179,23 +1180,26 @@ class _RollCall:
             self.store.set(f"at/{self.rank}", str(micro_batch))
 
     def leave(self) -> None:
-        """This rank has had its last micro-batch."""
-        self.store.set(f"left/{self.rank}", "")
-        deadline = time.monotonic() + self.PATIENCE
-        while time.monotonic() < deadline:
-            left, at = self._look()
-            if len(set(at)) > 1:
-                raise RuntimeError(self.report())
-            if all(left):
-                return
-            time.sleep(0.002)
+        """This rank has had its last micro-batch; RuntimeError where others then still train, with more of them."""
+        try:
+            self.store.set(f"left/{self.rank}", "")
+            deadline = time.monotonic() + self.PATIENCE
+            while time.monotonic() < deadline:
+                left, at = self._look()
+                if all(left):
+                    return
+                time.sleep(0.002)
+        except RuntimeError:  # the process that kept the store has ended already
+            return
+        if any(micro_batch > self.micro_batch and not gone for gone, micro_batch in zip(left, at)):
+            raise RuntimeError(self.report())
 
     def report(self) -> str:
         """Where each rank is, and what to do."""
         seen: list[tuple[list[bool], list[int]]] = []
         looker = threading.Thread(target=self._look_if_there, args=[seen], daemon=True)
         looker.start()
-        looker.join(2.0)
+        looker.join(self.PATIENCE)
         if not seen:  # the process that keeps the store is gone, or its machine, and PyTorch would wait for long
             return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
         left, at = seen[0]

@@ -247,7 +247,10 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         raise ValueError(f"the environment sets some of the launcher's variables but not {', '.join(missing)}; "
                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
     os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # A group that starts after another one's end must not find that one's addresses in the launcher's store.
+    store = dist.PrefixStore(f"start {next(Communicator.starts)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
 
@@ -293,6 +296,7 @@ class Communicator:
     """
 
     numbers = count()  # tell the messages of several engines apart; rank 0's count
+    starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
@@ -551,7 +555,8 @@ def _state_dtypes(optimizer: Optimizer) -> list[torch.dtype]:
         return [torch.float32] * 2  # as Adam's; an optimizer that is not PyTorch's may not bear to be tried
     trial, probe = nn.Parameter(torch.zeros(2)), type(optimizer).__new__(type(optimizer))
     probe.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict),
-                        "param_groups": [{**optimizer.param_groups[0], "params": [trial]}]})
+                        "param_groups": [{**optimizer.param_groups[0], "params": [trial], "capturable": False,
+                                           "fused": False}]})
     trial.grad = torch.zeros(2)
     probe.step()
     return [v.dtype for v in probe.state[trial].values() if isinstance(v, Tensor) and v.shape == trial.shape]
@@ -701,7 +706,8 @@ class Bucket:
     def thaw(self, dtypes: Dtypes, host: Host | None) -> None:
         """Train from now on what was frozen; the master begins with what the model computed with."""
         self.trained, self.dtypes, self.host = True, dtypes, host
-        self._settle_in(self.flat[self.own[0]:self.own[1]] if self.shard is None else self.shard)
+        own = self.flat[self.own[0]:self.own[1]] if self.shard is None else self.shard
+        self._settle_in(own.to(self.device))
 
     @property
     def fits_alone(self) -> bool:
@@ -842,7 +848,7 @@ class Bucket:
         self.reduction.wait()
         if self.sent is not None and self.sent is not self.grad:
             self.communicator.spare.give_back(self.sent)
-        self.sent = None
+        self.sent = self.landing = None
         if self.keeps_buffer:
             self.grad_shard = None
             if self.fits_alone:
@@ -973,12 +979,19 @@ class Bucket:
     def free(self) -> None:
         """Release the whole parameters' memory; each rank keeps its shard."""
         self.gather.wait()
-        self.flat.untyped_storage().resize_(0)
+        try:
+            self.flat.untyped_storage().resize_(0)
+        except RuntimeError:  # a numpy array shares the memory, and keeps it; the parameters get another
+            self.flat = torch.empty_like(self.flat)
+            for slot in self.slots:
+                slot.parameter.data = slot.view(self.flat)
+            self.flat.untyped_storage().resize_(0)
 
     def keep_writes(self) -> None:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
-        Where ranks wrote different values, those of each element's owner count.
+        Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
+        What goes through ``p.data`` is not seen, as PyTorch doesn't count it.
         """
         versions = [slot.parameter._version for slot in self.slots]
         if versions != [slot.version for slot in self.slots]:
@@ -1305,8 +1318,8 @@ class Holder:
         """A sharded parameter's values are wanted by ``operation``; see ShardedParameter."""
         raise NotImplementedError
 
-    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """The operation, whose begin_use returned ``user``, has given ``result``."""
+    def end_use(self, slot: Slot, user: Any) -> None:
+        """The operation, whose begin_use returned ``user``, is over."""
 
 
 class ShardedParameter(nn.Parameter):
@@ -1330,14 +1343,17 @@ class ShardedParameter(nn.Parameter):
                                            "zero.GatheredParameters")
                     holder, _, slot = _find(tensor)
                     uses.append((holder, slot, holder.begin_use(slot, name)))
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        for holder, slot, user in uses:
-            holder.end_use(slot, user, result)
-        return result
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        finally:
+            for holder, slot, user in uses:
+                holder.end_use(slot, user)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         """A whole copy, which no engine holds. All ranks must make it."""
+        if not _is_held(self):
+            self.clone()  # raises, and says why
         with GatheredParameters(self):
             memo[id(self)] = self.__class__.__deepcopy__(self, memo)  # the class that it has while it is whole
         return memo[id(self)]
@@ -1448,7 +1464,7 @@ class Zero(Holder):
         self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self.frozen = [(bucket, index) for bucket in self.buckets if bucket.group is not None and not bucket.trained
-                       for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see _thaw
+                       for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see thaw
         self.hooks: list[Any] = []
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
         self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
@@ -1644,8 +1660,9 @@ class Zero(Holder):
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
-        for bucket in unit.buckets:
-            bucket.keep_writes()
+        for needed in self._with_companions(unit):
+            for bucket in needed.buckets:
+                bucket.keep_writes()
         self._release(unit, call)
 
     def _before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
@@ -1686,6 +1703,8 @@ class Zero(Holder):
     def _free(self, unit: Unit) -> None:
         unit.free()
         self.live -= unit.numel
+        for bucket in unit.buckets:
+            self.storages[bucket.flat.untyped_storage()._cdata] = unit  # in case that it is a new one
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1802,7 +1821,7 @@ class Zero(Holder):
         """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
         if not self.pending:
             self._begin_backward()
-        self._thaw()
+        self.thaw()
         if self.reduces_now:
             if self.sharded.parameters:
                 self._enqueue(self.trained)
@@ -1821,7 +1840,7 @@ class Zero(Holder):
         if self.host is not None:
             self.host.settle()
 
-    def _thaw(self) -> None:
+    def thaw(self) -> None:
         """Train what the optimizer was given frozen and is frozen no more, from the gradients of this backward on.
 
         Nothing has listened to these so far, so they are where autograd leaves them, in ``p.grad``.
@@ -1832,10 +1851,10 @@ class Zero(Holder):
         self.frozen = [place for place in self.frozen if place not in thawed]
         new = [bucket for bucket in self.buckets if not bucket.trained and any(bucket is b for b, _ in thawed)]
         for bucket in new:
-            bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)), self.host)
+            bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)), self._host_for(bucket.numel))
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self._hand_over(new)
-        if not self.sharded.parameters:
+        if self.pending and not self.sharded.parameters:
             self._enqueue(new)  # behind the others, on every rank
         for bucket, index in thawed:
             self._listen(bucket, index)
@@ -2018,6 +2037,7 @@ class Init(Holder):
             raise ValueError(f"zero.Init: dtype is {dtype}; allowed: a floating-point dtype")
         self.enabled, self.dtype, self.param_init_fn = enabled, dtype, param_init_fn
         self.places: dict[int, tuple[Bucket, Slot]] = {}
+        self.uses: list[tuple[Bucket, Any, int]] = []  # operations that are over, but for a view: see _settle
         self.modules: list[weakref.ref[nn.Module]] = []  # those that got a parameter of their own
         self.hooks: list[Any] = []
         self.started_group = False
@@ -2065,19 +2085,26 @@ class Init(Holder):
 
     def _on_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A module is taken into its parent, so it and what it holds are built."""
+        self._settle()
         for part in child.modules() if child is not None else ():
             self._shard(part)
 
     def _finish(self, modules: list[nn.Module]) -> None:
         """Share out what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
+        self._settle()
         for module in modules:
             self._shard(module)
         used = {id(p) for module in modules for p in module.parameters(recurse=False)}
-        self.places = {key: place for key, place in self.places.items() if key in used}
+        for key in self.places.keys() - used:
+            bucket, slot = self.places.pop(key)
+            bucket.slots.remove(slot)
 
     def _shard(self, module: nn.Module) -> None:
         """Share out the parameters that a module has itself, but for those that are sharded, or have no values yet."""
         if self.communicator.world_size == 1:
+            for p in module.parameters(recurse=False):
+                if self.dtype is not None and p.is_floating_point():
+                    p.data = p.data.to(self.dtype)
             return
         slots: dict[torch.dtype, list[Slot]] = defaultdict(list)
         for name, p in module.named_parameters(recurse=False):
@@ -2134,31 +2161,36 @@ class Init(Holder):
                                "weights; give the model to initialize() first, and call the engine")
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Have the values there, for one operation."""
-        user = object()
-        self.hold(self.places[id(slot.parameter)][0].unit, user)
-        return user
-
-    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
+        """Have the values there, for one operation; what is whole from before may be in it too, so nothing goes yet."""
         bucket, _ = self.places[id(slot.parameter)]
-        views = [t for t in tensors_in(result) if not isinstance(t, nn.Parameter) and _same_memory(t, bucket.flat)]
-        if views:
-            weakref.finalize(views[0], self._keep, bucket, user)
-        else:
-            self._keep(bucket, user)
+        user = object()
+        self.hold(bucket.unit, user)
+        return bucket, user, _holders(bucket.flat)
+
+    def end_use(self, slot: Slot, user: Any) -> None:
+        """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
+        self.uses.append(user)
+        self._settle()
 
     @torch.no_grad()
-    def _keep(self, bucket: Bucket, user: Any) -> None:
-        if all(id(slot.parameter) in self.places for slot in bucket.slots):
-            bucket.keep_changes()
-            self.let_go(bucket.unit, user)
+    def _settle(self) -> None:
+        """Let go of what was used, but for what a view that is still there may write to."""
+        for use in [use for use in self.uses if _holders(use[0].flat) <= use[2]]:
+            self.uses.remove(use)
+            use[0].keep_changes()
+            self.let_go(use[0].unit, use[1])
 
     def surrender(self, parameter: nn.Parameter) -> None:
         """An engine has the parameter now."""
         bucket, slot = self.places.pop(id(parameter))
         bucket.slots.remove(slot)
+        self.uses = [use for use in self.uses if use[0] is not bucket]
         parameter.__class__ = slot.kind
+
+
+def _holders(flat: Tensor) -> int:
+    """How many tensors share this memory."""
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata)  # no public call tells
 
 
 def _share_random_state(communicator: Communicator) -> Tensor | None:
@@ -2275,6 +2307,8 @@ class GatheredParameters:
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
     """A copy of the whole parameter from the masters, in its shape. All ranks must call it, here and below."""
     _, bucket, slot = _find(parameter)
+    if bucket.unit is None:
+        bucket.keep_writes()
     if bucket.held is None:
         return slot.view(bucket.flat).clone()
     return bucket.collect(slot, bucket.held, bucket.own[0], not bucket.sharded.optimizer)
@@ -2431,6 +2465,8 @@ def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]
 def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
     """What this rank saves: its slice of every bucket, parameter by parameter, whoever holds it beside this rank."""
     for bucket in zero.buckets:
+        if bucket.unit is None:
+            bucket.keep_writes()
         size = bucket.numel // zero.communicator.world_size
         mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
@@ -2640,7 +2676,9 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
         first = next((slot for slot in members if slot.name in scalars), None)
         if first is None:
             continue  # never updated, or without elements: the optimizer begins anew
-        entry: dict[str, Any] = {key: torch.tensor(value) for key, value in scalars[first.name].items()}
+        group = zero.optimizer.param_groups[bucket.group]
+        place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[first.name].items()}
         for key in reader.keys(first.name):
             if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
                 entry[key] = reader.whole(first.name, key).to(bucket.master.device)

@@ -80,6 +80,7 @@ class Applied(Plain):
         if isinstance(module, nn.Embedding):
             module.weight.data.normal_()
             module.weight.data[3].zero_()
+            module.weight.detach().data.mul_(0.5)  # a view of a view outlives the first
 
 
 class Gathered(Plain):
@@ -302,6 +303,22 @@ def test_what_cannot_be_built_is_told(run_ranks):
         assert expected in message, message
 
 
+def after_the_context() -> None:
+    """A tied module's own parameters can still be written, and a failing operation holds nothing."""
+    with zero.Init() as init:
+        model = nn.ModuleDict({"token": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+        model["head"].weight = model["token"].weight
+    nn.init.ones_(model["head"].bias)
+    with pytest.raises(RuntimeError):
+        model["token"].weight @ torch.ones(3)
+    assert all(bucket.unit.state is zero.UnitState.SHARDED for bucket, _ in init.places.values())
+    assert bool((zero.safe_get_full_fp32_param(model["head"].bias) == 1).all())
+
+
+def test_finished_modules_can_be_written_after_the_context(run_ranks):
+    run_ranks(after_the_context, 2)
+
+
 def in_other_dtype() -> None:
     with zero.Init(dtype=torch.bfloat16):
         model = nn.Linear(4, 4)
@@ -312,6 +329,7 @@ def in_other_dtype() -> None:
 
 def test_a_dtype_can_be_given_and_the_whole_switched_off(run_ranks):
     run_ranks(in_other_dtype, 2)
+    run_ranks(in_other_dtype, 1)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

@@ -635,7 +635,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     target = options.start or options.target
     if target not in EXERCISES and (options.start or options.hint is not None or target not in MODULES):
-        parser.error(f"the exercise is {target!r}; allowed: {', '.join([*EXERCISES, *MODULES])}")
+        parser.error(f"the exercise is {target!r}; allowed: {', '.join(EXERCISES)}. A whole module has no starting file: "
+                     f"grade a copy that you have changed ({', '.join(MODULES)})")
     if options.start:
         print(starting_file(EXERCISES[target]), end="")
         return 0
