@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would wait for each other
-    hypothesis.settings.register_profile("short", max_examples=20, deadline=None, derandomize=True, database=None)
+    hypothesis.settings.register_profile("short", max_examples=12, deadline=None, derandomize=True, database=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 

@@ -22,7 +22,7 @@ ROOT = Path(zero.__file__).parent
 
 
 def grown(stage: int, checkpointed: bool) -> Counter:
-    """Python objects that forty steps leave behind, with a forward pass that is not followed by backward in each."""
+    """Python objects that 25 steps leave behind, with a forward pass that is not followed by backward in each."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)))
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
@@ -38,13 +38,13 @@ def grown(stage: int, checkpointed: bool) -> Counter:
 
     run(4)
     before = run(1)
-    return run(40) - before
+    return run(25) - before
 
 
 def test_steps_leave_nothing_behind(run_ranks):
-    for stage in range(4):
+    for stage in (0, 2, 3):
         for rank, left in enumerate(run_ranks(grown, 2, stage, stage == 2)):
-            assert left.total() < 40, f"stage {stage}, rank {rank}: left after 40 steps: {left.most_common(5)}"
+            assert left.total() < 25, f"stage {stage}, rank {rank}: left after 25 steps: {left.most_common(5)}"
 
 
 TRAIN = """

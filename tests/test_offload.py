@@ -268,13 +268,13 @@ LIMITED = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
 import engine as deepspeed
-model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))   # 64 MiB of fp32
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)))   # 96 MiB of fp32
 engine, *_ = deepspeed.initialize(model=model, config={{
     "train_micro_batch_size_per_gpu": 1, "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-3}}}},
     "zero_optimization": {{"stage": 2, "offload_optimizer": {{"device": {device!r}, "nvme_path": {folder!r}}}}}}})
-# What the process may have beside files, from here on: its gradients (64 MiB) and a little, but no Adam (128 MiB more).
+# What the process may have beside files, from here on: its gradients (96 MiB) and some buffers, but no Adam (192 more).
 in_use = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (in_use + 150 * 2**20, -1))
+resource.setrlimit(resource.RLIMIT_DATA, (in_use + 220 * 2**20, -1))
 for _ in range(3):
     engine.backward(engine(torch.ones(1, 1024)).square().mean())
     engine.step()
