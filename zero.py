@@ -908,11 +908,16 @@ class Bucket:
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
+        moved = False
         for segment in self.segments if self.host is not None else ():
             state = optimizer.state.get(segment.parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = self.host.keep(value)
+                    moved = moved or state[key] is not value
+        if moved:  # once per bucket, or the C library would keep what all buckets' state has taken
+            del value
+            _return_free_memory()
 
     def split(self, optimizer: Optimizer) -> bool:
         """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
