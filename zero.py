@@ -30,8 +30,8 @@ Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts
 ``Bucket.finish_reduction`` leaves the sum in ``grad_shard``, ``Zero.step`` takes the global norm, folds every factor
 into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
 
-The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties them
-together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a checkpoint's
+The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties
+them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a checkpoint's
 files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one
 process there is nothing to share out: no collective runs at any stage.
 
@@ -399,7 +399,7 @@ class Communicator:
 
 
 class Lockstep:
-    """The debug mode: before each collective every rank says what it is about to do, and all compare.
+    """The debug mode: before each all-gather, reduce-scatter and all-reduce every rank says what it is about to do.
 
     Ranks that call different collectives wait for each other until the timeout, or mix up each other's numbers; here
     they raise at the first difference. The comparison goes through the store with which the process group began.
@@ -2010,17 +2010,18 @@ class Init(Holder):
             model = GPT()               # a model larger than the memory of one rank
         engine, *_ = initialize(model=model, config=...)
 
-    A rank never holds more than its shards and the module being built. A module counts as built when its parent takes
-    it in; what the model itself holds, at the end of the context. Operations on parameters of finished modules work,
-    module by module, and so does ``GatheredParameters``. All ranks must build the same: they draw rank 0's random
-    numbers meanwhile, which makes the weights those of a model that rank 0 builds without this.
+    A rank holds its shards and the module being built. A module counts as built when its parent takes it in; what the
+    model itself holds, at the end of the context. Operations on parameters of finished modules work, and so does
+    ``GatheredParameters``; a module whose parameter was read as a view (``p.data``) stays whole until the next
+    operation is over. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which makes the
+    weights those of a model that rank 0 builds without this.
 
     module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
                    meta device is given memory and values module by module
     param_init_fn  gives a module that was on the meta device its values; default: its reset_parameters()
     remote_device  "cpu": keep the shards in host memory until ``initialize``; default: on this rank's device
     dtype          of the floating-point parameters; default: as they are built. Masters begin from it
-    config_dict_or_path, config   checked by ``initialize``, and without a meaning here
+    config_dict_or_path, config   not read: ``initialize`` reads the config that it is given
     enabled        False: do nothing
     mem_efficient_linear, pin_memory   DeepSpeed's, without effect here: linear layers are PyTorch's own
     others         DeepSpeed's other arguments, refused unless they are None or False

@@ -10,6 +10,7 @@ server that has PyTorch loaded already, since loading it takes longer than most 
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
@@ -134,6 +135,18 @@ class Ranks:
             self.stop()  # a process group that has seen an error can't be trusted
             pytest.fail("\n".join(failed), pytrace=False)
         return [answers[rank][1] for rank in range(world_size)]
+
+
+def two_ranks(program: str) -> list[str]:
+    """What two fresh processes print that run ``program`` as ranks 0 and 1; AssertionError where one prints nothing."""
+    port = 20000 + (os.getpid() + hash(program)) % 20000
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(output for output, _ in outputs), outputs
+    return [output for output, _ in outputs]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """ZeRO at sizes that no machine here has: one process takes the place of one rank of N and runs the real code.
 
-    .venv/bin/python tests/simulate_scale.py                                       everything, five minutes
+    .venv/bin/python tests/simulate_scale.py                                       everything, in several minutes
     .venv/bin/python tests/simulate_scale.py --sizes 7.5B --ranks 1 64 --stages 2 3      half a minute
     .venv/bin/python tests/simulate_scale.py --growth                                 only how the work grows
     .venv/bin/python tests/simulate_scale.py --sizes 7.5B --precision fp32         another column of TABLE

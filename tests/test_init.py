@@ -6,8 +6,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import engine as deepspeed
 import zero
+from conftest import two_ranks
 
 ROOT = Path(zero.__file__).parent
 WIDTH = 12
@@ -366,14 +365,7 @@ def test_memory_while_building_is_the_shards_and_one_unit(tmp_path, request):
     """At 2 ranks: at most half of the model, one unit, and 15 % for the rest."""
     width, blocks = (1024, 32) if request.config.getoption("--long") else (1024, 8)
     program = BUILD.format(root=str(ROOT), width=width, blocks=blocks)
-    port = 20000 + os.getpid() % 20000
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    for process in processes:
-        output, error = process.communicate(timeout=120)
-        assert output.startswith("grown"), error
+    for output in two_ranks(program):
         _, grown, _, size = output.split()
         unit = 4 * (width * 4 * width + 4 * width)
         limit = 1.15 * (int(size) / 2 + unit)

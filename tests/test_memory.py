@@ -4,9 +4,6 @@
 """
 
 import gc
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import nn
 
 import engine as deepspeed
 import zero
+from conftest import two_ranks
 
 ROOT = Path(zero.__file__).parent
 
@@ -86,14 +84,7 @@ def test_the_peak_after_fifty_steps_is_that_after_two(stage, request):
     if stage == 2 and not request.config.getoption("--long"):
         pytest.skip("only with --long")
     program = TRAIN.format(root=str(ROOT), stage=stage)
-    port = 20000 + (os.getpid() + stage) % 20000
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    for rank, process in enumerate(processes):
-        output, error = process.communicate(timeout=120)
-        assert output, error
+    for rank, output in enumerate(two_ranks(program)):
         early, late = map(int, output.split())
         assert late <= 1.02 * early, f"stage {stage}, rank {rank}: {early / 2**20:.0f} MiB grew to {late / 2**20:.0f}"
         print(f"stage {stage}, rank {rank}: {early / 2**20:.1f} MiB after 2 steps, {late / 2**20:.1f} after 50")
