@@ -31,8 +31,8 @@ Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts
 into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties
-them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a checkpoint's
-files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one
+them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a
+checkpoint's files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one
 process there is nothing to share out: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
@@ -2013,8 +2013,8 @@ class Init(Holder):
     A rank holds its shards and the module being built. A module counts as built when its parent takes it in; what the
     model itself holds, at the end of the context. Operations on parameters of finished modules work, and so does
     ``GatheredParameters``; a module whose parameter was read as a view (``p.data``) stays whole until the next
-    operation is over. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which makes the
-    weights those of a model that rank 0 builds without this.
+    operation is over. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which
+    makes the weights those of a model that rank 0 builds without this.
 
     module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
                    meta device is given memory and values module by module
