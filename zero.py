@@ -32,8 +32,8 @@ into one and updates the masters, and ``Bucket.publish`` shows the result to all
 
 The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties
 them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a
-checkpoint's files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one
-process there is nothing to share out: no collective runs at any stage.
+checkpoint's files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of
+it. With one process there is nothing to share out: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
