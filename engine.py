@@ -571,6 +571,7 @@ class Engine(nn.Module):
         self._window = 0  # micro-batches of the accumulation window that are done
         self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
         self._step_applied = False
+        self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
         self._grad_norm = 0.0
         self.precision = amp.Precision(config.precision(), model, device)
         self.scaler = self.precision.make_scaler()
@@ -736,34 +737,49 @@ class Engine(nn.Module):
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
         if self._roll_call and self.training and torch.is_grad_enabled():
             self._roll_call.enter(self.micro_steps + 1)
+        self._check_scaled()
         with self._explained(), self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Divide ``loss``, a scalar, by the accumulation steps, run backward, reduce gradients, and return it.
+        """Run backward on ``loss``, a scalar, and reduce gradients; returns the loss over the accumulation steps.
 
-        ``scale_wrt_gas=False`` leaves out the division. The loss scale multiplies what backward runs on, not the
-        result.
+        The update takes the mean over the window's micro-batches. ``scale_wrt_gas=False`` makes it the sum, of this
+        loss's part.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
         if self._progress:
             self._progress.add_loss(loss.detach())
-        if scale_wrt_gas:
-            loss = loss / self.gradient_accumulation_steps()
+        steps = self.gradient_accumulation_steps()
         with self._explained(), self._timed("backward"):
-            scaled = loss if self.scaler.scale == 1 else loss.float() * self.scaler.scale
-            scaled.backward(retain_graph=retain_graph)
+            self._check_scaled()
+            self.scale(loss if scale_wrt_gas else loss * steps).backward(retain_graph=retain_graph)
+            self._scaled = False
             self.zero.finish_backward()
-        return loss
+        return loss / steps if scale_wrt_gas else loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """What ``backward(loss)`` runs backward on, for callers who do that themselves.
 
         They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
+        Without a loss scale that is the loss itself, and ``loss.backward()`` does the same.
         """
-        return loss.float() * (self.scaler.scale / self.gradient_accumulation_steps())
+        self._scaled = True
+        if self.scaler.scale == 1:
+            return loss
+        # fp16 has no room for a sum over micro-batches: there they are divided before it.
+        factor = self.scaler.scale / self.gradient_accumulation_steps()
+        return (loss if loss.dtype == torch.float64 else loss.float()) * factor
+
+    def _check_scaled(self) -> None:
+        """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
+        scaled, self._scaled = self._scaled, False
+        if self.scaler.scale != 1 and not scaled and self.zero.has_taken:
+            self.zero.clear_gradients()
+            raise RuntimeError("loss.backward() without the loss scale; call engine.backward(loss), or "
+                               "engine.scale(loss).backward(). The window's gradients were dropped")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
@@ -775,6 +791,7 @@ class Engine(nn.Module):
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
         self._step_applied = False
+        self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
             self._update(lr_kwargs)
         else:
@@ -791,6 +808,7 @@ class Engine(nn.Module):
         equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._require_optimizer("flush()")
+        self._check_scaled()
         if not self._window:
             return False
         self._update(lr_kwargs, fraction=self._window / self.gradient_accumulation_steps())
@@ -846,8 +864,11 @@ class Engine(nn.Module):
             self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
 
     def _tell_boundary(self) -> None:
-        """Let ``zero`` know whether the next backward pass ends an accumulation window."""
+        """Let ``zero`` know whether the next backward pass ends its accumulation window, and what makes sums means."""
         self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
+        ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
+        steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
+        self.zero.divisor = float(ranks * steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far."""
@@ -1466,6 +1487,7 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
             schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
             _check_data(training_data)
+            zero.check_memory(model)
             zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
         except Exception as error:  # the caller's functions may raise anything
             failure = error
@@ -1548,8 +1570,6 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
                             settings.predivide(engine.world_size), settings.debug, settings.timeout)
     if engine.world_size > 1:
         engine._roll_call = _RollCall(engine.zero.communicator.number)
-    if settings.gradient_allreduce_op == "sum":
-        engine.zero.divisor = 1.0
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:

@@ -71,6 +71,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 logger = logging.getLogger("engine.zero")
 
@@ -574,7 +575,7 @@ class Dtypes(NamedTuple):
     reduction: torch.dtype  # in which they are sent
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A parameter's place in its bucket."""
     name: str
@@ -586,6 +587,7 @@ class Slot:
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
+    late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
     version: int = 0      # the parameter's, when master and shard were known to hold its values
 
     @property
@@ -596,6 +598,47 @@ class Slot:
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
+
+
+class TakenGradient(Tensor):
+    """What a parameter's ``grad`` holds once its bucket has taken the gradient: a shape without numbers.
+
+    It lets PyTorch's own calls mean what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
+    take it away, and ``Zero`` then drops the gradient; autograd's next gradient of the window is added to the bucket.
+    Any other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
+    """
+
+    @staticmethod
+    def __new__(cls, slot: Slot, zero: "Zero") -> "TakenGradient":
+        p = slot.parameter
+        return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
+
+    def __init__(self, slot: Slot, zero: "Zero"):
+        # Weak, as autograd's side of a tensor is beyond the garbage collector's reach.
+        self.slot, self.zero = weakref.ref(slot), weakref.ref(zero)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.detach:
+            return args[0]
+        taken = [t for t in tensors_in(args) if isinstance(t, TakenGradient)]
+        slot, zero = taken[0].slot(), taken[0].zero()
+        if zero is not None and packet in (torch.ops.aten.zero_, torch.ops.aten._foreach_zero_):
+            for each in taken:
+                zero.drop(each.slot())
+            return args[0]
+        if zero is not None and torch._C._current_graph_task_id() != -1 and len(args) == 2 and args[0] is taken[0]:
+            if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
+                zero.take_more(slot, args[1])
+                return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot, zero)
+        raise RuntimeError(
+            f"{packet.__name__} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket "
+            "after backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
+            "config's gradient_clipping clips it, and zero_grad() drops it")
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 @dataclass
@@ -644,14 +687,13 @@ class Bucket:
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
         self.landing: Tensor | None = None  # where its sum will be
         self.reduced = False      # grad_shard holds a sum of this window
-        self.fired: set[int] = set()  # slots that have had a gradient in this backward
-        self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
+        self.fired: set[Slot] = set()  # slots that have had a gradient in this backward
+        self.awaited = set(slots)  # slots that had one in an earlier backward; at first, all
         self.ran = False  # a backward has gone through
         self.expected = sum(slot.parameter.requires_grad for slot in slots)
         self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
-        self.late = False         # a gradient came after the launch, and waits in p.grad
         self._flatten()
 
     def _flatten(self) -> None:
@@ -729,18 +771,16 @@ class Bucket:
 
     # Gradients: from autograd into the bucket, and their sum over ranks.
 
-    def take(self, index: int) -> None:
-        """Move a parameter's gradient into the bucket. The only full copy of a gradient in a step.
+    def take(self, slot: Slot, gradient: Tensor) -> None:
+        """Move a parameter's ``gradient`` into the bucket. The only full copy of a gradient in a step.
 
         Where the bucket is this parameter alone, autograd's tensor becomes the buffer, and nothing is copied.
         """
-        slot = self.slots[index]
         slot.used = True
-        self.fired.add(index)
+        self.fired.add(slot)
         if self.launched:  # a second gradient in one backward, as reentrant recomputation gives; see Zero._agree
-            self.late = True
+            slot.late = gradient if slot.late is None else slot.late + gradient
             return
-        gradient = slot.parameter.grad
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
             gradient = gradient.to_dense()
         if (self.fits_alone and self.grad is None and gradient.is_contiguous()
@@ -750,7 +790,13 @@ class Bucket:
             self._prepare_buffer()
             place = slot.view(self.grad)
             place.add_(gradient) if slot.filled else place.copy_(gradient)
-        slot.filled, slot.parameter.grad = True, None
+        slot.filled = True
+
+    def drop(self, slot: Slot) -> None:
+        """Forget a parameter's gradient of this window."""
+        slot.used, slot.filled, slot.late = False, False, None
+        if self.reduced:
+            self.own_part(self.grad_shard, slot).zero_()
 
     def _prepare_buffer(self) -> None:
         """See to it that ``grad`` can be written."""
@@ -763,6 +809,11 @@ class Bucket:
                 self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
         elif self.reduced and _same_memory(self.grad, self.grad_shard):
             self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
+
+    @property
+    def late(self) -> bool:
+        """Whether a gradient came after this backward's launch."""
+        return any(slot.late is not None for slot in self.slots)
 
     @property
     def complete(self) -> bool:
@@ -832,14 +883,15 @@ class Bucket:
             self.awaited = self.fired | self.awaited if self.ran else self.fired
             self.ran = True
         self.fired, self.queued, self.launched = set(), False, False
-        self.expected = sum(self.slots[index].parameter.requires_grad for index in self.awaited)
+        self.expected = sum(slot.parameter.requires_grad for slot in self.awaited)
 
     def reduce_late(self) -> None:
         """Reduce the gradients that came after this backward's launch; every rank must call it."""
-        self.launched = self.late = False
-        for index, slot in enumerate(self.slots):
-            if slot.parameter.grad is not None:
-                self.take(index)
+        self.launched = False
+        for slot in self.slots:
+            if slot.late is not None:
+                self.take(slot, slot.late)
+                slot.late = None
         self.launch()
         self.finish_reduction()
         self.end_backward()
@@ -855,9 +907,11 @@ class Bucket:
             if self.fits_alone:
                 self.grad = None
         self.end_backward()
-        self.reduced = self.late = False
+        self.reduced = False
         for slot in self.slots:
-            slot.used = slot.filled = False
+            if slot.used:
+                slot.parameter.grad = None
+            slot.used, slot.filled, slot.late = False, False, None
 
     def own_part(self, shard: Tensor, slot: Slot) -> Tensor:
         """What ``shard``, which covers what this rank updates, holds of a parameter; perhaps nothing."""
@@ -1131,6 +1185,28 @@ def _copied(value: Any) -> Any:
 
 
 # --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuse parameters that share memory with another parameter, or with a buffer: each gets a place of its own.
+
+    A weight that is tied, as one Parameter under several names, is one parameter.
+    """
+    whole = [(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]
+             if t.layout == torch.strided and t.numel() and t.untyped_storage().nbytes()]
+    by_storage: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, t in whole:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+        start = t.storage_offset() * t.element_size()
+        by_storage[t.untyped_storage()._cdata].append((start, start + span * t.element_size(), name))
+    names = {name for name, _ in model.named_parameters()}
+    for spans in by_storage.values():
+        spans.sort()
+        for (_, end, name), (start, _, other) in zip(spans, spans[1:]):
+            if start < end and {name, other} & names:
+                raise ValueError(f"{name} and {other} share memory, and would be two tensors from now on; to tie "
+                                 "weights, use one Parameter for both, as in head.weight = embedding.weight; else give "
+                                 "one of them a copy")
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -1407,6 +1483,17 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+def _weakly(method: Callable) -> Callable:
+    """A hook for a tensor that does not keep its object alive: what a tensor holds, no garbage collector sees."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return hook
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
 
@@ -1442,7 +1529,7 @@ class Zero(Holder):
     ``step`` updates the weights.
 
     boundary   whether the backward pass at hand is the last of its accumulation window; stages 0 and 1 reduce only then
-    divisor    what the sum of the gradients over ranks has to be divided by: for a mean, the number of ranks
+    divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
@@ -1472,12 +1559,15 @@ class Zero(Holder):
         self.frozen = [(bucket, index) for bucket in self.buckets if bucket.group is not None and not bucket.trained
                        for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see thaw
         self.hooks: list[Any] = []
+        self.updating = False  # the optimizer's step is this object's
+        self.dropped = 0       # a digest of which reduced gradients were dropped
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
         self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
         self.live = 0      # elements of the units that are gathered now
         if optimizer is not None:
             self._hand_over(self.trained)
+            self._take_over(optimizer)
         self._register_hooks()
         _LIVE.add(self)
 
@@ -1591,20 +1681,45 @@ class Zero(Holder):
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["params"] = []
-        for bucket in self.trained:
-            self.optimizer.param_groups[bucket.group]["params"] += [s.parameter for s in bucket.segments]
+        for group, params in zip(self.optimizer.param_groups, self._segments_by_group()):
+            group["params"] = params
 
-    def _listen(self, bucket: Bucket, index: int) -> None:
-        """Have autograd tell when it has finished a parameter's gradient."""
-        hook = partial(self._on_gradient, bucket, index)
-        self.hooks.append(bucket.slots[index].parameter.register_post_accumulate_grad_hook(hook))
+    def _segments_by_group(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for bucket in self.trained:
+            groups[bucket.group] += [segment.parameter for segment in bucket.segments]
+        return groups
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Have the optimizer's own calls do what they say, or raise and name the call that does."""
+        def refuse(call: str, instead: str) -> Callable:
+            def refused(*args: Any, **kwargs: Any) -> None:
+                raise RuntimeError(f"optimizer.{call}() after initialize(): {instead}")
+            return refused
+
+        optimizer.zero_grad = lambda set_to_none=True: self.clear_gradients()
+        optimizer.add_param_group = refuse("add_param_group", (
+            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later with "
+            "requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
+        optimizer.load_state_dict = refuse("load_state_dict", (
+            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() sets "
+            "it; a state dict of plain PyTorch can be loaded before initialize()"))
+        step = refuse("step", "engine.step() updates the weights, whose gradients lie in buckets")
+        self.hooks.append(optimizer.register_step_pre_hook(
+            lambda *_: None if self.updating else step()))
+
+    def _give_back(self, optimizer: Optimizer) -> None:
+        for name in ("zero_grad", "add_param_group", "load_state_dict"):
+            vars(optimizer).pop(name, None)
+
+    def _listen(self, slot: Slot) -> None:
+        """Have autograd call back when it has finished a parameter's gradient."""
+        self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient)))
 
     def _register_hooks(self) -> None:
         for bucket in self.trained:
-            for index in range(len(bucket.slots)):
-                self._listen(bucket, index)
+            for slot in bucket.slots:
+                self._listen(slot)
         if self.sharded.parameters:
             for unit in self.all_units:
                 self.hooks.append(unit.module.register_forward_pre_hook(
@@ -1620,6 +1735,8 @@ class Zero(Holder):
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        if self.optimizer is not None:
+            self._give_back(self.optimizer)
         self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
         _LIVE.discard(self)
 
@@ -1686,18 +1803,17 @@ class Zero(Holder):
         unit = self.storages.get(tensor.untyped_storage()._cdata)
         if unit is None:  # detached, since a node that keeps its own output would keep itself alive
             return tensor.detach(), tensor._version
-        return tensor, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
+        return tensor, tensor._version, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
 
     def _unpack(self, saved: tuple) -> Tensor:
         """The inverse of _pack, when backward wants the tensor."""
-        if len(saved) == 3:
-            tensor, call, unit = saved
+        tensor, version, *use = saved
+        if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
+            raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
+                               "after forward had saved it; step() modifies the weights")
+        if use:
+            call, unit = use
             self._before_backward(unit, call)
-        else:
-            tensor, version = saved
-            if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
-                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
-                                   "after forward had saved it")
         return tensor
 
     def _start_gather(self, unit: Unit) -> None:
@@ -1785,17 +1901,47 @@ class Zero(Holder):
                 bucket.queued = True
                 self.queue.append(bucket)
 
-    def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Autograd has finished a parameter's gradient."""
+        bucket, slot = self.places[id(parameter)]
+        if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
+            if slot.used and slot.late is None:  # grad was empty: zero_grad() since the last backward
+                self.drop(slot)
+            self._take(bucket, slot, parameter.grad)
+        if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
+            parameter.grad = TakenGradient(slot, self)
+        self._launch_ready()
+
+    def take_more(self, slot: Slot, gradient: Tensor) -> None:
+        """Autograd adds ``gradient``, which others may still read, to what it believes to be ``p.grad``."""
+        bucket, _ = self.places[id(slot.parameter)]
+        self._take(bucket, slot, gradient.clone() if bucket.fits_alone or bucket.launched else gradient)
+
+    @torch.no_grad()
+    def _take(self, bucket: Bucket, slot: Slot, gradient: Tensor) -> None:
         if not self.pending:
             self._begin_backward()
-        bucket.take(index)
-        self._launch_ready()
+        bucket.take(slot, gradient.detach())
+
+    @torch.no_grad()
+    def drop(self, slot: Slot) -> None:
+        """Forget a parameter's gradient of this window, as zero_grad() asks; one that is reduced, on every rank."""
+        if self.pending:
+            self.finish_backward()
+        bucket, _ = self.places[id(slot.parameter)]
+        if bucket.reduced:
+            self.dropped = (31 * self.dropped + slot.offset + 1) % 2**20
+        bucket.drop(slot)
 
     @property
     def all_units(self) -> list[Unit]:
         """The model's own unit, and the others."""
         return [self.root, *self.units]
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether a backward pass, not finished yet, has brought gradients."""
+        return self.pending and any(bucket.fired for bucket in self.trained)
 
     @property
     def reduces_now(self) -> bool:
@@ -1863,9 +2009,11 @@ class Zero(Holder):
         if self.pending and not self.sharded.parameters:
             self._enqueue(new)  # behind the others, on every rank
         for bucket, index in thawed:
-            self._listen(bucket, index)
-            if bucket.slots[index].parameter.grad is not None:
-                bucket.take(index)
+            slot = bucket.slots[index]
+            self._listen(slot)
+            if slot.parameter.grad is not None:
+                bucket.take(slot, slot.parameter.grad)
+                slot.parameter.grad = TakenGradient(slot, self)
 
     def _end_backward(self) -> None:
         self.queue, self.pending = deque(), False
@@ -1874,7 +2022,9 @@ class Zero(Holder):
         self._free_unused()
 
     def clear_gradients(self) -> None:
-        """Forget the window's gradients, and a backward pass that has not ended."""
+        """Forget the window's gradients. Every rank must call it."""
+        if self.pending:
+            self.finish_backward()
         for bucket in self.trained:
             bucket.reset_gradients()
             bucket.grad = None
@@ -1895,27 +2045,65 @@ class Zero(Holder):
         """
         if self.pending or any(_is_thawed(*place) for place in self.frozen):
             self.finish_backward()
-        self._check_parameters()
+        self.check_model()
+        self._check_gradients()
         self._reduce_the_rest()
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         culprit = self._first_not_finite() if overflow else None
-        for bucket in self.trained if not (overflow or self.sharded.parameters) else ():
-            bucket.keep_writes()
+        for bucket in self.trained if not overflow else ():
+            if bucket.unit is None:
+                bucket.keep_writes()
         if not overflow:
             self._update(coefficient / divisor)
         for bucket in self.trained:
             bucket.reset_gradients()
         return StepResult(norm, coefficient, overflow, culprit)
 
-    def _check_parameters(self) -> None:
-        """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
-        for bucket in self.buckets:
-            for slot in bucket.slots if bucket.unit is None else ():
-                if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
-                    raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
-                                       "to(), half() or load_state_dict(assign=True) after initialize()")
+    def check_model(self) -> None:
+        """Raise RuntimeError where model or optimizer were changed since: that part would not be trained, or not saved.
+
+        It compares identities, and names the parameter.
+        """
+        names = {id(p): name for name, p in self.root.module.named_parameters()}
+        for key, name in names.items():
+            if key not in self.places:
+                raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; "
+                                   "change the model first, then call initialize()")
+        with torch._C.DisableTorchFunctionSubclass():
+            for bucket in self.buckets:
+                for slot in bucket.slots:
+                    if id(slot.parameter) not in names:
+                        raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change "
+                                           "the model, and call initialize() again")
+                    if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
+                        raise RuntimeError(
+                            f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), "
+                            "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
+                            "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
+                for segment in bucket.segments:
+                    if not _same_memory(segment.parameter, bucket.master):
+                        raise RuntimeError(
+                            f"the optimizer's parameter for {(segment.slot or bucket.slots[-1]).name} was given other "
+                            "memory (p.data = ...); write into it (p.data.copy_()) instead")
+        for index, params in enumerate(self._segments_by_group() if self.optimizer else ()):
+            given = self.optimizer.param_groups[index]["params"]
+            if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
+                raise RuntimeError(f"the params of the optimizer's param group {index} were changed after "
+                                   "initialize(); give the optimizer all of its parameters before it")
+
+    def _check_gradients(self) -> None:
+        """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller put there."""
+        for bucket in self.trained:
+            for slot in bucket.slots:
+                gradient = slot.parameter.grad
+                if gradient is None:
+                    if slot.used:
+                        self.drop(slot)
+                elif not isinstance(gradient, TakenGradient):
+                    raise RuntimeError(f"p.grad of {slot.name} was set after backward(), and would not be used; call "
+                                       "zero.safe_set_full_grad(p, value), or change the loss")
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1930,11 +2118,15 @@ class Zero(Holder):
         square = sum((b.norm_part().double().square() * b.predivide ** 2 for b in self.trained),
                      torch.zeros((), dtype=torch.float64, device=self.communicator.device))
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
-        flags += [self.gathered, self.gathered ** 2]  # where all ranks have the same, the sums agree
+        for digest in (self.gathered, self.dropped):
+            flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
         message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
         self.communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
-        square, *flags, total, squares = message.tolist()
-        if total ** 2 != squares * self.communicator.world_size:
+        square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
+        if dropped ** 2 != dropped_squares * self.communicator.world_size:
+            raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
+                               "over all already; drop them on every rank")
+        if gathered ** 2 != gathered_squares * self.communicator.world_size:
             raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
                                "up; name the module that chooses among them in zero_optimization.leaf_module")
         late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
@@ -1948,6 +2140,15 @@ class Zero(Holder):
             slot.used = flag > 0
         self._check_used(slots)
         return math.sqrt(square)
+
+    def reduce_late(self, buckets: list[Bucket]) -> None:
+        """Reduce what came after its bucket's reduction had begun, on any rank; every rank must call it."""
+        late = torch.tensor([float(bucket.late) for bucket in buckets]).to(self.communicator.device)
+        self.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
+        for bucket, flag in zip(buckets, late.tolist()):
+            if flag:
+                bucket.reduce_late()
+        self._settle()
 
     def _first_not_finite(self) -> str | None:
         """The first parameter, in the model's order, whose summed gradient holds infinity or NaN on any rank."""
@@ -1968,36 +2169,64 @@ class Zero(Holder):
                                f"{', '.join(unused)}")
 
     def _update(self, factor: float) -> None:
-        """Step the optimizer on some buckets at a time, so that gathering these overlaps with updating the next."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
+        """Step the optimizer, with its step hooks once around all of it."""
+        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
+        if any([bucket.split(self.optimizer) for bucket in idle]):
+            self._refill_groups()
+        hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
+        waves = [self.trained] if hooked else self._waves()
+        # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
+        fused = not hooked and factor != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
             b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
-        fused = fused and factor != 1.0
+        if hooked:
+            self._arm(waves[0], factor)
+        self.updating = True
+        try:
+            Optimizer.profile_hook_step(lambda _: self._step_waves(waves, factor, fused, hooked))(self.optimizer)
+        finally:
+            self.updating = False
+            for bucket in self.trained:
+                bucket.disarm()
+            if fused:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
+        self.optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
+
+    def _waves(self) -> list[list[Bucket]]:
+        """The buckets that are updated together, so that gathering these overlaps with updating the next."""
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
         casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
         in_waves = type(self.optimizer) in ELEMENTWISE and (
             self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
-        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
-        if any([bucket.split(self.optimizer) for bucket in idle]):
-            self._refill_groups()
-        try:
-            for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
-                for bucket in wave:
-                    bucket.arm(1.0 if fused else factor * bucket.predivide)
-                if fused:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
-                    self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
-                    self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
-                self.optimizer.step()
-                for bucket in wave:
-                    bucket.disarm()
-                    bucket.keep_state(self.optimizer)
-                    bucket.publish()
-        finally:
+        return [self.trained[start:start + size] for start in range(0, len(self.trained), size)]
+
+    def _arm(self, wave: list[Bucket], factor: float) -> None:
+        for bucket in wave:
+            bucket.arm(factor * bucket.predivide)
+
+    def _step_waves(self, waves: list[list[Bucket]], factor: float, fused: bool, armed: bool) -> None:
+        """Update and publish wave by wave, and wait until every rank has the new weights."""
+        step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
+        for wave in waves:
+            if not armed:
+                self._arm(wave, 1.0 if fused else factor)
             if fused:
-                del self.optimizer.grad_scale, self.optimizer.found_inf
+                self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
+                self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
+            step(self.optimizer)
+            for bucket in wave:
+                if not armed:
+                    bucket.disarm()
+                bucket.keep_state(self.optimizer)
+                bucket.publish()
         for bucket in self.trained:
             bucket.gather.wait()
+            # The update went around autograd: a graph from before it must not be used with the new weights.
+            torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
+            for slot in bucket.slots:
+                slot.version = slot.parameter._version
 
 
 # --- Building a model straight into shards ----------------------------------------------------------------------------
@@ -2286,6 +2515,10 @@ class GatheredParameters:
                 zero.hold(bucket.unit, self)
 
     def __exit__(self, error: Any, *rest: Any) -> None:
+        moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
+        if moved:
+            raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket kept "
+                               "its values; write into it (p.data.copy_()), with a modifier_rank")
         lost = self._keep_changes() if error is None else []
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
@@ -2340,6 +2573,9 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
         return None
     if zero.pending:
         zero.finish_backward()
+    if slot.used and slot.parameter.grad is None:
+        zero.drop(slot)
+    zero.reduce_late([bucket])
     if bucket.reduced:
         whole = bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer)
         return whole * (bucket.predivide / zero.divisor)
@@ -2512,6 +2748,7 @@ def scalars_of(zero: Zero) -> dict[str, dict]:
 
 def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
     """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
+    zero.check_model()
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
     for name, p in model.named_parameters():

@@ -684,7 +684,9 @@ def read_and_write(stage: int):
     engine.backward(engine(x).sum())
     for rank in range(dist.get_world_size()):
         (reference(torch.ones(1, 5) * (1 + rank)).sum() / dist.get_world_size()).backward()
-    assert torch.allclose(zero.safe_get_full_grad(p), q.grad) and p.grad is None
+    assert torch.allclose(zero.safe_get_full_grad(p), q.grad)
+    with pytest.raises(RuntimeError, match="norm of p.grad: the gradient of 0.weight is in its bucket"):
+        p.grad.norm()
     for bad in (None, torch.ones(2)):
         with pytest.raises(ValueError, match=r"allowed: a tensor of shape \(3, 5\)"):
             zero.safe_set_full_grad(p, bad)
