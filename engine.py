@@ -9,7 +9,7 @@
 
 One optimizer step, from the loss to the updated weights, with these phases in this order:
 
-    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd run; as it
+    backward(loss)   scale       multiply the loss by the loss scale (fp16), and let autograd run; as it
                                  finishes gradients, ``zero.py`` collects them in buckets and adds them up over ranks
     step()           count       a micro-batch that does not end its accumulation window: nothing more to do
                      clip        take the global norm, and scale the gradients down to ``gradient_clipping``

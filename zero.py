@@ -1417,6 +1417,7 @@ class ShardedParameter(nn.Parameter):
         kwargs, uses = kwargs or {}, []
         if func not in METADATA:
             name = getattr(func, "__name__", str(func))
+            name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
                     if not _is_held(tensor):
@@ -1905,7 +1906,7 @@ class Zero(Holder):
         """Autograd has finished a parameter's gradient."""
         bucket, slot = self.places[id(parameter)]
         if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
-            if slot.used and slot.late is None:  # grad was empty: zero_grad() since the last backward
+            if slot.used:  # grad was empty: zero_grad() since the last backward
                 self.drop(slot)
             self._take(bucket, slot, parameter.grad)
         if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
