@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import launch
 from conftest import ROOT
@@ -146,14 +148,47 @@ def test_a_hostfile_is_answered_with_what_to_run_on_each_machine(tmp_path):
         for rank, host in enumerate("ab")]
 
 
+def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
+    """The exit code and the report, where each rank had ``(exit code, seconds until it was seen, until its words)``."""
+    stderr = SimpleNamespace(paths={})
+    failures = {}
+    for rank, (code, seen, wrote) in enumerate(ranks):
+        stderr.paths[rank] = folder / f"{rank}.stderr"
+        stderr.paths[rank].write_text(f"words of {rank}\n")
+        os.utime(stderr.paths[rank], (1e9 + wrote, 1e9 + wrote))
+        if code:
+            failures[rank] = ProcessFailure(rank, 0, code, "")
+            failures[rank].timestamp = int(1e9 + seen)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = launch.tell_failure(ChildFailedError("train.py", failures), "train.py", stderr)
+    return code, err.getvalue()
+
+
+def test_the_report_is_about_the_rank_that_failed_first(tmp_path):
+    for ranks, told, code in (
+            ([(1, 9.9, 9.5), (-9, 40.1, 2)], "rank 0 with exit code 1", 1),       # rank 1 did not hear SIGTERM
+            ([(1, 40.1, 2), (1, 9.9, 9.5)], "rank 1 with exit code 1", 1),        # rank 0 ended itself, in silence
+            ([(1, 9.9, 9.5), (-15, 10.0, 2)], "rank 0 with exit code 1", 1),      # rank 1 was stopped by SIGTERM
+            ([(-15, 9.9, 9.5), (-9, 40.1, 2)], "rank 0 with signal SIGTERM", 143),  # from outside; rank 1 did not hear
+            ([(-9, 9.9, 2), (1, 10.0, 9.8)], "rank 0 with signal SIGKILL", 137),  # rank 1 failed because of that
+            ([(1, 10.1, 9.8), (7, 9.9, 9.5)], "rank 1 with exit code 7", 7)):
+        found, report = failed(tmp_path, *ranks)
+        rank = told.split()[1]
+        assert found == code and f"train.py failed on {told}\n" in report and report.endswith(f"words of {rank}\n"), \
+            (ranks, report)
+        assert ("hint: so Linux ends a process when memory runs out" in report) == (code == 137), ranks
+
+
 # --- Started for real -------------------------------------------------------------------------------------------------
 
 
 FAILS = """import fcntl, os, signal, sys, time, traceback
-print(os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[2:], flush=True)
-lock = open(sys.argv[1], "w")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to stop or not, each comes to its own end
+os.write(1, f"{os.environ['RANK']} {os.environ['WORLD_SIZE']} {sys.argv[2:]}\\n".encode())  # in one piece
+lock = open(sys.argv[1], "w")
 if os.environ["RANK"] == "1":
+    while not os.path.exists(sys.argv[1] + ".ready"):
+        time.sleep(0.01)
     fcntl.flock(lock, fcntl.LOCK_EX)
     open(sys.argv[1] + ".taken", "w")
     try:
@@ -161,8 +196,9 @@ if os.environ["RANK"] == "1":
     except KeyError:
         traceback.print_exc()
         sys.exit(7)
+open(sys.argv[1] + ".ready", "w")
 while not os.path.exists(sys.argv[1] + ".taken"):
-    pass
+    time.sleep(0.01)
 fcntl.flock(lock, fcntl.LOCK_EX)  # free as soon as rank 1 has ended
 time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real process takes longer to end
 raise RuntimeError("a consequence")
