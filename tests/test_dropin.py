@@ -602,5 +602,5 @@ def test_a_refused_call_gives_model_and_optimizer_back_as_they_were(alone):
 def test_mistakes_are_refused_on_every_rank_and_leave_nothing_behind(run_ranks, pytestconfig, tmp_path, ranks):
     mistakes = draw_mistakes(ranks, 150 if pytestconfig.getoption("--long") else 30)
     mistakes = [mistake._replace(one_rank=mistake.one_rank and ranks == 2) for mistake in mistakes]
-    for rank, wrong in enumerate(run_ranks(make_mistakes, ranks, mistakes, str(tmp_path), timeout=300)):
+    for rank, wrong in enumerate(run_ranks(make_mistakes, ranks, mistakes, str(tmp_path))):
         assert not wrong, f"rank {rank} of {ranks}:\n" + "\n".join(wrong)

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import launch
-from conftest import ROOT
+from conftest import DEADLINE, ROOT, free_port
 from test_train_gpt import SMALL, losses, run_script
 
 STEP_LOSS = re.compile(r"step +(\d+)/\d+  loss (\d+\.\d+)")
@@ -233,15 +232,13 @@ def start(arguments: list[str], **variables: str) -> subprocess.Popen:
 class Launches:
     """Launchers that run side by side, as each takes a while; each test collects its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.running = folder, []
         for name, text in ("fails", FAILS), ("killed", KILLED), ("dies", DIES):
             (folder / f"{name}.py").write_text(text)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As long as a busy machine may take to bring the second launcher after the first, or to see that it is alive.
         elastic = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf",
-                   "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"]
+                   "last_call_timeout=15"]
         self.machines = [self._start(
             [*elastic, "--node_rank", node, str(folder / "dies.py"), *TRAINING,
              f"--save_dir={folder / 'runs'}", "--save_every=5", "--resume"],
@@ -260,29 +257,30 @@ class Launches:
         for launcher in self.running:
             launcher.terminate()  # and with it its processes
         for launcher in self.running:
-            launcher.communicate(timeout=60)
+            launcher.communicate(timeout=DEADLINE)
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    launches = Launches(tmp_path_factory.mktemp("launches"))
-    yield launches
-    launches.stop()
+    with free_port() as port:
+        launches = Launches(tmp_path_factory.mktemp("launches"), port)
+        yield launches
+        launches.stop()
 
 
 def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(launches):
     """Rank 0 of the failing script fails because rank 1 did, as soon as that has ended."""
-    out, err = launches.failing.communicate(timeout=150)
+    out, err = launches.failing.communicate(timeout=DEADLINE)
     assert launches.failing.returncode == 7, err
     assert sorted(out.splitlines()) == [f"{rank} 2 ['--x', '1']" for rank in (0, 1)]
     streamed, _, last = err.partition(
         f"launch.py: error: {launches.folder / 'fails.py'} failed on rank 1 with exit code 7\n")
     assert last.startswith("Traceback (most recent call last):\n") and last.endswith("\nKeyError: 'the cause'\n"), err
     assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
-    out, err = launches.killed.communicate(timeout=150)
+    out, err = launches.killed.communicate(timeout=DEADLINE)
     assert launches.killed.returncode == 137, err
     assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
-    out, err = launches.example.communicate(timeout=150)
+    out, err = launches.example.communicate(timeout=DEADLINE)
     assert launches.example.returncode == 0, err
     assert out.splitlines()[0] == RATE and len(out.splitlines()) == 3
 
@@ -290,7 +288,7 @@ def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launcher
 def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone(launches, run_ranks):
     """Two launchers of one process each, as two machines. One process is killed after step 7, its machine after 17."""
     together, _ = run_ranks(run_script, 2, TRAINING)
-    (out, err), (other_out, _) = [machine.communicate(timeout=150) for machine in launches.machines]
+    (out, err), (other_out, _) = [machine.communicate(timeout=DEADLINE) for machine in launches.machines]
     assert [machine.returncode for machine in launches.machines] == [0, -9], err
     whole = dict(STEP_LOSS.findall(together))
     printed = STEP_LOSS.findall(other_out + out)  # by rank 0 of each start: on machine 0 or 1, but the last on 0
@@ -306,7 +304,7 @@ def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request)
     if not request.config.getoption("--long"):
         pytest.skip("six restarts take a minute or two; --long runs it")
     common = [*TRAINING, "--steps=3000", "--report=100"]
-    (together, _), moments = run_ranks(run_script, 2, common, timeout=300), random.Random(0)
+    (together, _), moments = run_ranks(run_script, 2, common, timeout=DEADLINE), random.Random(0)
     launcher = start(["--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
                       f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
     for _ in range(6):
@@ -315,7 +313,7 @@ def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request)
         if processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(moments.choice(processes)), signal.SIGKILL)
-    out, err = launcher.communicate(timeout=300)
+    out, err = launcher.communicate(timeout=DEADLINE)
     assert launcher.returncode == 0 and "restart 2 of at most 6" in err, err
     whole, resumed = dict(STEP_LOSS.findall(together)), STEP_LOSS.findall(out)
     assert resumed[-1][0] == "3000" and all(whole[step] == loss for step, loss in resumed), (resumed, whole)

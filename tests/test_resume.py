@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 import engine as deepspeed
 import zero
-from conftest import ROOT
+from conftest import DEADLINE, ROOT
 from engine import ConfigError
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -538,7 +538,7 @@ def test_killed_at_any_moment_of_a_save_the_last_complete_checkpoint_loads(run_r
         assert saver.stdout.readline() == "ready\n"
         saver.stdin.write("go\n")
         saver.stdin.flush()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE
         while not (folder / "latest").exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)
