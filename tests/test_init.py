@@ -18,7 +18,6 @@ import engine as deepspeed
 import zero
 from conftest import memory
 
-ROOT = Path(zero.__file__).parent
 WIDTH = 12
 
 

@@ -22,7 +22,6 @@ import engine as deepspeed
 import zero
 from conftest import memory
 
-ROOT = Path(zero.__file__).parent
 WIDTH, ROWS = 8, 3
 
 
@@ -274,7 +273,7 @@ def limited(device: str, folder: str) -> str:
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": folder}}})
-    # What the process may have beside files, from here on: its gradients (96 MiB) and some buffers, but no Adam (192 more).
+    # From here on it may have, beside files: its gradients (96 MiB) and some buffers, but no Adam (192 more).
     resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + 270 * 2**20, -1))
     try:
         for _ in range(3):
