@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(Path(__file__).parent)]
 
 MAX_RANKS = 4
 # Deadlines are for what hangs, not for what is slow: a test must also pass on a machine that is busy with other things.
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # a lost rank shows as an error, not as a hang
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a lost rank shows as an error, not as a hang
 DEADLINE = 600.0  # seconds, of whatever a test starts and waits for
 
 

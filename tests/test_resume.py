@@ -343,21 +343,24 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(run_ranks, tmp_path
 
 
 class Bad:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, (str(Path(tempfile.gettempdir()) / "ran-code"),)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_a_pickle_that_would_run_code_is_refused(run_ranks, tmp_path):
     run_ranks(save_two, 2, str(tmp_path))
     meta = json.loads((tmp_path / "good" / "meta.json").read_text())
-    evil = pickle.dumps(Bad())
+    evil = pickle.dumps(Bad(tmp_path / "ran-code"))
     (tmp_path / "good" / "state.pt").write_bytes(evil)
     meta["content"]["files"]["state.pt"] = {"size": len(evil), "checksum": zlib.crc32(evil)}
     meta["checksum"] = zlib.crc32(json.dumps(meta["content"], sort_keys=True).encode())
     (tmp_path / "good" / "meta.json").write_text(json.dumps(meta))
     for told, _ in run_ranks(load_damaged, 2, str(tmp_path), 1):
         assert "state.pt" in told and "weights_only" in told.lower() or "unsafe" in told.lower()
-    assert not (Path(tempfile.gettempdir()) / "ran-code").exists()
+    assert not (tmp_path / "ran-code").exists()
 
 
 def other_model(folder: str):
