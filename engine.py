@@ -356,7 +356,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     ``initialize()`` does the same where it is needed; a group that was started here, ``destroy()`` leaves alone.
 
     dist_backend        what PyTorch calls its backends; default: nccl on a GPU, else gloo
-    auto_mpi_discovery  no effect: a process that mpirun started is refused, as it would train alone. Use torchrun
+    auto_mpi_discovery  no effect: processes of mpirun or srun are refused, as each would train alone. Use torchrun
     distributed_port    the port of the process group when MASTER_PORT is not set
     verbose             whether to log what was started
     timeout             how long a collective may take before all ranks raise; default: PyTorch's (Gloo 30 minutes,

@@ -223,6 +223,12 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# The variable in which each process finds how many there are, by what starts them. Under Slurm it is that of the job's
+# step: a batch script, or an interactive shell of one task, is alone whatever the job has asked for.
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
+            "PMI_SIZE": "mpirun (Intel MPI, MPICH)", "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH)"}
+
+
 def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None,
                         backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Start the default process group unless there is one; True when it was started here.
@@ -239,9 +245,11 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-            raise ValueError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
-                             "train alone. Start the script with torchrun")
+        for name, starter in STARTERS.items():
+            if os.environ.get(name, "1") not in ("", "1"):
+                raise ValueError(f"this process is one of {os.environ[name]} that were started by {starter}, which "
+                                 f"does not set RANK and WORLD_SIZE; it would train alone. Start the script with "
+                                 f"torchrun or launch.py; if it is to train alone, unset {name}")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
