@@ -56,7 +56,7 @@ import time
 import weakref
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
@@ -593,6 +593,7 @@ class Slot:
     shape: torch.Size
     stride: tuple[int, ...]
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
+    piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
     late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
@@ -649,19 +650,6 @@ class TakenGradient(Tensor):
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-@dataclass
-class Segment:
-    """A stretch [start, end) of a bucket that the optimizer knows as one parameter, a view of the master.
-
-    One segment covers all that this rank updates, until a parameter has no gradient on any rank: an optimizer skips
-    such a parameter (no decay, no momentum, its step count stays), so the segment is split into one per parameter.
-    """
-    start: int
-    end: int
-    parameter: nn.Parameter
-    slot: Slot | None = None  # the parameter it belongs to; None: the whole stretch
-
-
 class Bucket:
     """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
 
@@ -678,18 +666,16 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
                  communicator: Communicator, device: torch.device, all_reduces: bool = False, predivide: float = 1.0,
-                 host: Host | None = None, shard_host: Host | None = None):
+                 host: Host | None = None, shard_host: Host | None = None, numel: int | None = None):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
         self.device = device
         self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
         self.host, self.shard_host = host, shard_host
         ranks = communicator.world_size
-        self.numel = _round_up(slots[-1].end, ALIGN * ranks)
+        self.numel = numel or _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
-        self.segments: list[Segment] = []
-        self.is_split = False     # each segment is (a part of) one parameter
         self.grad: Tensor | None = None
         self.grad_shard: Tensor | None = None
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
@@ -934,46 +920,39 @@ class Bucket:
 
     # The optimizer's view.
 
-    def hand_over(self, optimizer: Optimizer, elementwise: bool) -> None:
-        """Take the state that the optimizer has for the parameters; give it segments of the master instead."""
-        self.segments = [Segment(*self.own, nn.Parameter(self.master))]
-        old = [optimizer.state.pop(slot.parameter, {}) for slot in self.slots]
-        if not elementwise:
-            self.split(optimizer)
-            for segment, state in zip(self.segments, old, strict=True):
-                segment.parameter.data = segment.slot.view(self.master)
-                if state:
-                    optimizer.state[segment.parameter] = state
-            return
-        if not any(old):
-            return
-        counts = [{k: float(v) for k, v in state.items() if not _is_like(k, v, slot.shape)}
-                  for slot, state in zip(self.slots, old)]
-        if any(c != counts[0] for c in counts):  # step counts differ: one segment can't have several
-            self.split(optimizer)
-        for segment in self.segments:
-            members = [segment.slot] if segment.slot else self.slots
-            optimizer.state[segment.parameter] = self._flat_state(members, old, segment)
+    def hand_over(self, optimizer: Optimizer, whole: bool) -> None:
+        """Give the optimizer, in the parameters' place, this rank's pieces of them, with the state that it has.
 
-    def _flat_state(self, members: list[Slot], old: list[dict], segment: Segment) -> dict[str, Any]:
-        """The optimizer state of ``segment``, cut out of the state that ``members`` had in their own shapes."""
-        state: dict[str, Any] = {}
-        for slot in members:
-            for key, value in old[self.slots.index(slot)].items():
-                if not _is_like(key, value, slot.shape):
-                    state[key] = value
-                    continue
-                full = torch.zeros(self.numel, dtype=value.dtype, device=value.device)
-                slot.view(full).copy_(value)
-                part = full[segment.start:segment.end].to(self.master.device)
-                state[key] = state[key] + part if key in state else part.clone()
-        return state
+        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter of which this
+        rank has nothing has none; one of no elements has an empty one, as in plain PyTorch.
+        """
+        for slot in self.slots:
+            state, part = optimizer.state.pop(slot.parameter, {}), self.own_part(self.master, slot)
+            if not part.numel() and slot.shape.numel():
+                continue
+            slot.piece = nn.Parameter(self.shaped(slot, part) if whole else part)
+            if state:
+                optimizer.state[slot.piece] = {
+                    key: self.own_values(slot, value) if _is_like(key, value, slot.shape) else value
+                    for key, value in state.items()}
+
+    def shaped(self, slot: Slot, part: Tensor) -> Tensor:
+        """This rank's part of a parameter, 1-D as it lies in memory, in the shape of the piece."""
+        return slot.view(part, slot.offset) if part.numel() == slot.shape.numel() else part
+
+    def own_values(self, slot: Slot, value: Tensor) -> Tensor:
+        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
+        flat = torch.empty(slot.end - slot.offset, dtype=value.dtype, device=value.device)
+        slot.view(flat, slot.offset).copy_(value)
+        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
+        part = flat[low - slot.offset:high - slot.offset].to(self.master.device, copy=True)
+        return part if slot.piece.shape == part.shape else self.shaped(slot, part)
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
         moved = False
-        for segment in self.segments if self.host is not None else ():
-            state = optimizer.state.get(segment.parameter, {})
+        for slot in self.slots if self.host is not None else ():
+            state = optimizer.state.get(slot.piece, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = self.host.keep(value)
@@ -982,44 +961,28 @@ class Bucket:
             del value
             _return_free_memory()
 
-    def split(self, optimizer: Optimizer) -> bool:
-        """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
-
-        False if that was done before.
-        """
-        if self.is_split:
-            return False
-        self.is_split, whole = True, self.segments[0]
-        state, self.segments = optimizer.state.pop(whole.parameter, {}), []
-        for slot in self.slots:
-            start, end = max(slot.offset, whole.start), min(slot.end, whole.end)
-            if start >= end and slot.shape.numel():
-                continue
-            start = min(max(start, whole.start), whole.end)
-            cut = slice(start - whole.start, max(start, end) - whole.start)
-            segment = Segment(start, max(start, end), nn.Parameter(self.master[cut]), slot)
-            if state:
-                optimizer.state[segment.parameter] = {
-                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else _copied(value)
-                    for key, value in state.items()}
-            self.segments.append(segment)
-        return True
+    @property
+    def pieces(self) -> list[nn.Parameter]:
+        """What the optimizer updates here."""
+        return [slot.piece for slot in self.slots if slot.piece is not None]
 
     def arm(self, factor: float) -> None:
-        """Give the segments the gradients, times ``factor``, of those parameters that have one on any rank."""
+        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
+
+        An optimizer skips a piece without (no decay, no momentum, its step count stays).
+        """
         if factor != 1.0:
             self.grad_shard.mul_(factor)
-        for segment in self.segments:
-            if segment.slot is None or segment.slot.used:
-                gradient = self.grad_shard[segment.start - self.own[0]:segment.end - self.own[0]]
-                same = gradient.shape == segment.parameter.shape
-                gradient = gradient if same else segment.slot.view(gradient, segment.start)
-                segment.parameter.grad = gradient.to(segment.parameter.dtype)
+        for slot in self.slots:
+            if slot.used and slot.piece is not None:
+                part = self.own_part(self.grad_shard, slot)
+                part = part if part.shape == slot.piece.shape else self.shaped(slot, part)
+                slot.piece.grad = part.to(slot.piece.dtype)
 
     def disarm(self) -> None:
-        """Take the gradients back, so that the optimizer's next step skips these segments."""
-        for segment in self.segments:
-            segment.parameter.grad = None
+        """Take the gradients back, so that the optimizer's next step skips these pieces."""
+        for piece in self.pieces:
+            piece.grad = None
 
     # Parameters: from the masters back to what the model computes with.
 
@@ -1120,15 +1083,17 @@ class Plan(NamedTuple):
     trained: bool         # in one, and not frozen
     dtypes: Dtypes
     slots: list[Slot]
+    numel: int | None = None  # elements of the bucket; None: as many as the slots need
 
 
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
-                 owners: "Mapping[int, Unit]") -> list[Plan]:
+                 owners: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
     """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
 
     groups   the param group of each parameter that is in one, by its id
     owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    whole    the groups whose parameters must not be cut into the shards of ``ranks``; see lay_out_whole
     """
     named = list(model.named_parameters())[::-1]
     size = bucket_size(config, sum(p.numel() for _, p in named), device)
@@ -1144,7 +1109,28 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
         slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
         if unit is None and slots[-1].end >= size:
             plans.append(Plan(*key, open_slots.pop(key)))
-    return plans + [Plan(*key, slots) for key, slots in open_slots.items()]
+    plans += [Plan(*key, slots) for key, slots in open_slots.items()]
+    return [plan._replace(numel=lay_out_whole(plan.slots, ranks, first=index)) if plan.group in whole else plan
+            for index, plan in enumerate(plans)]
+
+
+def lay_out_whole(slots: list[Slot], ranks: int, first: int) -> int:
+    """Move parameters within their bucket so that each lies in one rank's shard; returns the bucket's elements.
+
+    The largest comes first, to the rank ``first``, each other to the rank with the least. All shards are as large as
+    the fullest one: the others' ends are padding, most where a bucket has few large parameters for many ranks.
+    """
+    loads, owners = [0] * ranks, {}
+    for slot in sorted(slots, key=lambda slot: slot.offset - slot.end):
+        owners[slot] = loads.index(min(loads))
+        loads[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    size, ends = max(ALIGN, *loads), [(rank + first) % ranks * max(ALIGN, *loads) for rank in range(ranks)]
+    for slot in slots:
+        slot.offset = ends[owners[slot]]
+        slot.end = slot.offset + slot.shape.numel()
+        ends[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    slots.sort(key=lambda slot: (slot.offset, slot.end))
+    return size * ranks
 
 
 def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
@@ -1548,7 +1534,7 @@ class Zero(Holder):
         self.communicator = Communicator(device, debug, timeout)
         if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
-        self.elementwise = self._check_optimizer(allow_untested)
+        self.whole = self._groups_of_whole_parameters(allow_untested)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
@@ -1580,22 +1566,16 @@ class Zero(Holder):
         self._register_hooks()
         _LIVE.add(self)
 
-    def _check_optimizer(self, allow_untested: bool) -> bool:
-        """Whether the optimizer treats every element alike, so that it can work on pieces; refuse it if it must."""
-        kind = type(self.optimizer)
-        if self.optimizer is None or kind in ELEMENTWISE:
-            return True
-        if self.config.stage == 0:
-            return False
-        if kind in vars(torch.optim).values():
-            raise ValueError(f"{kind.__name__} looks at whole parameters, of which a rank holds only pieces at stage "
-                             f"{self.config.stage}; allowed: stage 0, or one of "
-                             f"{', '.join(sorted(k.__name__ for k in ELEMENTWISE))}")
-        if not allow_untested:
-            raise ValueError(f"{kind.__name__} is not known to treat every element alike, as sharding needs at stage "
-                             f"{self.config.stage}; if it does, set zero_allow_untested_optimizer to true; else use "
-                             f"stage 0")
-        return True
+    def _groups_of_whole_parameters(self, allow_untested: bool) -> set[int]:
+        """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
+
+        An optimizer class says so of a group by ``is_elementwise(group)``; what is not known to treat every element
+        alike counts as one that does not.
+        """
+        if self.optimizer is None or type(self.optimizer) in ELEMENTWISE or allow_untested and self.config.stage:
+            return set()
+        rule = getattr(self.optimizer, "is_elementwise", lambda group: False)
+        return {index for index, group in enumerate(self.optimizer.param_groups) if not rule(group)}
 
     # Setting up.
 
@@ -1659,12 +1639,13 @@ class Zero(Holder):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
         self.buckets: list[Bucket] = []
-        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners)
-        for unit, group, trained, kinds, slots in plans:
+        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners, self.whole,
+                             self.communicator.world_size if self.sharded.optimizer else 1)
+        for unit, group, trained, kinds, slots, numel in plans:
             bucket = Bucket(
                 slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
                 self.device, not self.config.reduce_scatter, self._predivide(kinds),
-                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host)
+                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host, numel)
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
@@ -1685,18 +1666,18 @@ class Zero(Holder):
     def _hand_over(self, buckets: list[Bucket]) -> None:
         """From now on the optimizer updates these buckets' masters."""
         for bucket in buckets:
-            bucket.hand_over(self.optimizer, self.elementwise)
+            bucket.hand_over(self.optimizer, bucket.group in self.whole)
             bucket.keep_state(self.optimizer)
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for group, params in zip(self.optimizer.param_groups, self._segments_by_group()):
+        for group, params in zip(self.optimizer.param_groups, self._pieces_by_group()):
             group["params"] = params
 
-    def _segments_by_group(self) -> list[list[nn.Parameter]]:
+    def _pieces_by_group(self) -> list[list[nn.Parameter]]:
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for bucket in self.trained:
-            groups[bucket.group] += [segment.parameter for segment in bucket.segments]
+            groups[bucket.group] += bucket.pieces
         return groups
 
     def _take_over(self, optimizer: Optimizer) -> None:
@@ -2091,12 +2072,10 @@ class Zero(Holder):
                             f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), "
                             "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
                             "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
-                for segment in bucket.segments:
-                    if not _same_memory(segment.parameter, bucket.master):
-                        raise RuntimeError(
-                            f"the optimizer's parameter for {(segment.slot or bucket.slots[-1]).name} was given other "
-                            "memory (p.data = ...); write into it (p.data.copy_()) instead")
-        for index, params in enumerate(self._segments_by_group() if self.optimizer else ()):
+                    if slot.piece is not None and not _same_memory(slot.piece, bucket.master):
+                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
+                                           "...); write into it (p.data.copy_()) instead")
+        for index, params in enumerate(self._pieces_by_group() if self.optimizer else ()):
             given = self.optimizer.param_groups[index]["params"]
             if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
                 raise RuntimeError(f"the params of the optimizer's param group {index} were changed after "
@@ -2179,9 +2158,6 @@ class Zero(Holder):
 
     def _update(self, factor: float) -> None:
         """Step the optimizer, with its step hooks once around all of it."""
-        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
-        if any([bucket.split(self.optimizer) for bucket in idle]):
-            self._refill_groups()
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
         waves = [self.trained] if hooked else self._waves()
@@ -2205,7 +2181,8 @@ class Zero(Holder):
         """The buckets that are updated together, so that gathering these overlaps with updating the next."""
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
         casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
-        in_waves = type(self.optimizer) in ELEMENTWISE and (
+        known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
+        in_waves = known and (
             self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
@@ -2615,42 +2592,40 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
 
     Raises ValueError where the optimizer keeps no such state, or keeps none before the first update.
     """
-    bucket, slot, segment, value, scalar = _state_of(parameter, key)
+    bucket, slot, value, scalar = _state_of(parameter, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
-    if value is not None and value.dim() != 1:  # of an optimizer that is given whole parameters, at stage 0
-        return value.clone()
-    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device) if value is None else value
-    return bucket.collect(slot, part, segment.start if segment else 0, not bucket.sharded.optimizer)
+    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device)
+    if value is not None:
+        part = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+    return bucket.collect(slot, part, max(slot.offset, bucket.own[0]), not bucket.sharded.optimizer)
 
 
 @torch.no_grad()
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
-    bucket, slot, segment, state, scalar = _state_of(parameter, key)
+    bucket, slot, state, scalar = _state_of(parameter, key)
     _check_shape(slot, value)
     if scalar is not None:
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
                          "with a value per element")
-    if state is not None and state.dim() == 1:
-        bucket.scatter(slot, value, state, segment.start)
-    elif state is not None:
-        state.copy_(value)
+    if state is not None:
+        state.copy_(bucket.own_values(slot, value))
 
 
-def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
-    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, scalar state.
+def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Tensor | None, Any]:
+    """A parameter's bucket and slot, this rank's optimizer state of its elements, and state that is one number.
 
     All ranks compare notes, since a rank may hold no part of the parameter.
     """
     zero, bucket, slot = _find(parameter)
     if not bucket.trained:
         raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
-    segment = next((s for s in bucket.segments if s.slot in (None, slot) and s.start < s.end), None)
-    state = zero.optimizer.state.get(segment.parameter, {}) if segment else {}
+    has_piece = slot.piece is not None
+    state = zero.optimizer.state.get(slot.piece, {})
     value = state.get(key)
-    per_element = _is_like(key, value, segment.parameter.shape) if segment else False
-    report = (sorted(state), None if per_element else value) if segment else None
+    per_element = has_piece and _is_like(key, value, slot.piece.shape)
+    report = (sorted(state), None if per_element else value) if has_piece else None
     reports = [report]
     if zero.communicator.world_size > 1 and bucket.sharded.optimizer:
         reports = [None] * zero.communicator.world_size
@@ -2659,7 +2634,7 @@ def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment 
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
                          f"{', '.join(keys) or 'none before an update'})")
-    return bucket, slot, segment, value if per_element else None, scalar
+    return bucket, slot, value if per_element else None, scalar
 
 
 def _check_shape(slot: Slot, value: Any) -> None:
@@ -2724,34 +2699,33 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
-        for segment in bucket.segments:
-            for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
+        for slot in bucket.slots:
+            for key, value in zero.optimizer.state.get(slot.piece, {}).items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
                     continue  # see scalars_of
-                if _is_like(key, value, segment.parameter.shape) and value.dim() == 1:
-                    for slot in [segment.slot] if segment.slot else bucket.slots:
-                        yield from _cut(slot, key, value, segment.start, mine)
-                elif zero.communicator.rank == 0:  # in a shape of its own; the leading 1 tells it from a stretch
-                    yield segment.slot.name, key, 0, value.view(1, *value.shape)
+                if _is_like(key, value, slot.piece.shape):
+                    flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+                    yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
+                elif bucket.sharded.optimizer or zero.communicator.rank == 0:
+                    yield slot.name, key, 0, value.view(1, *value.shape)  # the leading 1 tells it from a stretch
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high:
-        yield slot.name, key, low - slot.offset, held[low - start:high - start]
+    if low < high or slot.offset == slot.end and mine[0] == 0:  # of one without elements, rank 0 saves that it is there
+        yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
 def scalars_of(zero: Zero) -> dict[str, dict]:
     """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
     found: dict[str, dict] = {}
     for bucket in zero.trained:
-        for segment in bucket.segments:
-            state = zero.optimizer.state.get(segment.parameter, {})
-            numbers = {key: float(value) for key, value in state.items()
-                       if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
-            for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
-                found[slot.name] = numbers
+        for slot in bucket.slots:
+            state = zero.optimizer.state.get(slot.piece, {})
+            if state:
+                found[slot.name] = {key: float(value) for key, value in state.items()
+                                    if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
     return found
 
 
@@ -2917,32 +2891,25 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
 
 
 def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
-    """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
-    scalars, state = reader.meta["scalars"], zero.optimizer.state
-    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name))
-                 for slot in bucket.slots if slot.shape.numel()]
-    if any(history != histories[0] for history in histories):
-        bucket.split(zero.optimizer)
-    for segment in bucket.segments:
-        before = state.pop(segment.parameter, {})
-        members = [slot for slot in ([segment.slot] if segment.slot else bucket.slots) if slot.shape.numel()]
-        first = next((slot for slot in members if slot.name in scalars), None)
-        if first is None:
-            continue  # never updated, or without elements: the optimizer begins anew
-        group = zero.optimizer.param_groups[bucket.group]
-        place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
-        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[first.name].items()}
-        for key in reader.keys(first.name):
-            if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
-                entry[key] = reader.whole(first.name, key).to(bucket.master.device)
+    """The optimizer state of a bucket; of a parameter that was never updated, the optimizer begins anew."""
+    scalars, state, group = reader.meta["scalars"], zero.optimizer.state, zero.optimizer.param_groups[bucket.group]
+    place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+    for slot in bucket.slots:
+        before = state.pop(slot.piece, {})
+        if slot.piece is None or slot.name not in scalars:
+            continue
+        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[slot.name].items()}
+        for key in reader.keys(slot.name):
+            piece = reader.pieces[slot.name, key][0]
+            if piece.shape is not None:
+                entry[key] = reader.whole(slot.name, key).to(bucket.master.device)
                 continue
-            dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
-            fits = key in before and before[key].shape == segment.parameter.shape and before[key].dtype == dtype
-            entry[key] = before[key] if fits else torch.zeros(
-                segment.end - segment.start, dtype=dtype, device=bucket.master.device)
-            for slot in members:
-                _read_slot(reader, slot, key, entry[key], segment.start)
-        state[segment.parameter] = entry
+            dtype = getattr(torch, piece.dtype)
+            fits = key in before and before[key].shape == slot.piece.shape and before[key].dtype == dtype
+            entry[key] = before[key] if fits else torch.zeros_like(slot.piece, dtype=dtype, requires_grad=False)
+            flat = entry[key].as_strided((entry[key].numel(),), (1,))
+            _read_slot(reader, slot, key, flat, max(slot.offset, bucket.own[0]))
+        state[slot.piece] = entry
     bucket.keep_state(zero.optimizer)
 
 
@@ -3100,7 +3067,7 @@ def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
                 found[category, place] += storage.nbytes()
 
     for bucket in zero.buckets:
-        entries = [zero.optimizer.state.get(segment.parameter, {}) for segment in bucket.segments]
+        entries = [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
         state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
         add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
         add("masters", bucket.host, [bucket.master])

@@ -81,8 +81,8 @@ def check_places(state: zero.Zero, offload: dict) -> None:
     """What the config sends to files is in files."""
     for bucket in state.buckets:
         if offload.get("offload_optimizer", {}).get("device") == "nvme" and bucket.host is not None:
-            kept = [bucket.master] + [value for segment in bucket.segments
-                                      for value in state.optimizer.state[segment.parameter].values()
+            kept = [bucket.master] + [value for piece in bucket.pieces
+                                      for value in state.optimizer.state[piece].values()
                                       if isinstance(value, torch.Tensor) and value.dim() and value.numel()]
             assert all(t.untyped_storage().filename for t in kept), f"{bucket.slots[0].name}: state is in memory"
         if offload.get("offload_param", {}).get("device") == "nvme" and bucket.unit is not None:
