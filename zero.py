@@ -57,7 +57,7 @@ import weakref
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
@@ -598,6 +598,7 @@ class Slot:
     filled: bool = False  # its place in the gradient buffer holds something
     late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
     version: int = 0      # the parameter's, when master and shard were known to hold its values
+    node: Any = None      # of autograd's graphs: adds up its gradient. None while it is frozen
 
     @property
     def is_contiguous(self) -> bool:
@@ -682,9 +683,8 @@ class Bucket:
         self.landing: Tensor | None = None  # where its sum will be
         self.reduced = False      # grad_shard holds a sum of this window
         self.fired: set[Slot] = set()  # slots that have had a gradient in this backward
-        self.awaited = set(slots)  # slots that had one in an earlier backward; at first, all
-        self.ran = False  # a backward has gone through
-        self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.found: set[Slot] = set()  # those that its graph has a place for
+        self.hidden = set(slots)  # those that had one in the last backward beside them; at first, all
         self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
@@ -804,6 +804,11 @@ class Bucket:
         elif self.reduced and _same_memory(self.grad, self.grad_shard):
             self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
 
+    def look_ahead(self) -> None:
+        """Within a backward, see which gradients it will bring."""
+        self.found = {slot for slot in self.slots
+                      if slot.node is not None and torch._C._will_engine_execute_node(slot.node)}
+
     @property
     def late(self) -> bool:
         """Whether a gradient came after this backward's launch."""
@@ -811,8 +816,12 @@ class Bucket:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter that can have a gradient in this backward has had it."""
-        return len(self.fired) >= self.expected
+        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
+
+        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
+        came last time is waited for, where no unit's end tells that it is over.
+        """
+        return self.fired >= (self.found if self.unit else self.found | self.hidden)
 
     def launch(self) -> None:
         """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
@@ -872,12 +881,10 @@ class Bucket:
         self.grad = None
 
     def end_backward(self, ran: bool = False) -> None:
-        """Be ready for the next backward of the window. A parameter that never had a gradient is not waited for."""
-        if self.fired or ran:
-            self.awaited = self.fired | self.awaited if self.ran else self.fired
-            self.ran = True
+        """Be ready for the next backward of the window; ``ran``: there was one."""
+        if ran:
+            self.hidden = self.fired - self.found
         self.fired, self.queued, self.launched = set(), False, False
-        self.expected = sum(slot.parameter.requires_grad for slot in self.awaited)
 
     def reduce_late(self) -> None:
         """Reduce the gradients that came after this backward's launch; every rank must call it."""
@@ -1002,30 +1009,49 @@ class Bucket:
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
-        # The same storage object as before, so that the views which autograd saved in forward see the weights again.
-        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        for slot in self.slots:
+            if slot.parameter._version != slot.version:
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3), "
+                                   "and that is lost; write inside forward, or inside zero.GatheredParameters")
+        # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
+        if not self.has_memory:
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory; each rank keeps its shard."""
+        """Release the whole parameters' memory, but not from under a view of somebody else's; each rank keeps its shard.
+
+        What autograd saves is no such view, see _pack.
+        """
         self.gather.wait()
+        for slot in self.slots:
+            slot.version = slot.parameter._version
+        if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
+            return  # with _free_unused it is tried again
         try:
             self.flat.untyped_storage().resize_(0)
-        except RuntimeError:  # a numpy array shares the memory, and keeps it; the parameters get another
+        except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
             self.flat = torch.empty_like(self.flat)
-            for slot in self.slots:
-                slot.parameter.data = slot.view(self.flat)
+            with torch._C.DisableTorchFunctionSubclass():
+                for slot in self.slots:
+                    slot.parameter.data = slot.view(self.flat)
             self.flat.untyped_storage().resize_(0)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the whole parameters take memory."""
+        return self.flat.untyped_storage().nbytes() > 0
 
     def keep_writes(self) -> None:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not seen, as PyTorch doesn't count it.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are beside it.
         """
         versions = [slot.parameter._version for slot in self.slots]
-        if versions != [slot.version for slot in self.slots]:
+        beside = self.unit is not None and self.held.device == self.flat.device
+        if beside or versions != [slot.version for slot in self.slots]:
             self.keep_changes()
             for slot, version in zip(self.slots, versions):
                 slot.version = version
@@ -1036,8 +1062,10 @@ class Bucket:
         if held is None or _same_memory(held, self.flat):
             return
         new = self.flat[self.own[0]:self.own[1]].to(held.device)
-        changed = new != held.to(new.dtype)  # elsewhere the master keeps its finer value
-        held.copy_(torch.where(changed, new.to(held.dtype), held))
+        old = held.to(new.dtype)
+        if held.device.type == "cpu" and torch.equal(new, old):  # on a GPU, asking would wait for it
+            return
+        held.copy_(torch.where(new != old, new.to(held.dtype), held))  # elsewhere the master keeps its finer value
         if self.shard is not None and self.shard is not held:
             self.shard.copy_(new)
 
@@ -1364,11 +1392,13 @@ class Trace:
 class Holder:
     """What has parameters in shards: an engine's ``Zero``, or ``Init`` until an engine takes its model over.
 
-    places   the bucket and the slot of each parameter, by its id
+    places     the bucket and the slot of each parameter, by its id
+    storages   the bucket of each memory that whole parameters are gathered into, by its address
     """
 
     communicator: Communicator
     places: dict[int, tuple[Bucket, Slot]]
+    storages: Mapping[int, Bucket] = {}
 
     def hold(self, unit: Unit, user: Any) -> None:
         """Have the unit's parameters whole until ``user`` lets go of it."""
@@ -1402,8 +1432,9 @@ class ShardedParameter(nn.Parameter):
     """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
 
     Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
-    the model's own unit from then on (a parent that uses a child's weight without calling the child); under ``Init``
-    they are gathered for the one operation. Elsewhere it is an error.
+    the model's own unit from then on (a parent that uses a child's weight without calling the child); within a backward
+    pass, until it ends; in another method of a module, and under ``Init``, for the one operation. Elsewhere it is an
+    error.
     """
 
     @classmethod
@@ -1421,7 +1452,7 @@ class ShardedParameter(nn.Parameter):
                     holder, _, slot = _find(tensor)
                     uses.append((holder, slot, holder.begin_use(slot, name)))
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass(), _saving() if uses else nullcontext():
                 return func(*args, **kwargs)
         finally:
             for holder, slot, user in uses:
@@ -1453,19 +1484,88 @@ METADATA |= {getattr(Tensor, name) for name in (
     "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses."""
+# What shares the memory and may be written to later, unseen; state_dict() asks for it on one rank alone.
+ALIASES = ("data", "detach", "detach_", "numpy")
+
+
+def _in_method_of(model: nn.Module) -> bool:
+    """Whether a method of one of a model's modules is running, beside those that PyTorch gives every module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and any(owner is module for module in model.modules()) and any(
+                code.co_qualname == f"{kind.__qualname__}.{code.co_name}" for kind in type(owner).__mro__
+                if kind is not nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _saving() -> AbstractContextManager:
+    """Hooks which let autograd save where a weight lies, and not the weight, whose memory they would keep.
+
+    Where others are active, such as recomputation's or the caller's own, they save the weight itself.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    return saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> tuple:
+    """What autograd keeps of a tensor that it saves: of a weight, or a view of one, its place.
+
+    Backward gathers the unit when it wants the weight. The output's hook is not enough for that: an operation in place
+    on a view rebuilds its graph without the hook, and a side output, such as a loss that the module keeps as an
+    attribute, has none.
+    """
+    key = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None  # a sparse tensor has none
+    for zero in _LIVE:
+        bucket = zero.storages.get(key)
+        if bucket is None or not _same_memory(bucket.flat, tensor):
+            continue
+        start = tensor.storage_offset()
+        slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
+        if slot is not None and tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg()):
+            place = tensor.size(), tensor.stride(), start
+            return place, slot.parameter._version, slot, weakref.ref(zero), zero.call_of(bucket.unit)
+    return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
+
+
+def _unpack(saved: tuple) -> Tensor:
+    """The inverse of _pack, when backward wants the tensor."""
+    tensor, version, *where = saved
+    source = where[0].parameter if where else tensor
+    if where:
+        slot, reference, call = where
+        zero = reference()
+        if zero is None:
+            raise RuntimeError(f"backward needs the parameter {slot.name}, whose engine is gone")
+        bucket, _ = zero.places[id(slot.parameter)]
+        zero._before_backward(bucket.unit, call)
+        tensor = bucket.flat.as_strided(*tensor)
+    if source._version != version:  # a check that PyTorch leaves to hooks where there are any
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
+                           "forward had saved it; step() modifies the weights")
+    return tensor
+
+
+def tensors_in(value: Any, outer: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, which may contain themselves."""
     if isinstance(value, Tensor):
         yield value
+        return
+    items: Iterable[Any] = ()
+    if id(value) in outer:
+        return
+    if isinstance(value, Mapping):
+        items = value.values()
     elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value
     elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            yield from tensors_in(getattr(value, f.name))
+        items = [getattr(value, f.name, None) for f in fields(value)]
+    for item in items:
+        yield from tensors_in(item, (*outer, id(value)))
 
 
 def _return_free_memory() -> None:
@@ -1543,6 +1643,7 @@ class Zero(Holder):
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
+        self.looked_ahead = False  # its first gradient has come
         self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
         self.root = Unit("", model, 0)
@@ -1557,7 +1658,7 @@ class Zero(Holder):
         self.updating = False  # the optimizer's step is this object's
         self.dropped = 0       # a digest of which reduced gradients were dropped
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
-        self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
+        self.storages = {b.flat.untyped_storage()._cdata: b for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
         self.live = 0      # elements of the units that are gathered now
         if optimizer is not None:
@@ -1705,6 +1806,8 @@ class Zero(Holder):
     def _listen(self, slot: Slot) -> None:
         """Have autograd call back when it has finished a parameter's gradient."""
         self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient)))
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            slot.node = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
 
     def _register_hooks(self) -> None:
         for bucket in self.trained:
@@ -1743,7 +1846,7 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, saved_tensors_hooks(self._pack, self._unpack)
+            self.saving = call, _saving()
             self.saving[1].__enter__()
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
@@ -1769,7 +1872,7 @@ class Zero(Holder):
             self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:  # the hooks of a leaf, such as a parameter, would stay for ever
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
@@ -1784,27 +1887,9 @@ class Zero(Holder):
             self._begin_backward()
         self._acquire(unit, call)
 
-    def _pack(self, tensor: Tensor) -> tuple:
-        """What autograd keeps of a tensor that it saves in forward: a weight remembers its unit.
-
-        The output's hook is not enough: an operation in place on a view rebuilds its graph without the hook, and a
-        side output, such as a loss that the module keeps as an attribute, has none.
-        """
-        unit = self.storages.get(tensor.untyped_storage()._cdata)
-        if unit is None:  # detached, since a node that keeps its own output would keep itself alive
-            return tensor.detach(), tensor._version
-        return tensor, tensor._version, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
-
-    def _unpack(self, saved: tuple) -> Tensor:
-        """The inverse of _pack, when backward wants the tensor."""
-        tensor, version, *use = saved
-        if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
-            raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
-                               "after forward had saved it; step() modifies the weights")
-        if use:
-            call, unit = use
-            self._before_backward(unit, call)
-        return tensor
+    def call_of(self, unit: Unit) -> Any:
+        """The innermost forward call that uses a unit now."""
+        return (unit.calls or self.root.calls or [RECOMPUTED])[-1]
 
     def _start_gather(self, unit: Unit) -> None:
         unit.start_gather()
@@ -1813,10 +1898,10 @@ class Zero(Holder):
         self.live += unit.numel
 
     def _free(self, unit: Unit) -> None:
+        self.live -= unit.numel * (unit.state is not UnitState.SHARDED)
         unit.free()
-        self.live -= unit.numel
         for bucket in unit.buckets:
-            self.storages[bucket.flat.untyped_storage()._cdata] = unit  # in case that it is a new one
+            self.storages[bucket.flat.untyped_storage()._cdata] = bucket  # in case that it is a new one
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1854,9 +1939,9 @@ class Zero(Holder):
         self._launch_ready()
 
     def _free_unused(self) -> None:
-        """Free what was gathered ahead for a use that did not come."""
+        """Free what was gathered ahead for a use that did not come, and what views kept when its last use ended."""
         for unit in self.all_units if self.sharded.parameters else ():
-            if not unit.users and unit.state is not UnitState.SHARDED:
+            if not unit.users and any(bucket.has_memory for bucket in unit.buckets):
                 self._free(unit)
 
     def _begin_forward(self) -> None:
@@ -1865,15 +1950,34 @@ class Zero(Holder):
         self.traces[False].restart()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Gather, if this is in a forward pass of the model; the unit stays whole until that ends."""
+        """Gather the unit, if this is in a pass of the model.
+
+        It stays whole until the forward, or the backward, ends; in another method of the model, which has no end that
+        could be seen, for the one operation.
+        """
         unit = self.places[id(slot.parameter)][0].unit
-        if not self.root.calls:
+        if self.root.calls:
+            self.companions.append(unit)
+            self.hold(unit, self.root.calls[0])
+        elif _in_backward():
+            self._before_backward(unit, RECOMPUTED)
+        elif operation not in ALIASES and _in_method_of(self.root.module):
+            user = object()
+            self.hold(unit, user)
+            return user
+        else:
             raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
                                f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
                                f"zero.safe_get_full_fp32_param")
-        self.companions.append(unit)
-        self.hold(unit, self.root.calls[0])
-        return self.root.calls[0]
+        return None
+
+    def end_use(self, slot: Slot, user: Any) -> None:
+        """Keep what the operation wrote."""
+        if user is not None:
+            unit = self.places[id(slot.parameter)][0].unit
+            for bucket in unit.buckets:
+                bucket.keep_writes()
+            self.let_go(unit, user)
 
     # Backward: gradients come in, full buckets go out.
 
@@ -1911,6 +2015,10 @@ class Zero(Holder):
     def _take(self, bucket: Bucket, slot: Slot, gradient: Tensor) -> None:
         if not self.pending:
             self._begin_backward()
+        if not self.looked_ahead:
+            self.looked_ahead = True
+            for each in self.trained:
+                each.look_ahead()
         bucket.take(slot, gradient.detach())
 
     @torch.no_grad()
@@ -1944,9 +2052,10 @@ class Zero(Holder):
         Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
         of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
         units end their backward, so that gradients need not pile up where a model runs in another order than it was
-        written in.
+        written in. What this rank's backward does not bring is not waited for: the others would wait for this rank
+        then, and this rank, in its next gather, for them.
         """
-        if not (self.config.overlap_comm and self.reduces_now):
+        if not (self.config.overlap_comm and self.reduces_now and self.looked_ahead):
             return
         while self.queue and self.queue[0].complete:
             self._launch(self.queue.popleft())
@@ -1972,9 +2081,8 @@ class Zero(Holder):
             while self.in_flight:
                 self.in_flight.popleft().finish_reduction()
             self._settle()
-        ran = any(bucket.fired for bucket in self.trained)  # a bucket without any gradient is not waited for either
         for bucket in self.trained:
-            bucket.end_backward(ran)
+            bucket.end_backward(self.looked_ahead)
         self._end_backward()
 
     def _settle(self) -> None:
@@ -2006,7 +2114,7 @@ class Zero(Holder):
                 slot.parameter.grad = TakenGradient(slot, self)
 
     def _end_backward(self) -> None:
-        self.queue, self.pending = deque(), False
+        self.queue, self.pending, self.looked_ahead = deque(), False, False
         for unit in self.all_units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self._free_unused()
@@ -2412,7 +2520,7 @@ class Init(Holder):
 
 def _holders(flat: Tensor) -> int:
     """How many tensors share this memory."""
-    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata)  # no public call tells
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) - 1  # no public call tells; one is the storage's
 
 
 def _share_random_state(communicator: Communicator) -> Tensor | None:
@@ -2499,8 +2607,12 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.hold(bucket.unit, self)
+        sharded = any(bucket.unit is not None for _, bucket, _ in self.places)
+        self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
+        self.saving.__enter__()
 
     def __exit__(self, error: Any, *rest: Any) -> None:
+        self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
             raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket kept "
