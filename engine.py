@@ -405,6 +405,12 @@ def _check_start(port: Any, required: Any) -> None:
         raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
 
 
+def _writable(buffer: Tensor) -> Tensor:
+    """A buffer, or a copy of it where its elements share memory, as expand() makes them."""
+    overlaps = buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
+    return buffer.contiguous() if overlaps else buffer
+
+
 @torch.no_grad()
 def _broadcast_buffers(model: nn.Module) -> None:
     """Make every buffer what it is on rank 0; the parameters come with their buckets."""
@@ -452,7 +458,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if hasattr(value, "to"):  # tensors, and classes that know how to move themselves
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return amp.rebuilt(value, {key: _to_device(item, device) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_to_device(item, device) for item in value))
     if type(value) in (list, tuple):
@@ -1168,6 +1174,10 @@ class Engine(nn.Module):
         try:
             yield
         except RuntimeError as error:
+            if "support saved tensor hooks" in str(error):
+                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at stage "
+                                   "3, or where blocks are recomputed, as both change what autograd saves; use "
+                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
@@ -1554,8 +1564,11 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
-    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+    buffers: dict[int, Tensor] = {}  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
     if engine.world_size > 1:
         _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)

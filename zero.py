@@ -1325,6 +1325,9 @@ class Unit:
     def __deepcopy__(self, memo: dict) -> "Unit":
         return self  # see Zero
 
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
+
     def start_gather(self) -> None:
         """SHARDED to GATHERING."""
         for bucket in self.buckets:
@@ -1346,6 +1349,15 @@ class Unit:
             for slot in bucket.slots:
                 slot.parameter.__class__ = ShardedParameter
         self.state = UnitState.SHARDED
+
+
+class LeftBehind:
+    """What stands for an engine and its units in a module that was pickled while it was whole: the hooks do nothing."""
+
+    def _before_forward(self, *_: Any) -> None:
+        pass
+
+    _after_forward = _before_forward
 
 
 class Call:
@@ -1823,6 +1835,9 @@ class Zero(Holder):
     def __deepcopy__(self, memo: dict) -> "Zero":
         return self  # a deep copy of the model takes its hooks along; on the copy's modules they do nothing
 
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
+
     def release(self) -> None:
         """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
         for hook in self.hooks:
@@ -1892,6 +1907,11 @@ class Zero(Holder):
         return (unit.calls or self.root.calls or [RECOMPUTED])[-1]
 
     def _start_gather(self, unit: Unit) -> None:
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, whose "
+                               "weights are sharded (stage 3), and it can't see them come and go; use "
+                               "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         unit.start_gather()
         if unit.buckets:
             self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
