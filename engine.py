@@ -1146,9 +1146,10 @@ class Engine(nn.Module):
         """
         estimate = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
                                  dtypes=self.precision.path, device=self.device,
-                                 state_tensors=zero.state_tensors(self.optimizer))
-        return zero.MemoryReport(zero.measure(self.zero, self.module), {
-            (name, held.place): held.bytes for name, held in estimate.categories().items()})
+                                 state_tensors=zero.state_tensors(self.optimizer), groups=self.zero.parameters_by_group(),
+                                 whole=self.zero.whole, micro_batches=self.gradient_accumulation_steps(),
+                                 rank=self.global_rank)
+        return zero.MemoryReport(zero.measure(self.zero, self.module), estimate.by_place())
 
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more.
