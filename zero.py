@@ -432,11 +432,16 @@ class Rehearsal(Communicator):
         return self._count("all-gather", flat, 1)
 
     def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str) -> Handle:
-        """Count it, with the buffers of all other ranks as one."""
-        if not self.direct or self.world_size == 1:
-            return self._count("reduce-scatter", flat, 1)
-        parts = self.spare.take(flat.numel() - flat.numel() // self.world_size, flat.dtype)
-        return self._count("reduce-scatter", flat, 1, lambda: self.spare.give_back(parts))
+        """Count it. With many ranks, the buffers for what they send are one."""
+        size, others = flat.numel() // self.world_size, self.world_size - 1 if self.direct else 0
+        parts = [self.spare.take(size * others, flat.dtype)] if others > 7 else [
+            self.spare.take(size, flat.dtype) for _ in range(others)]
+
+        def finish() -> None:
+            for part in parts:
+                self.spare.give_back(part)
+
+        return self._count("reduce-scatter", flat, 1, finish)
 
     def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
                    what: Callable[[], str] = str) -> Handle:
@@ -3298,10 +3303,11 @@ class RehearsedZero(Zero):
 
     It needs no folder for offload, and counts the norm of gradients as 0, since they have no values.
 
-    most   the bytes that come and go ("live"), at their most so far
+    most   the bytes that come and go ("live"), at their most so far; with more than 128 buckets, every third (fifth,
+           ...) change is looked at: odd numbers, so that each phase of a repeated block is seen
     """
 
-    most = 0
+    most = looks = 0
 
     def _check_room(self, model: nn.Module) -> None:
         pass
@@ -3311,14 +3317,18 @@ class RehearsedZero(Zero):
 
     def _start_gather(self, unit: Unit) -> None:
         super()._start_gather(unit)
-        self._watch()
+        self.watch()
 
     def _launch(self, bucket: Bucket) -> None:
-        self._watch()  # one bucket is full, and the one before is on its way
+        self.watch()  # one bucket is full, and the one before is on its way
         super()._launch(bucket)
-        self._watch()
+        self.watch()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Note what comes and goes now."""
+        self.looks += 1
+        if self.looks % (len(self.buckets) // 64 | 1):
+            return
         busy = [b for b in self.buckets if b.sent is not None or b.grad is not None and not b.keeps_buffer
                 or b.unit is not None and b.unit.state is not UnitState.SHARDED]
         self.most = max(self.most, _measure(self, busy)["live", "device"])
@@ -3411,7 +3421,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int],
 
     model_or_counts   a model, which may be on the meta device; only its shapes and dtypes are read. Or the number of
                       parameters, or that and the largest unit's: of these, a model of equal blocks is made, as large as
-                      the unit or else as a bucket, and 1,000 at most
+                      the unit or else as a bucket, and 100 at most
     config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``,
                       the batch sizes and the dtypes of fp16, bf16, data_types and communication_data_type count;
                       modules that ``keep_fp32`` names are counted like the others. None: stage 0
@@ -3491,7 +3501,7 @@ def _rehearse(zero: RehearsedZero, micro_batches: int) -> Estimate:
 
 def _blocks(total: int, unit: int, size_of_bucket: Callable[[int], int]) -> nn.Module:
     """A model of so many parameters, in blocks."""
-    size = max(unit or size_of_bucket(total), -(-total // 1000), 1)
+    size = max(unit or size_of_bucket(total), -(-total // 100), 1)
     sizes = [size] * (total // size) + [total % size] * (total % size > 0)
     with torch.device("meta"):
         return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])

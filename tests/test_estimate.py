@@ -4,7 +4,9 @@
     .venv/bin/python -m pytest -q tests/test_estimate.py --long     every stage and number of ranks of the ZeRO paper
 """
 
+import copy
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -43,6 +45,26 @@ def test_bytes_per_parameter_are_those_of_the_table(stage, precision):
         held = zero.estimate(COUNT, config_of(stage, precision), ranks)
         expected = simulate_scale.TABLE[precision][stage if ranks > 1 else 0](ranks) * COUNT
         assert states_of(held) == pytest.approx(expected, rel=1e-12), f"{ranks} ranks: {held}"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_traffic_is_that_of_the_table(stage):
+    """Elements and calls per rank and step, with m micro-batches of four blocks, each a bucket."""
+    for ranks, m in ((1, 1), (2, 1), (3, 4), (4, 2), (64, 5)):
+        config = {"gradient_accumulation_steps": m, **config_of(stage, "bf16", reduce_bucket_size=COUNT // 4)}
+        traffic = zero.estimate((COUNT, COUNT // 4), config, ranks).traffic
+        rounds = {0: {"all-reduce": 2}, 1: {"reduce-scatter": 1, "all-gather": 1},
+                  2: {"reduce-scatter": m, "all-gather": 1}, 3: {"reduce-scatter": m, "all-gather": 2 * m}}[stage]
+        padded = 4 * -(-COUNT // 4 // (64 * ranks)) * 64 * ranks
+        expected = {kind: (4 * times // (2 if kind == "all-reduce" else 1), times * padded * (ranks - 1) // ranks)
+                    for kind, times in rounds.items()}
+        assert {kind: (t.calls, t.elements) for kind, t in traffic.items()} == (expected if ranks > 1 else {}), ranks
+
+
+def test_micro_batches_follow_from_the_batch_sizes():
+    sizes = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, **config_of(2, "bf16")}
+    assert zero.estimate(COUNT, sizes, 4) == zero.estimate(COUNT, config_of(2, "bf16"), 4, micro_batches=3)
+    assert zero.estimate(COUNT, sizes, 4) != zero.estimate(COUNT, config_of(2, "bf16"), 4)
 
 
 def test_a_zero_config_and_dtypes_mean_what_a_config_means():
@@ -161,16 +183,38 @@ def test_an_engine_holds_and_sends_what_was_estimated_to_the_byte(run_ranks, ran
                 assert sent == traffic, case + "traffic"
 
 
-def reported(stage: int, precision: str, offload: dict[str, Any]) -> tuple[dict, dict, str]:
+class Tangled(Odd):
+    """With a block under two names, tied weights, no elements, and what can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.lock = nn.ModuleList(self.gpt.blocks[:1]), threading.Lock()
+        self.tied, self.empty = nn.Linear(8, 8, bias=False), nn.Parameter(torch.empty(0, 3))
+        self.tied.weight = self.second.weight
+        self.seen = self.second.weight * 2
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, targets) + self.tied(self.scale[:8]).sum() + self.empty.sum()
+
+
+def in_two_groups(model: nn.Module, kind: type = torch.optim.SGD, **options: Any) -> torch.optim.Optimizer:
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == which] for which in (True, False))
+    return kind([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=0.01, **options)
+
+
+def reported(stage: int, precision: str, offload: dict[str, Any], model: type = Odd, groups: bool = False,
+             kind: type = torch.optim.SGD) -> tuple[dict, dict, str]:
     torch.manual_seed(0)
-    engine, *_ = deepspeed.initialize(model=Odd(), config={
-        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
-        "gradient_accumulation_steps": 2, **config_of(stage, precision, reduce_bucket_size=1000, **offload)})
+    model, options = model(), {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=in_two_groups(model, kind, **options) if groups else kind(model.parameters(), lr=0.01, **options),
+        config={"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
+                **config_of(stage, precision, reduce_bucket_size=1000, **offload)})
     for _ in range(4):
         ids = torch.randint(0, 256, (2, 8))
         engine.backward(engine(ids, ids))
+        report = engine.memory_report()  # a window's gradients are complete
         engine.step()
-    report = engine.memory_report()
     return report.measured, report.estimated, str(report)
 
 
@@ -191,6 +235,27 @@ def test_a_memory_report_measures_what_was_estimated(run_ranks, tmp_path):
                     assert measured.get(key, 0) <= estimated[key], case
                 else:
                     assert measured.get(key, 0) == estimated.get(key, 0), case
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_param_groups_and_odd_models_are_counted_as_they_are(run_ranks, stage):
+    half = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    for offload, model, groups in (({}, Odd, True), ({}, Tangled, False), (half, Odd, True)):
+        for measured, estimated, text in run_ranks(reported, 2, stage, "bf16", offload, model, groups):
+            for key in (estimated.keys() | measured.keys()) - {("live", "device")}:
+                assert measured.get(key, 0) == estimated.get(key, 0), f"stage {stage}, {model.__name__}:\n{text}"
+
+
+def test_an_estimate_leaves_no_trace():
+    """Nor does it matter where it is called."""
+    config, model = config_of(3, "bf16"), Tangled()
+    expected, state, values = zero.estimate(model, config, 4), torch.get_rng_state(), copy.copy(vars(model))
+    for context in (torch.no_grad, torch.inference_mode, torch.autograd.graph.save_on_cpu,
+                    lambda: torch.device("meta"), lambda: torch.autocast("cpu")):
+        with context():
+            assert zero.estimate(model, config, 4) == expected
+    assert torch.equal(torch.get_rng_state(), state) and vars(model) == values and not zero._LIVE
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
 
 
 # --- Against one simulated rank of many -------------------------------------------------------------------------------
