@@ -41,8 +41,10 @@ it. With one process there is nothing to share out: no collective runs at any st
 """
 
 import argparse
+import copy
 import ctypes
 import hashlib
+import io
 import json
 import logging
 import math
@@ -63,6 +65,7 @@ from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -885,19 +888,19 @@ class Bucket:
             return
         if not any(old):
             return
-        counts = [{k: float(v) for k, v in state.items() if not _is_like(k, v, slot.shape)}
+        counts = [{k: v for k, v in state.items() if not _is_like(k, v, slot.shape)}
                   for slot, state in zip(self.slots, old)]
-        if any(c != counts[0] for c in counts):  # step counts differ: one segment can't have several
+        if not all(_same(c, counts[0]) for c in counts):  # step counts differ: one segment can't have several
             self.split(optimizer)
         for segment in self.segments:
-            members = [segment.slot] if segment.slot else self.slots
-            optimizer.state[segment.parameter] = self._flat_state(members, old, segment)
+            members = [(slot, state) for slot, state in zip(self.slots, old) if segment.slot in (None, slot)]
+            optimizer.state[segment.parameter] = self._flat_state(members, segment)
 
-    def _flat_state(self, members: list[Slot], old: list[dict], segment: Segment) -> dict[str, Any]:
+    def _flat_state(self, members: list[tuple[Slot, dict]], segment: Segment) -> dict[str, Any]:
         """The optimizer state of ``segment``, cut out of the state that ``members`` had in their own shapes."""
         state: dict[str, Any] = {}
-        for slot in members:
-            for key, value in old[self.slots.index(slot)].items():
+        for slot, old in members:
+            for key, value in old.items():
                 if not _is_like(key, value, slot.shape):
                     state[key] = value
                     continue
@@ -938,7 +941,7 @@ class Bucket:
             segment = Segment(start, max(start, end), nn.Parameter(self.master[cut]), slot)
             if state:
                 optimizer.state[segment.parameter] = {
-                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else _copied(value)
+                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else copy.deepcopy(value)
                     for key, value in state.items()}
             self.segments.append(segment)
         return True
@@ -1126,8 +1129,17 @@ def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))  # NaN is like NaN
 
 
 # --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
@@ -2426,6 +2438,10 @@ def _check_shape(slot: Slot, value: Any) -> None:
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+VERSION = 2       # of the files' format; version 1, which had no such number, is still read
+CHUNK = 2**20     # bytes that are read at a time to check them
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read; the message names the file, the parameter and what to do."""
 
@@ -2453,14 +2469,14 @@ class Piece:
 Share = tuple[str, str, int, Tensor]  # a parameter's name, a key as in Piece, the first element, and the values
 
 
-def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]:
+def write_pieces(shares: Iterable[Share], path: Path) -> list[dict]:
     """Write a rank's shares into a file of its own, and see them on the disk; returns the pieces of the index."""
-    name, offset, pieces = f"rank_{rank:05d}.bin", 0, []
-    with open(folder / name, "wb") as file:
+    offset, pieces = 0, []
+    with open(path, "wb") as file:
         for parameter, key, start, tensor in shares:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
-            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name,
+            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name,
                                        offset, len(data), zlib.crc32(data), shape)))
             file.write(data)
             offset += len(data)
@@ -2481,13 +2497,12 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
             yield from _cut(slot, "", held, start, mine)
         for segment in bucket.segments:
             for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue  # see scalars_of
-                if _is_like(key, value, segment.parameter.shape) and value.dim() == 1:
+                if _is_like(key, value, segment.parameter.shape):
+                    flat = value if segment.parameter.dim() == 1 else _in_memory_order(value, segment.slot.stride)
                     for slot in [segment.slot] if segment.slot else bucket.slots:
-                        yield from _cut(slot, key, value, segment.start, mine)
-                elif zero.communicator.rank == 0:  # in a shape of its own; the leading 1 tells it from a stretch
-                    yield segment.slot.name, key, 0, value.view(1, *value.shape)
+                        yield from _cut(slot, key, flat, segment.start, mine)
+                elif zero.communicator.rank == 0 and _is_own_piece(bucket, segment, value):
+                    yield segment.slot.name, key, 0, value[None]  # the leading 1 tells it from a stretch
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
@@ -2497,21 +2512,42 @@ def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) 
         yield slot.name, key, low - slot.offset, held[low - start:high - start]
 
 
-def scalars_of(zero: Zero) -> dict[str, dict]:
-    """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
+def _is_own_piece(bucket: Bucket, segment: Segment, value: Any) -> bool:
+    """Whether state that is not an element's is a tensor that every rank holds for one parameter: rank 0 writes it."""
+    return isinstance(value, Tensor) and value.dim() > 0 and segment.slot is not None and not bucket.sharded.optimizer
+
+
+def scalars_of(zero: Zero) -> dict[str, dict[str, tuple]]:
+    """The optimizer state that is no value per element, such as a step count, by the parameter's name.
+
+    An entry is a pair: a number and its tensor's dtype, or else what the optimizer keeps, of any kind, and None.
+    """
     found: dict[str, dict] = {}
     for bucket in zero.trained:
         for segment in bucket.segments:
             state = zero.optimizer.state.get(segment.parameter, {})
-            numbers = {key: float(value) for key, value in state.items()
-                       if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
+            entries = {key: (value.item(), str(value.dtype)[6:]) if isinstance(value, Tensor) and value.dim() == 0
+                       else (value, None) for key, value in state.items()
+                       if not (_is_like(key, value, segment.parameter.shape) or _is_own_piece(bucket, segment, value))}
             for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
-                found[slot.name] = numbers
+                found[slot.name] = entries
     return found
 
 
+def merge_scalars(every: Sequence[dict[str, dict[str, tuple]]]) -> dict[str, dict[str, tuple]]:
+    """What all ranks' ``scalars_of`` say together; CheckpointError where they differ on a parameter."""
+    merged: dict[str, dict] = {}
+    for name, entries in (item for found in every for item in found.items()):
+        known = merged.setdefault(name, entries)
+        for key in (known.keys() | entries.keys()) if known is not entries else ():
+            if not _same(known.get(key), entries.get(key)):
+                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
+                                      "holds a part of the parameter; it can be saved at stage 0")
+    return merged
+
+
 def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
-    """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
+    """Name, shape, layout, dtype and param group of every parameter, and its other names (tied weights)."""
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
     for name, p in model.named_parameters():
@@ -2519,102 +2555,154 @@ def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) 
         if not (bucket.trained or with_frozen):
             continue
         described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
-                           "dtype": str(bucket.dtypes.compute)[6:], "aliases": []}
+                           "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": []}
     for alias, p in model.named_parameters(remove_duplicate=False):
         if alias != names[id(p)] and names[id(p)] in described:
             described[names[id(p)]]["aliases"].append(alias)
     return described
 
 
+def write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write an index with its checksum, and see it on the disk."""
+    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
+    write_synced(path, f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    path = folder / "meta.json"
+    try:
+        wrapped = json.loads(path.read_text())
+        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
+                              ) from None
+    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+    if version not in (1, VERSION):
+        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads versions 1 to "
+                              f"{VERSION}; load another tag, or with the program that wrote it")
+    return index | {"checksum": checksum}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and see it on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class CheckpointReader:
     """An opened checkpoint folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
 
-    meta   what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
+
+    meta     what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    pieces   by parameter and by key
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            wrapped = json.loads((folder / "meta.json").read_text())
-            self.meta = wrapped["content"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; "
-                                  "load another tag") from None
-        if wrapped.get("checksum") != zlib.crc32(json.dumps(self.meta, sort_keys=True).encode()):
-            raise CheckpointError(f"{folder / 'meta.json'} is damaged: its checksum does not match; load another tag")
-        self.files: dict[str, Tensor] = {}
-        self.pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        self.folder, self.meta = folder, read_index(folder)
+        self.files: dict[str, Any] = {}
+        self.pieces: dict[str, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for raw in self.meta["pieces"]:
-            piece = Piece(**raw)
-            self.pieces[piece.name, piece.key].append(piece)
+            self.pieces[raw["name"]][raw["key"]].append(Piece(**raw))
         for name, facts in self.meta["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != facts["size"] or Path(name).name != name:
                 raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the "
-                                      f"checkpoint has {facts['size']}: it is not complete; load another tag")
+                                      f"checkpoint has {facts['size']}: it is not complete, or is being saved anew; "
+                                      "load another tag")
 
     def keys(self, name: str) -> list[str]:
         """The optimizer state that is there for a parameter, value by value."""
-        return [key for owner, key in self.pieces if owner == name and key]
+        return [key for key in self.pieces[name] if key]
 
     def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
-        """Raise CheckpointError unless a parameter, or its state, is there without a gap, undamaged from start to end.
+        """Raise CheckpointError unless a parameter, or its state, is there once, undamaged from start to end.
 
         Every piece is checked by a rank that reads it.
         """
         size = math.prod(self.meta["parameters"][name]["shape"])
         end = size if end is None else end
-        covered = 0
-        for piece in sorted(self.pieces[name, key], key=lambda p: p.start):
-            if piece.start == covered or piece.shape is not None:
-                covered = size if piece.shape is not None else piece.end
-            if piece.shape is None and (piece.start >= end or piece.end <= start):
+        covered, pieces, what = 0, sorted(self.pieces[name][key], key=lambda p: p.start), key or "the values"
+        for piece in pieces:
+            alone = piece.shape is not None and len(pieces) == 1 and piece.end == math.prod(piece.shape)
+            if piece.start != covered or not (alone or piece.shape is None and piece.start < piece.end) or (
+                    piece.size != (piece.end - piece.start) * getattr(torch, piece.dtype).itemsize):
+                raise CheckpointError(f"{self.folder}: the pieces of {what} of {name} overlap, or leave gaps, or have "
+                                      "another size than their values; load another tag")
+            covered = size if alone else piece.end
+            if not alone and (piece.start >= end or piece.end <= start):
                 continue
-            if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
+            if self._checksum(piece) != piece.checksum:
                 raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
-                                      f"{key or 'the values'} of {name} does not match; load another tag")
+                                      f"{what} of {name} does not match; load another tag")
         if covered != size:
-            raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
+            raise CheckpointError(f"{self.folder} lacks a part of {what} of {name}; load another tag")
 
     def read(self, name: str, key: str, start: int, out: Tensor) -> None:
         """The elements of a parameter from ``start`` on, as it lies in memory, into the 1-D ``out``."""
-        for piece in self.pieces[name, key]:
+        for piece in self.pieces[name][key]:
             low, high = max(start, piece.start), min(start + out.numel(), piece.end)
             if low < high:
-                values = self._bytes(piece).view(getattr(torch, piece.dtype))
-                out[low - start:high - start] = values[low - piece.start:high - piece.start]
+                out[low - start:high - start] = self._values(piece, low - piece.start, high - piece.start)
 
     def whole(self, name: str, key: str = "") -> Tensor:
         """A parameter, or state of it, in its shape."""
-        pieces, facts = self.pieces[name, key], self.meta["parameters"][name]
-        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        pieces, facts = self.pieces[name][key], self.meta["parameters"][name]
         if pieces and pieces[0].shape is not None:
-            return self._bytes(pieces[0]).view(dtype).view(pieces[0].shape[1:]).clone()
-        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
+            return self._values(pieces[0], 0, pieces[0].end).view(pieces[0].shape[1:])
+        flat = torch.empty(math.prod(facts["shape"]), dtype=getattr(torch, (pieces[0].dtype if pieces else
+                                                                            facts["dtype"])))
         self.read(name, key, 0, flat)
         return flat.as_strided(facts["shape"], facts["stride"])
 
     def state(self) -> dict[str, Any]:
-        """Counters, schedule, buffers and the like: the file ``state.pt``."""
-        path = self.folder / "state.pt"
-        if zlib.crc32(path.read_bytes()) != self.meta["files"]["state.pt"]["checksum"]:
-            raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+        """Counters, schedule, buffers and the like: the one file of plain data."""
+        name = self.meta.get("state", "state.pt")
+        data = (self.folder / name).read_bytes()
+        if zlib.crc32(data) != self.meta["files"][name]["checksum"]:
+            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
-            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to "
-                                  "unpickle: it was not written by save_checkpoint(); load another tag") from None
+            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
+                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
+                                  ) from None
+        if "scalars" in self.meta:  # version 1
+            state["optimizer_state"] = {owner: {key: (value, "float32") for key, value in numbers.items()}
+                                        for owner, numbers in self.meta["scalars"].items()}
+        return state
 
-    def let_go(self) -> None:
-        """Unmap the files: what was read of them counts as this process's memory as long as they are mapped."""
+    def close(self) -> None:
+        """Close the files. What is read after it opens them anew."""
+        for file in self.files.values():
+            file.close()
         self.files.clear()
 
-    def _bytes(self, piece: Piece) -> Tensor:
+    def _open(self, piece: Piece, start: int) -> Any:
+        """The file with a piece, at the piece's byte ``start``."""
         if piece.file not in self.files:
-            size = self.meta["files"][piece.file]["size"]
-            self.files[piece.file] = torch.from_file(str(self.folder / piece.file), size=size, dtype=torch.uint8)
-        return self.files[piece.file][piece.offset:piece.offset + piece.size]
+            self.files[piece.file] = open(self.folder / piece.file, "rb")
+        self.files[piece.file].seek(piece.offset + start)
+        return self.files[piece.file]
+
+    def _checksum(self, piece: Piece) -> int:
+        file, checksum = self._open(piece, 0), 0
+        for start in range(0, piece.size, CHUNK):
+            checksum = zlib.crc32(file.read(min(CHUNK, piece.size - start)), checksum)
+        return checksum
+
+    def _values(self, piece: Piece, low: int, high: int) -> Tensor:
+        """Its elements from ``low`` to ``high``."""
+        values = torch.empty(high - low, dtype=getattr(torch, piece.dtype))
+        room = memoryview(values.view(torch.uint8).numpy())
+        if self._open(piece, low * values.itemsize).readinto(room) != len(room):
+            raise CheckpointError(f"{self.folder / piece.file} ends too early; load another tag")
+        return values
 
 
 def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_states: bool) -> None:
@@ -2632,23 +2720,28 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
             if facts["shape"] != list(slot.shape):
                 raise CheckpointError(f"{reader.folder}: {slot.name} has the shape {facts['shape']}, and in this model "
                                       f"{list(slot.shape)}")
+            group = facts.get("group")
+            if optimizer_states and None not in (group, bucket.group) and group != bucket.group:
+                raise CheckpointError(f"{reader.folder}: {slot.name} was in the optimizer's param group {group}, and "
+                                      f"is in {bucket.group} now; load it with load_optimizer_states=False")
             mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
             for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
                 reader.verify(slot.name, key, *mine)
-        reader.let_go()
 
 
 @torch.no_grad()
-def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) -> None:
-    """Take over parameters and optimizer state, each rank the stretches that it holds. All ranks must call it."""
+def load_pieces(zero: Zero, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]] | None) -> None:
+    """Take over parameters and, where ``scalars`` are given, optimizer state, each rank the stretches that it holds.
+
+    All ranks must call it.
+    """
     for bucket in zero.buckets:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots:
             if slot.name in reader.meta["parameters"]:
                 _read_slot(reader, slot, "", held, start)
-        if bucket.trained and optimizer_states:
-            _load_state(zero, bucket, reader)
-        reader.let_go()
+        if bucket.trained and scalars is not None:
+            _load_state(zero, bucket, reader, scalars)
         if bucket.held is not None:
             bucket.publish()
             bucket.gather.wait()
@@ -2670,12 +2763,14 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
         out.copy_(flat[low - slot.offset:high - slot.offset])
 
 
-def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
+def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]]) -> None:
     """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
-    scalars, state = reader.meta["scalars"], zero.optimizer.state
-    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name))
-                 for slot in bucket.slots if slot.shape.numel()]
-    if any(history != histories[0] for history in histories):
+    state = zero.optimizer.state
+    full = [slot for slot in bucket.slots if slot.shape.numel()]
+    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name)) for slot in full]
+    own_shape = any(piece.shape is not None for slot in full
+                    for pieces in reader.pieces[slot.name].values() for piece in pieces)
+    if own_shape or not all(_same(history, histories[0]) for history in histories):
         bucket.split(zero.optimizer)
     for segment in bucket.segments:
         before = state.pop(segment.parameter, {})
@@ -2683,17 +2778,20 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
         first = next((slot for slot in members if slot.name in scalars), None)
         if first is None:
             continue  # never updated, or without elements: the optimizer begins anew
-        group = zero.optimizer.param_groups[bucket.group]
-        place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
-        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[first.name].items()}
+        group, device = zero.optimizer.param_groups[bucket.group], bucket.master.device
+        place = device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+        entry: dict[str, Any] = {
+            key: torch.tensor(value, dtype=getattr(torch, dtype), device=place) if dtype else
+            value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, (value, dtype) in scalars[first.name].items()}
         for key in reader.keys(first.name):
-            if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
-                entry[key] = reader.whole(first.name, key).to(bucket.master.device)
+            if reader.pieces[first.name][key][0].shape is not None or segment.parameter.dim() != 1:
+                entry[key] = reader.whole(first.name, key).to(device)
                 continue
-            dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
+            dtype = getattr(torch, reader.pieces[first.name][key][0].dtype)
             fits = key in before and before[key].shape == segment.parameter.shape and before[key].dtype == dtype
             entry[key] = before[key] if fits else torch.zeros(
-                segment.end - segment.start, dtype=dtype, device=bucket.master.device)
+                segment.end - segment.start, dtype=dtype, device=device)
             for slot in members:
                 _read_slot(reader, slot, key, entry[key], segment.start)
         state[segment.parameter] = entry
@@ -2711,30 +2809,30 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Ten
         tensor = reader.whole(name)
         whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         whole |= dict.fromkeys(facts["aliases"], whole[name])
-        reader.let_go()
     return whole | reader.state()["buffers"]
 
 
-def checkpoint_folder(directory: str | os.PathLike, tag: str | None) -> Path | None:
+def checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
     """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
-    directory = Path(directory)
-    if tag is None:
-        if not (directory / "latest").is_file():
-            return None
-        tag = (directory / "latest").read_text().strip()
-    check_tag(tag)
-    # A save that replaces a tag moves the old folder aside for a moment; if it died in that moment, that one counts.
-    for folder in (directory / tag, directory / f".{tag}.old"):
-        if folder.is_dir():
-            return folder
-    return directory / tag
+    if tag is not None:
+        return Path(directory) / folder_name(tag)
+    latest = Path(directory) / "latest"
+    try:
+        return Path(directory) / folder_name(latest.read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
+                              "one into it, or load by a tag") from None
 
 
-def check_tag(tag: Any) -> None:
-    """Refuse a tag that is no plain folder name."""
-    if (not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest"
-            or "\0" in tag):
-        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100'")
+def folder_name(tag: Any) -> str:
+    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
+    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
+            or name.startswith((".", " ")) or name.endswith((".", " "))):
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
+    return name
 
 
 def _main(argv: list[str] | None = None) -> int:
@@ -2781,7 +2879,7 @@ def _inspection(reader: CheckpointReader) -> str:
     meta = reader.meta
     rows = [f"{reader.folder}: step {meta['step']}, saved at stage {meta['stage']} by {meta['ranks']} rank(s)"]
     for name, facts in meta["parameters"].items():
-        size = sum(piece.size for (owner, _), pieces in reader.pieces.items() if owner == name for piece in pieces)
+        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
         state = ", ".join(reader.keys(name)) or "no optimizer state"
         rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
     rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
