@@ -499,7 +499,7 @@ class ShardedLoader:
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
-        return len(self._loader(0))
+        return self._batches(len(self.dataset))
 
     def __iter__(self) -> Iterator[Any]:
         """A new epoch's micro-batches; after load_state_dict(), also inside the loop, what is left of that one."""
@@ -516,6 +516,11 @@ class ShardedLoader:
                     break
             else:
                 self.samples = 0
+
+    def _batches(self, samples: int) -> int:
+        """Micro-batches that each rank gets of so many samples."""
+        share = -(-samples // self.world_size)
+        return max(0, share // self.batch_size if self.drop_last else -(-share // self.batch_size))
 
     def _loader(self, given: int) -> DataLoader:
         """This rank's share of the epoch after its first ``given`` samples."""
@@ -539,7 +544,7 @@ class ShardedLoader:
         A loop that runs goes on there; else the next one does.
         """
         self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
-        if not isinstance(self.dataset, IterableDataset) and len(self._loader(self.samples)) == 0:
+        if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
             self.samples = 0
 
 
@@ -936,8 +941,13 @@ class Engine(nn.Module):
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
         save = _Save(Path(save_dir) / zero.folder_name(tag), save_latest, self.config.checkpoint.keep_last)
-        buffers = _persistent_buffers(self.module)
-        every = _agreed(lambda: (_random_state(), _copies(buffers), zero.scalars_of(self.zero)))
+
+        def tell() -> tuple:
+            scalars = zero.scalars_of(self.zero)
+            _to_bytes({"optimizer_state": scalars})  # what can't be sent to other ranks is refused here
+            return _random_state(), _copies(_persistent_buffers(self.module)), scalars
+
+        every = _agreed(tell)
         _agreed(lambda: self._fill(save, every, dict(client_state or {}), not exclude_frozen_parameters))
         save.id = _on_rank_0(save.begin)
         if self.config.checkpoint.async_:
@@ -1419,13 +1429,12 @@ class _Save:
         try:
             pieces = _agreed(lambda: zero.write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
             _on_rank_0(lambda: self._complete(pieces), group)
-        except Exception as error:
+        except zero.CheckpointError as error:  # on every rank
             failure = error
         finally:  # as the system does where the process dies
             if self.claim is not None:
                 _let_go(self.claim)
-        if self.claim is not None:
-            _sweep(self.folder.parent)
+        _on_rank_0(lambda: _sweep(self.folder.parent), group)
         if failure is not None:
             raise zero.CheckpointError(f"{self.folder} was not saved: {failure}") from failure
 
