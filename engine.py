@@ -1394,7 +1394,8 @@ class _Save:
     Its files have an id in their names that no other save has. Before they are written, rank 0 lists them in a claim,
     the file ``save_dir/.checkpoint-ID.claim``, on which it has a lock as long as the save lives. What a newer save
     replaces, or ``keep_last`` lets go, is put into a claim too. ``_sweep`` removes the files of claims that nobody
-    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes stays.
+    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes
+    stays.
 
     index, stored, shares   what it will write: the index as far as it is known, the plain data, this rank's numbers
     """
