@@ -1206,8 +1206,8 @@ class Engine(nn.Module):
             yield
         except RuntimeError as error:
             if "support saved tensor hooks" in str(error):
-                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at stage "
-                                   "3, or where blocks are recomputed, as both change what autograd saves; use "
+                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at "
+                                   "stage 3, or where blocks are recomputed, as both change what autograd saves; use "
                                    "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
@@ -1764,8 +1764,8 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
-    buffers: dict[int, Tensor] = {}  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-    for module in model.modules():
+    buffers: dict[int, Tensor] = {}
+    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))

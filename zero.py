@@ -1014,8 +1014,8 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         for slot in self.slots:
             if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3), "
-                                   "and that is lost; write inside forward, or inside zero.GatheredParameters")
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3); "
+                                   "that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
@@ -1023,7 +1023,7 @@ class Bucket:
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory, but not from under a view of somebody else's; each rank keeps its shard.
+        """Release the whole parameters' memory, unless somebody else holds a view of it; each rank keeps its shard.
 
         What autograd saves is no such view, see _pack.
         """
@@ -1921,8 +1921,8 @@ class Zero(Holder):
     def _start_gather(self, unit: Unit) -> None:
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
-            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, whose "
-                               "weights are sharded (stage 3), and it can't see them come and go; use "
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, "
+                               "whose weights are sharded (stage 3), and it can't see them come and go; use "
                                "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         unit.start_gather()
         if unit.buckets:
