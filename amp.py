@@ -263,7 +263,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         items = {key: cast(item, dtype) for key, item in value.items()}
-        return items if type(value) is dict else _rebuilt(value, items)
+        return rebuilt(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(cast(item, dtype) for item in value))
     if type(value) in (list, tuple):
@@ -271,10 +271,15 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _rebuilt(value: dict, items: dict) -> dict:
+def rebuilt(value: dict, items: dict) -> dict:
     """A dict of the class of ``value``, such as an OrderedDict or a model's output class, with other items."""
+    if type(value) is dict:
+        return items
     changed = copy.copy(value)
-    changed.update(items)
+    if getattr(value, "__dict__", None) is value:  # its items are its attributes
+        changed.__dict__ = changed
+    for key, item in items.items():  # such a class may refuse update()
+        changed[key] = item
     return changed
 
 

@@ -9,7 +9,7 @@
 
 One optimizer step, from the loss to the updated weights, with these phases in this order:
 
-    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd run; as it
+    backward(loss)   scale       multiply the loss by the loss scale (fp16), and let autograd run; as it
                                  finishes gradients, ``zero.py`` collects them in buckets and adds them up over ranks
     step()           count       a micro-batch that does not end its accumulation window: nothing more to do
                      clip        take the global norm, and scale the gradients down to ``gradient_clipping``
@@ -578,7 +578,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     ``initialize()`` does the same where it is needed; a group that was started here, ``destroy()`` leaves alone.
 
     dist_backend        what PyTorch calls its backends; default: nccl on a GPU, else gloo
-    auto_mpi_discovery  no effect: a process that mpirun started is refused, as it would train alone. Use torchrun
+    auto_mpi_discovery  no effect: processes of mpirun or srun are refused, as each would train alone. Use torchrun
     distributed_port    the port of the process group when MASTER_PORT is not set
     verbose             whether to log what was started
     timeout             how long a collective may take before all ranks raise; default: PyTorch's (Gloo 30 minutes,
@@ -625,6 +625,12 @@ def _check_start(port: Any, required: Any) -> None:
         raise ValueError(f"dist_init_required is {required!r}; allowed: True, False or None")
     if not isinstance(port, int) or not 0 < port < 2**16:
         raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
+
+
+def _writable(buffer: Tensor) -> Tensor:
+    """A buffer, or a copy of it where its elements share memory, as expand() makes them."""
+    overlaps = buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
+    return buffer.contiguous() if overlaps else buffer
 
 
 @torch.no_grad()
@@ -674,7 +680,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if hasattr(value, "to"):  # tensors, and classes that know how to move themselves
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return amp.rebuilt(value, {key: _to_device(item, device) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_to_device(item, device) for item in value))
     if type(value) in (list, tuple):
@@ -1390,6 +1396,10 @@ class Engine(nn.Module):
         try:
             yield
         except RuntimeError as error:
+            if "support saved tensor hooks" in str(error):
+                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at stage "
+                                   "3, or where blocks are recomputed, as both change what autograd saves; use "
+                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
@@ -1776,8 +1786,11 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
-    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+    buffers: dict[int, Tensor] = {}  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
     if engine.world_size > 1:
         _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)

@@ -57,8 +57,8 @@ import time
 import weakref
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
@@ -225,6 +225,12 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# The variable in which each process finds how many there are, by what starts them. Under Slurm it is that of the job's
+# step: a batch script, or an interactive shell of one task, is alone whatever the job has asked for.
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
+            "PMI_SIZE": "mpirun (Intel MPI, MPICH)", "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH)"}
+
+
 def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None,
                         backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Start the default process group unless there is one; True when it was started here.
@@ -241,9 +247,11 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-            raise ValueError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
-                             "train alone. Start the script with torchrun")
+        for name, starter in STARTERS.items():
+            if os.environ.get(name, "1") not in ("", "1"):
+                raise ValueError(f"this process is one of {os.environ[name]} that were started by {starter}, which "
+                                 f"does not set RANK and WORLD_SIZE; it would train alone. Start the script with "
+                                 f"torchrun or launch.py; if it is to train alone, unset {name}")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
@@ -587,10 +595,12 @@ class Slot:
     shape: torch.Size
     stride: tuple[int, ...]
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
+    piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
     late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
     version: int = 0      # the parameter's, when master and shard were known to hold its values
+    node: Any = None      # of autograd's graphs: adds up its gradient. None while it is frozen
 
     @property
     def is_contiguous(self) -> bool:
@@ -643,19 +653,6 @@ class TakenGradient(Tensor):
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-@dataclass
-class Segment:
-    """A stretch [start, end) of a bucket that the optimizer knows as one parameter, a view of the master.
-
-    One segment covers all that this rank updates, until a parameter has no gradient on any rank: an optimizer skips
-    such a parameter (no decay, no momentum, its step count stays), so the segment is split into one per parameter.
-    """
-    start: int
-    end: int
-    parameter: nn.Parameter
-    slot: Slot | None = None  # the parameter it belongs to; None: the whole stretch
-
-
 class Bucket:
     """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
 
@@ -672,27 +669,24 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
                  communicator: Communicator, device: torch.device, all_reduces: bool = False, predivide: float = 1.0,
-                 host: Host | None = None, shard_host: Host | None = None):
+                 host: Host | None = None, shard_host: Host | None = None, numel: int | None = None):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
         self.device = device
         self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
         self.host, self.shard_host = host, shard_host
         ranks = communicator.world_size
-        self.numel = _round_up(slots[-1].end, ALIGN * ranks)
+        self.numel = numel or _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
-        self.segments: list[Segment] = []
-        self.is_split = False     # each segment is (a part of) one parameter
         self.grad: Tensor | None = None
         self.grad_shard: Tensor | None = None
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
         self.landing: Tensor | None = None  # where its sum will be
         self.reduced = False      # grad_shard holds a sum of this window
         self.fired: set[Slot] = set()  # slots that have had a gradient in this backward
-        self.awaited = set(slots)  # slots that had one in an earlier backward; at first, all
-        self.ran = False  # a backward has gone through
-        self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.found: set[Slot] = set()  # those that its graph has a place for
+        self.hidden = set(slots)  # those that had one in the last backward beside them; at first, all
         self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
@@ -812,6 +806,11 @@ class Bucket:
         elif self.reduced and _same_memory(self.grad, self.grad_shard):
             self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
 
+    def look_ahead(self) -> None:
+        """Within a backward, see which gradients it will bring."""
+        self.found = {slot for slot in self.slots
+                      if slot.node is not None and torch._C._will_engine_execute_node(slot.node)}
+
     @property
     def late(self) -> bool:
         """Whether a gradient came after this backward's launch."""
@@ -819,8 +818,12 @@ class Bucket:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter that can have a gradient in this backward has had it."""
-        return len(self.fired) >= self.expected
+        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
+
+        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
+        came last time is waited for, where no unit's end tells that it is over.
+        """
+        return self.fired >= (self.found if self.unit else self.found | self.hidden)
 
     def launch(self) -> None:
         """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
@@ -880,12 +883,10 @@ class Bucket:
         self.grad = None
 
     def end_backward(self, ran: bool = False) -> None:
-        """Be ready for the next backward of the window. A parameter that never had a gradient is not waited for."""
-        if self.fired or ran:
-            self.awaited = self.fired | self.awaited if self.ran else self.fired
-            self.ran = True
+        """Be ready for the next backward of the window; ``ran``: there was one."""
+        if ran:
+            self.hidden = self.fired - self.found
         self.fired, self.queued, self.launched = set(), False, False
-        self.expected = sum(slot.parameter.requires_grad for slot in self.awaited)
 
     def reduce_late(self) -> None:
         """Reduce the gradients that came after this backward's launch; every rank must call it."""
@@ -928,46 +929,39 @@ class Bucket:
 
     # The optimizer's view.
 
-    def hand_over(self, optimizer: Optimizer, elementwise: bool) -> None:
-        """Take the state that the optimizer has for the parameters; give it segments of the master instead."""
-        self.segments = [Segment(*self.own, nn.Parameter(self.master))]
-        old = [optimizer.state.pop(slot.parameter, {}) for slot in self.slots]
-        if not elementwise:
-            self.split(optimizer)
-            for segment, state in zip(self.segments, old, strict=True):
-                segment.parameter.data = segment.slot.view(self.master)
-                if state:
-                    optimizer.state[segment.parameter] = state
-            return
-        if not any(old):
-            return
-        counts = [{k: float(v) for k, v in state.items() if not _is_like(k, v, slot.shape)}
-                  for slot, state in zip(self.slots, old)]
-        if any(c != counts[0] for c in counts):  # step counts differ: one segment can't have several
-            self.split(optimizer)
-        for segment in self.segments:
-            members = [segment.slot] if segment.slot else self.slots
-            optimizer.state[segment.parameter] = self._flat_state(members, old, segment)
+    def hand_over(self, optimizer: Optimizer, whole: bool) -> None:
+        """Give the optimizer, in the parameters' place, this rank's pieces of them, with the state that it has.
 
-    def _flat_state(self, members: list[Slot], old: list[dict], segment: Segment) -> dict[str, Any]:
-        """The optimizer state of ``segment``, cut out of the state that ``members`` had in their own shapes."""
-        state: dict[str, Any] = {}
-        for slot in members:
-            for key, value in old[self.slots.index(slot)].items():
-                if not _is_like(key, value, slot.shape):
-                    state[key] = value
-                    continue
-                full = torch.zeros(self.numel, dtype=value.dtype, device=value.device)
-                slot.view(full).copy_(value)
-                part = full[segment.start:segment.end].to(self.master.device)
-                state[key] = state[key] + part if key in state else part.clone()
-        return state
+        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter of which this
+        rank has nothing has none; one of no elements has an empty one, as in plain PyTorch.
+        """
+        for slot in self.slots:
+            state, part = optimizer.state.pop(slot.parameter, {}), self.own_part(self.master, slot)
+            if not part.numel() and slot.shape.numel():
+                continue
+            slot.piece = nn.Parameter(self.shaped(slot, part) if whole else part)
+            if state:
+                optimizer.state[slot.piece] = {
+                    key: self.own_values(slot, value) if _is_like(key, value, slot.shape) else value
+                    for key, value in state.items()}
+
+    def shaped(self, slot: Slot, part: Tensor) -> Tensor:
+        """This rank's part of a parameter, 1-D as it lies in memory, in the shape of the piece."""
+        return slot.view(part, slot.offset) if part.numel() == slot.shape.numel() else part
+
+    def own_values(self, slot: Slot, value: Tensor) -> Tensor:
+        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
+        flat = torch.empty(slot.end - slot.offset, dtype=value.dtype, device=value.device)
+        slot.view(flat, slot.offset).copy_(value)
+        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
+        part = flat[low - slot.offset:high - slot.offset].to(self.master.device, copy=True)
+        return part if slot.piece.shape == part.shape else self.shaped(slot, part)
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
         moved = False
-        for segment in self.segments if self.host is not None else ():
-            state = optimizer.state.get(segment.parameter, {})
+        for slot in self.slots if self.host is not None else ():
+            state = optimizer.state.get(slot.piece, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = self.host.keep(value)
@@ -976,44 +970,28 @@ class Bucket:
             del value
             _return_free_memory()
 
-    def split(self, optimizer: Optimizer) -> bool:
-        """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
-
-        False if that was done before.
-        """
-        if self.is_split:
-            return False
-        self.is_split, whole = True, self.segments[0]
-        state, self.segments = optimizer.state.pop(whole.parameter, {}), []
-        for slot in self.slots:
-            start, end = max(slot.offset, whole.start), min(slot.end, whole.end)
-            if start >= end and slot.shape.numel():
-                continue
-            start = min(max(start, whole.start), whole.end)
-            cut = slice(start - whole.start, max(start, end) - whole.start)
-            segment = Segment(start, max(start, end), nn.Parameter(self.master[cut]), slot)
-            if state:
-                optimizer.state[segment.parameter] = {
-                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else _copied(value)
-                    for key, value in state.items()}
-            self.segments.append(segment)
-        return True
+    @property
+    def pieces(self) -> list[nn.Parameter]:
+        """What the optimizer updates here."""
+        return [slot.piece for slot in self.slots if slot.piece is not None]
 
     def arm(self, factor: float) -> None:
-        """Give the segments the gradients, times ``factor``, of those parameters that have one on any rank."""
+        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
+
+        An optimizer skips a piece without (no decay, no momentum, its step count stays).
+        """
         if factor != 1.0:
             self.grad_shard.mul_(factor)
-        for segment in self.segments:
-            if segment.slot is None or segment.slot.used:
-                gradient = self.grad_shard[segment.start - self.own[0]:segment.end - self.own[0]]
-                same = gradient.shape == segment.parameter.shape
-                gradient = gradient if same else segment.slot.view(gradient, segment.start)
-                segment.parameter.grad = gradient.to(segment.parameter.dtype)
+        for slot in self.slots:
+            if slot.used and slot.piece is not None:
+                part = self.own_part(self.grad_shard, slot)
+                part = part if part.shape == slot.piece.shape else self.shaped(slot, part)
+                slot.piece.grad = part.to(slot.piece.dtype)
 
     def disarm(self) -> None:
-        """Take the gradients back, so that the optimizer's next step skips these segments."""
-        for segment in self.segments:
-            segment.parameter.grad = None
+        """Take the gradients back, so that the optimizer's next step skips these pieces."""
+        for piece in self.pieces:
+            piece.grad = None
 
     # Parameters: from the masters back to what the model computes with.
 
@@ -1033,30 +1011,49 @@ class Bucket:
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
-        # The same storage object as before, so that the views which autograd saved in forward see the weights again.
-        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        for slot in self.slots:
+            if slot.parameter._version != slot.version:
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3), "
+                                   "and that is lost; write inside forward, or inside zero.GatheredParameters")
+        # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
+        if not self.has_memory:
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory; each rank keeps its shard."""
+        """Release the whole parameters' memory, but not from under a view of somebody else's; each rank keeps its shard.
+
+        What autograd saves is no such view, see _pack.
+        """
         self.gather.wait()
+        for slot in self.slots:
+            slot.version = slot.parameter._version
+        if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
+            return  # with _free_unused it is tried again
         try:
             self.flat.untyped_storage().resize_(0)
-        except RuntimeError:  # a numpy array shares the memory, and keeps it; the parameters get another
+        except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
             self.flat = torch.empty_like(self.flat)
-            for slot in self.slots:
-                slot.parameter.data = slot.view(self.flat)
+            with torch._C.DisableTorchFunctionSubclass():
+                for slot in self.slots:
+                    slot.parameter.data = slot.view(self.flat)
             self.flat.untyped_storage().resize_(0)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the whole parameters take memory."""
+        return self.flat.untyped_storage().nbytes() > 0
 
     def keep_writes(self) -> None:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not seen, as PyTorch doesn't count it.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are beside it.
         """
         versions = [slot.parameter._version for slot in self.slots]
-        if versions != [slot.version for slot in self.slots]:
+        beside = self.unit is not None and self.held.device == self.flat.device
+        if beside or versions != [slot.version for slot in self.slots]:
             self.keep_changes()
             for slot, version in zip(self.slots, versions):
                 slot.version = version
@@ -1067,8 +1064,10 @@ class Bucket:
         if held is None or _same_memory(held, self.flat):
             return
         new = self.flat[self.own[0]:self.own[1]].to(held.device)
-        changed = new != held.to(new.dtype)  # elsewhere the master keeps its finer value
-        held.copy_(torch.where(changed, new.to(held.dtype), held))
+        old = held.to(new.dtype)
+        if held.device.type == "cpu" and torch.equal(new, old):  # on a GPU, asking would wait for it
+            return
+        held.copy_(torch.where(new != old, new.to(held.dtype), held))  # elsewhere the master keeps its finer value
         if self.shard is not None and self.shard is not held:
             self.shard.copy_(new)
 
@@ -1114,15 +1113,17 @@ class Plan(NamedTuple):
     trained: bool         # in one, and not frozen
     dtypes: Dtypes
     slots: list[Slot]
+    numel: int | None = None  # elements of the bucket; None: as many as the slots need
 
 
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
-                 owners: "Mapping[int, Unit]") -> list[Plan]:
+                 owners: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
     """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
 
     groups   the param group of each parameter that is in one, by its id
     owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    whole    the groups whose parameters must not be cut into the shards of ``ranks``; see lay_out_whole
     """
     named = list(model.named_parameters())[::-1]
     size = bucket_size(config, sum(p.numel() for _, p in named), device)
@@ -1138,7 +1139,28 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
         slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
         if unit is None and slots[-1].end >= size:
             plans.append(Plan(*key, open_slots.pop(key)))
-    return plans + [Plan(*key, slots) for key, slots in open_slots.items()]
+    plans += [Plan(*key, slots) for key, slots in open_slots.items()]
+    return [plan._replace(numel=lay_out_whole(plan.slots, ranks, first=index)) if plan.group in whole else plan
+            for index, plan in enumerate(plans)]
+
+
+def lay_out_whole(slots: list[Slot], ranks: int, first: int) -> int:
+    """Move parameters within their bucket so that each lies in one rank's shard; returns the bucket's elements.
+
+    The largest comes first, to the rank ``first``, each other to the rank with the least. All shards are as large as
+    the fullest one: the others' ends are padding, most where a bucket has few large parameters for many ranks.
+    """
+    loads, owners = [0] * ranks, {}
+    for slot in sorted(slots, key=lambda slot: slot.offset - slot.end):
+        owners[slot] = loads.index(min(loads))
+        loads[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    size, ends = max(ALIGN, *loads), [(rank + first) % ranks * max(ALIGN, *loads) for rank in range(ranks)]
+    for slot in slots:
+        slot.offset = ends[owners[slot]]
+        slot.end = slot.offset + slot.shape.numel()
+        ends[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    slots.sort(key=lambda slot: (slot.offset, slot.end))
+    return size * ranks
 
 
 def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
@@ -1352,6 +1374,9 @@ class Unit:
     def __deepcopy__(self, memo: dict) -> "Unit":
         return self  # see Zero
 
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
+
     def start_gather(self) -> None:
         """SHARDED to GATHERING."""
         for bucket in self.buckets:
@@ -1373,6 +1398,15 @@ class Unit:
             for slot in bucket.slots:
                 slot.parameter.__class__ = ShardedParameter
         self.state = UnitState.SHARDED
+
+
+class LeftBehind:
+    """What stands for an engine and its units in a module that was pickled while it was whole: the hooks do nothing."""
+
+    def _before_forward(self, *_: Any) -> None:
+        pass
+
+    _after_forward = _before_forward
 
 
 class Call:
@@ -1419,11 +1453,13 @@ class Trace:
 class Holder:
     """What has parameters in shards: an engine's ``Zero``, or ``Init`` until an engine takes its model over.
 
-    places   the bucket and the slot of each parameter, by its id
+    places     the bucket and the slot of each parameter, by its id
+    storages   the bucket of each memory that whole parameters are gathered into, by its address
     """
 
     communicator: Communicator
     places: dict[int, tuple[Bucket, Slot]]
+    storages: Mapping[int, Bucket] = {}
 
     def hold(self, unit: Unit, user: Any) -> None:
         """Have the unit's parameters whole until ``user`` lets go of it."""
@@ -1457,8 +1493,9 @@ class ShardedParameter(nn.Parameter):
     """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
 
     Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
-    the model's own unit from then on (a parent that uses a child's weight without calling the child); under ``Init``
-    they are gathered for the one operation. Elsewhere it is an error.
+    the model's own unit from then on (a parent that uses a child's weight without calling the child); within a backward
+    pass, until it ends; in another method of a module, and under ``Init``, for the one operation. Elsewhere it is an
+    error.
     """
 
     @classmethod
@@ -1466,6 +1503,7 @@ class ShardedParameter(nn.Parameter):
         kwargs, uses = kwargs or {}, []
         if func not in METADATA:
             name = getattr(func, "__name__", str(func))
+            name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
                     if not _is_held(tensor):
@@ -1475,7 +1513,7 @@ class ShardedParameter(nn.Parameter):
                     holder, _, slot = _find(tensor)
                     uses.append((holder, slot, holder.begin_use(slot, name)))
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass(), _saving() if uses else nullcontext():
                 return func(*args, **kwargs)
         finally:
             for holder, slot, user in uses:
@@ -1507,19 +1545,88 @@ METADATA |= {getattr(Tensor, name) for name in (
     "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses."""
+# What shares the memory and may be written to later, unseen; state_dict() asks for it on one rank alone.
+ALIASES = ("data", "detach", "detach_", "numpy")
+
+
+def _in_method_of(model: nn.Module) -> bool:
+    """Whether a method of one of a model's modules is running, beside those that PyTorch gives every module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and any(owner is module for module in model.modules()) and any(
+                code.co_qualname == f"{kind.__qualname__}.{code.co_name}" for kind in type(owner).__mro__
+                if kind is not nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _saving() -> AbstractContextManager:
+    """Hooks which let autograd save where a weight lies, and not the weight, whose memory they would keep.
+
+    Where others are active, such as recomputation's or the caller's own, they save the weight itself.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    return saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> tuple:
+    """What autograd keeps of a tensor that it saves: of a weight, or a view of one, its place.
+
+    Backward gathers the unit when it wants the weight. The output's hook is not enough for that: an operation in place
+    on a view rebuilds its graph without the hook, and a side output, such as a loss that the module keeps as an
+    attribute, has none.
+    """
+    key = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None  # a sparse tensor has none
+    for zero in _LIVE:
+        bucket = zero.storages.get(key)
+        if bucket is None or not _same_memory(bucket.flat, tensor):
+            continue
+        start = tensor.storage_offset()
+        slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
+        if slot is not None and tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg()):
+            place = tensor.size(), tensor.stride(), start
+            return place, slot.parameter._version, slot, weakref.ref(zero), zero.call_of(bucket.unit)
+    return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
+
+
+def _unpack(saved: tuple) -> Tensor:
+    """The inverse of _pack, when backward wants the tensor."""
+    tensor, version, *where = saved
+    source = where[0].parameter if where else tensor
+    if where:
+        slot, reference, call = where
+        zero = reference()
+        if zero is None:
+            raise RuntimeError(f"backward needs the parameter {slot.name}, whose engine is gone")
+        bucket, _ = zero.places[id(slot.parameter)]
+        zero._before_backward(bucket.unit, call)
+        tensor = bucket.flat.as_strided(*tensor)
+    if source._version != version:  # a check that PyTorch leaves to hooks where there are any
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
+                           "forward had saved it; step() modifies the weights")
+    return tensor
+
+
+def tensors_in(value: Any, outer: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, which may contain themselves."""
     if isinstance(value, Tensor):
         yield value
+        return
+    items: Iterable[Any] = ()
+    if id(value) in outer:
+        return
+    if isinstance(value, Mapping):
+        items = value.values()
     elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value
     elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            yield from tensors_in(getattr(value, f.name))
+        items = [getattr(value, f.name, None) for f in fields(value)]
+    for item in items:
+        yield from tensors_in(item, (*outer, id(value)))
 
 
 def _return_free_memory() -> None:
@@ -1588,7 +1695,7 @@ class Zero(Holder):
         self.communicator = Communicator(device, debug, timeout)
         if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
-        self.elementwise = self._check_optimizer(allow_untested)
+        self.whole = self._groups_of_whole_parameters(allow_untested)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
@@ -1597,6 +1704,7 @@ class Zero(Holder):
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
+        self.looked_ahead = False  # its first gradient has come
         self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
         self.root = Unit("", model, 0)
@@ -1611,7 +1719,7 @@ class Zero(Holder):
         self.updating = False  # the optimizer's step is this object's
         self.dropped = 0       # a digest of which reduced gradients were dropped
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
-        self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
+        self.storages = {b.flat.untyped_storage()._cdata: b for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
         self.live = 0      # elements of the units that are gathered now
         if optimizer is not None:
@@ -1620,22 +1728,16 @@ class Zero(Holder):
         self._register_hooks()
         _LIVE.add(self)
 
-    def _check_optimizer(self, allow_untested: bool) -> bool:
-        """Whether the optimizer treats every element alike, so that it can work on pieces; refuse it if it must."""
-        kind = type(self.optimizer)
-        if self.optimizer is None or kind in ELEMENTWISE:
-            return True
-        if self.config.stage == 0:
-            return False
-        if kind in vars(torch.optim).values():
-            raise ValueError(f"{kind.__name__} looks at whole parameters, of which a rank holds only pieces at stage "
-                             f"{self.config.stage}; allowed: stage 0, or one of "
-                             f"{', '.join(sorted(k.__name__ for k in ELEMENTWISE))}")
-        if not allow_untested:
-            raise ValueError(f"{kind.__name__} is not known to treat every element alike, as sharding needs at stage "
-                             f"{self.config.stage}; if it does, set zero_allow_untested_optimizer to true; else use "
-                             f"stage 0")
-        return True
+    def _groups_of_whole_parameters(self, allow_untested: bool) -> set[int]:
+        """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
+
+        An optimizer class says so of a group by ``is_elementwise(group)``; what is not known to treat every element
+        alike counts as one that does not.
+        """
+        if self.optimizer is None or type(self.optimizer) in ELEMENTWISE or allow_untested and self.config.stage:
+            return set()
+        rule = getattr(self.optimizer, "is_elementwise", lambda group: False)
+        return {index for index, group in enumerate(self.optimizer.param_groups) if not rule(group)}
 
     # Setting up.
 
@@ -1701,12 +1803,13 @@ class Zero(Holder):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
         self.buckets: list[Bucket] = []
-        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners)
-        for unit, group, trained, kinds, slots in plans:
+        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners, self.whole,
+                             self.communicator.world_size if self.sharded.optimizer else 1)
+        for unit, group, trained, kinds, slots, numel in plans:
             bucket = Bucket(
                 slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
                 self.device, not self.config.reduce_scatter, self._predivide(kinds),
-                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host)
+                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host, numel)
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
@@ -1727,18 +1830,18 @@ class Zero(Holder):
     def _hand_over(self, buckets: list[Bucket]) -> None:
         """From now on the optimizer updates these buckets' masters."""
         for bucket in buckets:
-            bucket.hand_over(self.optimizer, self.elementwise)
+            bucket.hand_over(self.optimizer, bucket.group in self.whole)
             bucket.keep_state(self.optimizer)
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for group, params in zip(self.optimizer.param_groups, self._segments_by_group()):
+        for group, params in zip(self.optimizer.param_groups, self._pieces_by_group()):
             group["params"] = params
 
-    def _segments_by_group(self) -> list[list[nn.Parameter]]:
+    def _pieces_by_group(self) -> list[list[nn.Parameter]]:
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for bucket in self.trained:
-            groups[bucket.group] += [segment.parameter for segment in bucket.segments]
+            groups[bucket.group] += bucket.pieces
         return groups
 
     def _take_over(self, optimizer: Optimizer) -> None:
@@ -1766,6 +1869,8 @@ class Zero(Holder):
     def _listen(self, slot: Slot) -> None:
         """Have autograd call back when it has finished a parameter's gradient."""
         self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient)))
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            slot.node = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
 
     def _register_hooks(self) -> None:
         for bucket in self.trained:
@@ -1780,6 +1885,9 @@ class Zero(Holder):
 
     def __deepcopy__(self, memo: dict) -> "Zero":
         return self  # a deep copy of the model takes its hooks along; on the copy's modules they do nothing
+
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
 
     def release(self) -> None:
         """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
@@ -1804,7 +1912,7 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, saved_tensors_hooks(self._pack, self._unpack)
+            self.saving = call, _saving()
             self.saving[1].__enter__()
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
@@ -1830,7 +1938,7 @@ class Zero(Holder):
             self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:  # the hooks of a leaf, such as a parameter, would stay for ever
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
@@ -1845,39 +1953,26 @@ class Zero(Holder):
             self._begin_backward()
         self._acquire(unit, call)
 
-    def _pack(self, tensor: Tensor) -> tuple:
-        """What autograd keeps of a tensor that it saves in forward: a weight remembers its unit.
-
-        The output's hook is not enough: an operation in place on a view rebuilds its graph without the hook, and a
-        side output, such as a loss that the module keeps as an attribute, has none.
-        """
-        unit = self.storages.get(tensor.untyped_storage()._cdata)
-        if unit is None:  # detached, since a node that keeps its own output would keep itself alive
-            return tensor.detach(), tensor._version
-        return tensor, tensor._version, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
-
-    def _unpack(self, saved: tuple) -> Tensor:
-        """The inverse of _pack, when backward wants the tensor."""
-        tensor, version, *use = saved
-        if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
-            raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
-                               "after forward had saved it; step() modifies the weights")
-        if use:
-            call, unit = use
-            self._before_backward(unit, call)
-        return tensor
+    def call_of(self, unit: Unit) -> Any:
+        """The innermost forward call that uses a unit now."""
+        return (unit.calls or self.root.calls or [RECOMPUTED])[-1]
 
     def _start_gather(self, unit: Unit) -> None:
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, whose "
+                               "weights are sharded (stage 3), and it can't see them come and go; use "
+                               "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         unit.start_gather()
         if unit.buckets:
             self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
         self.live += unit.numel
 
     def _free(self, unit: Unit) -> None:
+        self.live -= unit.numel * (unit.state is not UnitState.SHARDED)
         unit.free()
-        self.live -= unit.numel
         for bucket in unit.buckets:
-            self.storages[bucket.flat.untyped_storage()._cdata] = unit  # in case that it is a new one
+            self.storages[bucket.flat.untyped_storage()._cdata] = bucket  # in case that it is a new one
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1915,9 +2010,9 @@ class Zero(Holder):
         self._launch_ready()
 
     def _free_unused(self) -> None:
-        """Free what was gathered ahead for a use that did not come."""
+        """Free what was gathered ahead for a use that did not come, and what views kept when its last use ended."""
         for unit in self.all_units if self.sharded.parameters else ():
-            if not unit.users and unit.state is not UnitState.SHARDED:
+            if not unit.users and any(bucket.has_memory for bucket in unit.buckets):
                 self._free(unit)
 
     def _begin_forward(self) -> None:
@@ -1926,15 +2021,34 @@ class Zero(Holder):
         self.traces[False].restart()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Gather, if this is in a forward pass of the model; the unit stays whole until that ends."""
+        """Gather the unit, if this is in a pass of the model.
+
+        It stays whole until the forward, or the backward, ends; in another method of the model, which has no end that
+        could be seen, for the one operation.
+        """
         unit = self.places[id(slot.parameter)][0].unit
-        if not self.root.calls:
+        if self.root.calls:
+            self.companions.append(unit)
+            self.hold(unit, self.root.calls[0])
+        elif _in_backward():
+            self._before_backward(unit, RECOMPUTED)
+        elif operation not in ALIASES and _in_method_of(self.root.module):
+            user = object()
+            self.hold(unit, user)
+            return user
+        else:
             raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
                                f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
                                f"zero.safe_get_full_fp32_param")
-        self.companions.append(unit)
-        self.hold(unit, self.root.calls[0])
-        return self.root.calls[0]
+        return None
+
+    def end_use(self, slot: Slot, user: Any) -> None:
+        """Keep what the operation wrote."""
+        if user is not None:
+            unit = self.places[id(slot.parameter)][0].unit
+            for bucket in unit.buckets:
+                bucket.keep_writes()
+            self.let_go(unit, user)
 
     # Backward: gradients come in, full buckets go out.
 
@@ -1956,7 +2070,7 @@ class Zero(Holder):
         """Autograd has finished a parameter's gradient."""
         bucket, slot = self.places[id(parameter)]
         if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
-            if slot.used and slot.late is None:  # grad was empty: zero_grad() since the last backward
+            if slot.used:  # grad was empty: zero_grad() since the last backward
                 self.drop(slot)
             self._take(bucket, slot, parameter.grad)
         if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
@@ -1972,6 +2086,10 @@ class Zero(Holder):
     def _take(self, bucket: Bucket, slot: Slot, gradient: Tensor) -> None:
         if not self.pending:
             self._begin_backward()
+        if not self.looked_ahead:
+            self.looked_ahead = True
+            for each in self.trained:
+                each.look_ahead()
         bucket.take(slot, gradient.detach())
 
     @torch.no_grad()
@@ -2005,9 +2123,10 @@ class Zero(Holder):
         Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
         of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
         units end their backward, so that gradients need not pile up where a model runs in another order than it was
-        written in.
+        written in. What this rank's backward does not bring is not waited for: the others would wait for this rank
+        then, and this rank, in its next gather, for them.
         """
-        if not (self.config.overlap_comm and self.reduces_now):
+        if not (self.config.overlap_comm and self.reduces_now and self.looked_ahead):
             return
         while self.queue and self.queue[0].complete:
             self._launch(self.queue.popleft())
@@ -2033,9 +2152,8 @@ class Zero(Holder):
             while self.in_flight:
                 self.in_flight.popleft().finish_reduction()
             self._settle()
-        ran = any(bucket.fired for bucket in self.trained)  # a bucket without any gradient is not waited for either
         for bucket in self.trained:
-            bucket.end_backward(ran)
+            bucket.end_backward(self.looked_ahead)
         self._end_backward()
 
     def _settle(self) -> None:
@@ -2067,7 +2185,7 @@ class Zero(Holder):
                 slot.parameter.grad = TakenGradient(slot, self)
 
     def _end_backward(self) -> None:
-        self.queue, self.pending = deque(), False
+        self.queue, self.pending, self.looked_ahead = deque(), False, False
         for unit in self.all_units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self._free_unused()
@@ -2133,12 +2251,10 @@ class Zero(Holder):
                             f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), "
                             "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
                             "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
-                for segment in bucket.segments:
-                    if not _same_memory(segment.parameter, bucket.master):
-                        raise RuntimeError(
-                            f"the optimizer's parameter for {(segment.slot or bucket.slots[-1]).name} was given other "
-                            "memory (p.data = ...); write into it (p.data.copy_()) instead")
-        for index, params in enumerate(self._segments_by_group() if self.optimizer else ()):
+                    if slot.piece is not None and not _same_memory(slot.piece, bucket.master):
+                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
+                                           "...); write into it (p.data.copy_()) instead")
+        for index, params in enumerate(self._pieces_by_group() if self.optimizer else ()):
             given = self.optimizer.param_groups[index]["params"]
             if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
                 raise RuntimeError(f"the params of the optimizer's param group {index} were changed after "
@@ -2221,9 +2337,6 @@ class Zero(Holder):
 
     def _update(self, factor: float) -> None:
         """Step the optimizer, with its step hooks once around all of it."""
-        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
-        if any([bucket.split(self.optimizer) for bucket in idle]):
-            self._refill_groups()
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
         waves = [self.trained] if hooked else self._waves()
@@ -2247,7 +2360,8 @@ class Zero(Holder):
         """The buckets that are updated together, so that gathering these overlaps with updating the next."""
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
         casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
-        in_waves = type(self.optimizer) in ELEMENTWISE and (
+        known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
+        in_waves = known and (
             self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
@@ -2477,7 +2591,7 @@ class Init(Holder):
 
 def _holders(flat: Tensor) -> int:
     """How many tensors share this memory."""
-    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata)  # no public call tells
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) - 1  # no public call tells; one is the storage's
 
 
 def _share_random_state(communicator: Communicator) -> Tensor | None:
@@ -2564,8 +2678,12 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.hold(bucket.unit, self)
+        sharded = any(bucket.unit is not None for _, bucket, _ in self.places)
+        self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
+        self.saving.__enter__()
 
     def __exit__(self, error: Any, *rest: Any) -> None:
+        self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
             raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket kept "
@@ -2657,42 +2775,40 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
 
     Raises ValueError where the optimizer keeps no such state, or keeps none before the first update.
     """
-    bucket, slot, segment, value, scalar = _state_of(parameter, key)
+    bucket, slot, value, scalar = _state_of(parameter, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
-    if value is not None and value.dim() != 1:  # of an optimizer that is given whole parameters, at stage 0
-        return value.clone()
-    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device) if value is None else value
-    return bucket.collect(slot, part, segment.start if segment else 0, not bucket.sharded.optimizer)
+    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device)
+    if value is not None:
+        part = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+    return bucket.collect(slot, part, max(slot.offset, bucket.own[0]), not bucket.sharded.optimizer)
 
 
 @torch.no_grad()
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
-    bucket, slot, segment, state, scalar = _state_of(parameter, key)
+    bucket, slot, state, scalar = _state_of(parameter, key)
     _check_shape(slot, value)
     if scalar is not None:
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
                          "with a value per element")
-    if state is not None and state.dim() == 1:
-        bucket.scatter(slot, value, state, segment.start)
-    elif state is not None:
-        state.copy_(value)
+    if state is not None:
+        state.copy_(bucket.own_values(slot, value))
 
 
-def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
-    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, scalar state.
+def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Tensor | None, Any]:
+    """A parameter's bucket and slot, this rank's optimizer state of its elements, and state that is one number.
 
     All ranks compare notes, since a rank may hold no part of the parameter.
     """
     zero, bucket, slot = _find(parameter)
     if not bucket.trained:
         raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
-    segment = next((s for s in bucket.segments if s.slot in (None, slot) and s.start < s.end), None)
-    state = zero.optimizer.state.get(segment.parameter, {}) if segment else {}
+    has_piece = slot.piece is not None
+    state = zero.optimizer.state.get(slot.piece, {})
     value = state.get(key)
-    per_element = _is_like(key, value, segment.parameter.shape) if segment else False
-    report = (sorted(state), None if per_element else value) if segment else None
+    per_element = has_piece and _is_like(key, value, slot.piece.shape)
+    report = (sorted(state), None if per_element else value) if has_piece else None
     reports = [report]
     if zero.communicator.world_size > 1 and bucket.sharded.optimizer:
         reports = [None] * zero.communicator.world_size
@@ -2701,7 +2817,7 @@ def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment 
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
                          f"{', '.join(keys) or 'none before an update'})")
-    return bucket, slot, segment, value if per_element else None, scalar
+    return bucket, slot, value if per_element else None, scalar
 
 
 def _check_shape(slot: Slot, value: Any) -> None:
@@ -2766,34 +2882,33 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
-        for segment in bucket.segments:
-            for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
+        for slot in bucket.slots:
+            for key, value in zero.optimizer.state.get(slot.piece, {}).items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
                     continue  # see scalars_of
-                if _is_like(key, value, segment.parameter.shape) and value.dim() == 1:
-                    for slot in [segment.slot] if segment.slot else bucket.slots:
-                        yield from _cut(slot, key, value, segment.start, mine)
-                elif zero.communicator.rank == 0:  # in a shape of its own; the leading 1 tells it from a stretch
-                    yield segment.slot.name, key, 0, value.view(1, *value.shape)
+                if _is_like(key, value, slot.piece.shape):
+                    flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+                    yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
+                elif bucket.sharded.optimizer or zero.communicator.rank == 0:
+                    yield slot.name, key, 0, value.view(1, *value.shape)  # the leading 1 tells it from a stretch
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high:
-        yield slot.name, key, low - slot.offset, held[low - start:high - start]
+    if low < high or slot.offset == slot.end and mine[0] == 0:  # of one without elements, rank 0 saves that it is there
+        yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
 def scalars_of(zero: Zero) -> dict[str, dict]:
     """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
     found: dict[str, dict] = {}
     for bucket in zero.trained:
-        for segment in bucket.segments:
-            state = zero.optimizer.state.get(segment.parameter, {})
-            numbers = {key: float(value) for key, value in state.items()
-                       if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
-            for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
-                found[slot.name] = numbers
+        for slot in bucket.slots:
+            state = zero.optimizer.state.get(slot.piece, {})
+            if state:
+                found[slot.name] = {key: float(value) for key, value in state.items()
+                                    if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
     return found
 
 
@@ -2959,32 +3074,25 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
 
 
 def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
-    """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
-    scalars, state = reader.meta["scalars"], zero.optimizer.state
-    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name))
-                 for slot in bucket.slots if slot.shape.numel()]
-    if any(history != histories[0] for history in histories):
-        bucket.split(zero.optimizer)
-    for segment in bucket.segments:
-        before = state.pop(segment.parameter, {})
-        members = [slot for slot in ([segment.slot] if segment.slot else bucket.slots) if slot.shape.numel()]
-        first = next((slot for slot in members if slot.name in scalars), None)
-        if first is None:
-            continue  # never updated, or without elements: the optimizer begins anew
-        group = zero.optimizer.param_groups[bucket.group]
-        place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
-        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[first.name].items()}
-        for key in reader.keys(first.name):
-            if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
-                entry[key] = reader.whole(first.name, key).to(bucket.master.device)
+    """The optimizer state of a bucket; of a parameter that was never updated, the optimizer begins anew."""
+    scalars, state, group = reader.meta["scalars"], zero.optimizer.state, zero.optimizer.param_groups[bucket.group]
+    place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+    for slot in bucket.slots:
+        before = state.pop(slot.piece, {})
+        if slot.piece is None or slot.name not in scalars:
+            continue
+        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[slot.name].items()}
+        for key in reader.keys(slot.name):
+            piece = reader.pieces[slot.name, key][0]
+            if piece.shape is not None:
+                entry[key] = reader.whole(slot.name, key).to(bucket.master.device)
                 continue
-            dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
-            fits = key in before and before[key].shape == segment.parameter.shape and before[key].dtype == dtype
-            entry[key] = before[key] if fits else torch.zeros(
-                segment.end - segment.start, dtype=dtype, device=bucket.master.device)
-            for slot in members:
-                _read_slot(reader, slot, key, entry[key], segment.start)
-        state[segment.parameter] = entry
+            dtype = getattr(torch, piece.dtype)
+            fits = key in before and before[key].shape == slot.piece.shape and before[key].dtype == dtype
+            entry[key] = before[key] if fits else torch.zeros_like(slot.piece, dtype=dtype, requires_grad=False)
+            flat = entry[key].as_strided((entry[key].numel(),), (1,))
+            _read_slot(reader, slot, key, flat, max(slot.offset, bucket.own[0]))
+        state[slot.piece] = entry
     bucket.keep_state(zero.optimizer)
 
 
@@ -3142,7 +3250,7 @@ def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
                 found[category, place] += storage.nbytes()
 
     for bucket in zero.buckets:
-        entries = [zero.optimizer.state.get(segment.parameter, {}) for segment in bucket.segments]
+        entries = [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
         state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
         add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
         add("masters", bucket.host, [bucket.master])

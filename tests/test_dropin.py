@@ -194,10 +194,23 @@ def test_init_distributed_refuses_what_it_cannot_use(kwargs, told):
     assert not dist.is_initialized()
 
 
-def test_processes_of_mpirun_are_refused_as_each_would_train_alone(monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started by mpirun"):
-        deepspeed.init_distributed()
+@pytest.mark.parametrize("name, starter", [
+    ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun"), ("MV2_COMM_WORLD_SIZE", "mpirun"),
+    ("SLURM_STEP_NUM_TASKS", "srun")])
+def test_processes_that_would_each_train_alone_are_refused(alone, monkeypatch, name, starter):
+    monkeypatch.setenv(name, "2")
+    told = f"one of 2 that were started by {starter}.*if it is to train alone, unset {name}"
+    for start in deepspeed.init_distributed, alone:
+        with pytest.raises(ValueError, match=told):
+            start()
+        assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}], ids=["batch script", "srun --pty"])
+def test_one_task_of_a_larger_slurm_job_trains_alone(alone, monkeypatch, step):
+    for name, value in ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"} | step).items():
+        monkeypatch.setenv(name, value)
+    assert alone().world_size == 1
 
 
 def test_init_distributed_by_address(tmp_path):
@@ -590,5 +603,5 @@ def test_a_refused_call_gives_model_and_optimizer_back_as_they_were(alone):
 def test_mistakes_are_refused_on_every_rank_and_leave_nothing_behind(run_ranks, pytestconfig, tmp_path, ranks):
     mistakes = draw_mistakes(ranks, 150 if pytestconfig.getoption("--long") else 30)
     mistakes = [mistake._replace(one_rank=mistake.one_rank and ranks == 2) for mistake in mistakes]
-    for rank, wrong in enumerate(run_ranks(make_mistakes, ranks, mistakes, str(tmp_path), timeout=300)):
+    for rank, wrong in enumerate(run_ranks(make_mistakes, ranks, mistakes, str(tmp_path))):
         assert not wrong, f"rank {rank} of {ranks}:\n" + "\n".join(wrong)
