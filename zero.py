@@ -43,6 +43,7 @@ it. With one process there is nothing to share out: no collective runs at any st
 import argparse
 import copy
 import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -169,8 +170,9 @@ class ZeroConfig:
             if isinstance(value, int) and value < least:
                 raise ValueError(f"zero_optimization.{f.name} is {value}; allowed: a whole number from {least} up")
         if self.offload_param.device != "none" and self.stage != 3:
-            raise ValueError(f"zero_optimization.offload_param.device is {self.offload_param.device} at stage "
-                             f"{self.stage}, which keeps whole parameters where they are used; allowed: stage 3")
+            logger.warning("zero_optimization.offload_param has no effect at stage %d, which keeps whole parameters "
+                           "where they are used; stage 3 offloads them", self.stage)
+            self.offload_param = OffloadParam()
         _warn_without_effect("zero_optimization", self)
 
 
@@ -1271,10 +1273,57 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
     """The modules that are a unit of stage 3 each: those that ``leaf`` names.
 
     Without it: the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by
-    itself. The model itself is always one: it takes what is in no other.
+    itself. Those that ``set_z3_leaf_modules`` has marked are always one, without units inside. The model itself is
+    always one: it takes what is in no other.
     """
-    if leaf is not None:
-        return _named_units(model, leaf)
+    units = _found_units(model) if leaf is None else _named_units(model, leaf)
+    marked: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "_z3_leaf", False) and not _is_inside(name, marked):
+            marked[name] = module
+    return {name: module for name, module in (units | marked).items() if name and (
+        name in marked or not _is_inside(name, marked))}
+
+
+def _is_inside(name: str, others: Iterable[str]) -> bool:
+    """Whether the module of this name is part of one of the others; all are part of the model itself, \"\"."""
+    return any(name.startswith(f"{other}." if other else "") for other in others)
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
+                        raise_if_not_found: bool = True) -> list[nn.Module]:
+    """Make each module of these classes, or class names, one unit of stage 3; before ``initialize()``. Returns them."""
+    return _mark_leaves(model, leaf_module_classes, True, raise_if_not_found)
+
+
+def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
+                          raise_if_not_found: bool = True) -> list[nn.Module]:
+    """Undo what ``set_z3_leaf_modules`` did to modules of these classes."""
+    return _mark_leaves(model, leaf_module_classes, False, raise_if_not_found)
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``set_z3_leaf_modules`` has marked."""
+    return [module for module in model.modules() if getattr(module, "_z3_leaf", False)]
+
+
+def _mark_leaves(model: nn.Module, classes: Iterable[type | str], flag: bool, must_be: bool) -> list[nn.Module]:
+    classes = list(classes)
+    if not all(isinstance(cls, (type, str)) for cls in classes):
+        raise ValueError(f"leaf_module_classes is {classes!r}; allowed: a list of classes or class names")
+    if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
+        raise RuntimeError("an engine trains this model, and its units are made; mark leaf modules before initialize()")
+    found = [module for module in model.modules() for kind in [type(module)] if any(
+        isinstance(module, cls) if isinstance(cls, type) else cls in (
+            kind.__name__, f"{kind.__module__}.{kind.__qualname__}") for cls in classes)]
+    if must_be and not found:
+        raise ValueError(f"the model has no module of {classes}")
+    for module in found:
+        module._z3_leaf = flag
+    return found
+
+
+def _found_units(model: nn.Module) -> dict[str, nn.Module]:
     units = find_blocks(model)
     total = sum(p.numel() for p in model.parameters())
 
@@ -1760,6 +1809,8 @@ class Zero(Holder):
         """Make the parameters views of buckets."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"]}
+        if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
+            gc.collect()  # perhaps nobody refers to that engine any more
         if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})

@@ -407,7 +407,7 @@ def test_saving_on_rank_0_alone_raises_and_says_so(run_ranks, tmp_path):
 
 
 @pytest.mark.parametrize("section, told", [({"keep_last": 0}, "checkpoint.keep_last is 0"),
-                                           ({"tag_validation": "Fail"}, "checkpoint.tag_validation belongs to a part")])
+                                           ({"keep_lst": 2}, "unknown key checkpoint.keep_lst")])
 def test_the_section_is_checked(section, told):
     with pytest.raises(ConfigError, match=told):
         deepspeed.load_config({"train_batch_size": 1, "checkpoint": section})
