@@ -9,7 +9,7 @@
 
 One optimizer step, from the loss to the updated weights, with these phases in this order:
 
-    backward(loss)   scale       divide the loss by the number of accumulation steps, and let autograd run; as it
+    backward(loss)   scale       multiply the loss by the loss scale (fp16), and let autograd run; as it
                                  finishes gradients, ``zero.py`` collects them in buckets and adds them up over ranks
     step()           count       a micro-batch that does not end its accumulation window: nothing more to do
                      clip        take the global norm, and scale the gradients down to ``gradient_clipping``
@@ -31,9 +31,10 @@ import io
 import json
 import logging
 import os
-import pickle
 import random
+import re
 import secrets
+import sys
 import threading
 import time
 import types
@@ -47,6 +48,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import cycle, islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -194,85 +196,250 @@ class Config:
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
-NOT_HERE = {"aio", "amp", "autotuning", "comet", "compile", "compression_training", "csv_monitor",
-            "curriculum_learning", "data_efficiency", "disable_allgather", "disable_python_gc", "eigenvalue",
-            "elasticity", "expert_parallel", "flops_profiler", "hybrid_engine", "log_level", "memory_breakdown",
-            "nebula", "pipeline", "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
-            "sequence_parallel_size", "sparse_attention", "tensor_parallel", "tensorboard",
-            "use_data_before_expert_parallelism", "vocabulary_size", "wandb", "weight_quantization"}
+NOT_HERE = {"amp", "autotuning", "compile", "compression_training", "curriculum_learning", "data_efficiency",
+            "eigenvalue", "elasticity", "expert_parallel", "hybrid_engine", "nebula", "pipeline",
+            "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
+            "sequence_parallel_size", "sparse_attention", "tensor_parallel", "use_data_before_expert_parallelism",
+            "weight_quantization"}
 NOT_HERE |= {f"zero_optimization.{key}" for key in (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather", "zenflow",
-    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint", "legacy_stage1",
-    "compute_grad_norm", "enable_sanity_checks", "log_trace_cache_warnings", "memory_efficient_linear",
-    "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
-    "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save",
-    "stage3_model_persistence_threshold", "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce")}
-NOT_HERE |= {f"checkpoint.{key}" for key in ("tag_validation", "load_universal", "use_node_local_storage")}
-NOT_HERE |= {f"comms_logger.{key}" for key in ("verbose", "prof_all", "prof_ops", "debug")}
-NOT_NEEDED = {"sparse_gradients": "has no effect, as sparse gradients are summed densely here",
-              "zero_force_ds_cpu_optimizer": "has no effect, as there is no CPU optimizer of DeepSpeed's here"}
+    "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather", "zenflow")}
 
-ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm"}  # here; so "false" is refused as well
+# Keys that are accepted and change nothing; a warning says why. Those of the sections' own dataclasses are there.
+NOT_NEEDED = {
+    "allgather_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
+    "aio": "the system reads and writes the files of offload",
+    "disable_allgather": "parameters are always gathered by all-gather",
+    "disable_python_gc": "Python's garbage collection is the script's own business",
+    "flops_profiler": "wall_clock_breakdown prints times; torch.profiler counts operations",
+    "log_level": "Python's logging has it",
+    "memory_breakdown": "engine.memory_report() tells what takes memory",
+    "sparse_gradients": "sparse gradients are summed densely",
+    "vocabulary_size": "nothing depends on it",
+    "zero_force_ds_cpu_optimizer": "the optimizer is PyTorch's, on any device",
+    "optimizer.adam_w_mode": "it counts inside optimizer.params",
+    "optimizer.torch_adam": "it counts inside optimizer.params",
+    "optimizer.legacy_fusion": "the optimizer is PyTorch's",
+    "checkpoint.load_universal": "any checkpoint loads at any stage and number of ranks",
+    "checkpoint.parallel_write": "every rank always writes its own share",
+    "checkpoint.tag_validation": "ranks that save under different tags always raise",
+    "checkpoint.use_node_local_storage": "all ranks save into one folder, which all must reach",
+    "comms_logger.prof_all": "all collectives are counted",
+    "comms_logger.prof_ops": "all collectives are counted",
+    "comms_logger.verbose": "the table comes with progress lines",
+    "comms_logger.debug": "the table comes with progress lines",
+    "zero_optimization.compute_grad_norm": "the norm is always taken, as it tells of overflow",
+    "zero_optimization.cpu_offload_use_pin_memory": "pin_memory of the offload sections says it",
+    "zero_optimization.elastic_checkpoint": "any checkpoint loads at any number of ranks",
+    "zero_optimization.stage3_model_persistence_threshold": "stage3_param_persistence_threshold alone says what stays",
+}
+NOT_NEEDED |= dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"),
+                            "no log is written; the script can log what engine.get_lr() and the loss tell")
+NOT_NEEDED |= dict.fromkeys(
+    (f"bf16.{key}" for key in ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+                               "min_loss_scale")), "bf16 has the range of fp32 and needs no loss scale")
+NOT_NEEDED |= dict.fromkeys(
+    (f"zero_optimization.{key}" for key in (
+        "enable_sanity_checks", "legacy_stage1", "log_trace_cache_warnings", "memory_efficient_linear",
+        "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
+        "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce")), "it steers DeepSpeed's own code")
+# Of these, "false" is worth a word as well.
+ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "optimizer.adam_w_mode"}
+
+# Former spellings: where the value goes now, and what it becomes where that is not the value itself.
+FORMER: dict[str, tuple[str, Callable[[bool], Any] | None]] = {
+    "bfloat16": ("bf16", None),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save", None)}
+FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.stage3_{key}", None) for key in (
+    "gather_16bit_weights_on_model_save", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size",
+    "param_persistence_threshold", "model_persistence_threshold", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential")}
+FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.{now}", lambda on: {"device": "cpu" if on else "none"})
+           for key, now in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param"),
+                            ("cpu_offload_params", "offload_param"))}
+
+# Where "auto" has no default that can be right: these name what the caller wants.
+UNDECIDED = ("*.type", "*.stage", "*.device", "*.nvme_path")
+# Of these texts, capital letters mean the same.
+CHOICES = {"gradient_allreduce_op", "communication_data_type", "grad_accum_dtype", "dtype", "device", "mode"}
+
+
+@dataclass
+class _Remarks:
+    """What a config holds that load_config() has to say a word about."""
+    autos: list[str] = field(default_factory=list)     # keys that are "auto", and not needed
+    without_effect: list[str] = field(default_factory=list)
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
-    """A checked Config, from a dictionary or from the path of a JSON file."""
-    if isinstance(config, (str, os.PathLike)):
-        path = Path(config)
-        try:
-            config = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
-        except OSError as error:
-            raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the config file {path} is not JSON: {error}") from error
-    return _parse(Config, config, "")
+    """A checked Config, from a dictionary or from the path of a JSON file.
+
+    Former spellings and keys that have no effect here are taken, with a warning on rank 0. So is "auto" where it leaves
+    no question open: the key then has its default.
+    """
+    raw = _plain(_read(Path(config)) if isinstance(config, (str, os.PathLike)) else config, "")
+    remarks = _Remarks()
+    warnings = _respell(raw) if isinstance(raw, dict) else []
+    result = _parse(Config, raw, "", remarks)
+    _settle_params(result, remarks)
+    _refuse_undecided(result, remarks.autos)
+    if remarks.autos:
+        warnings.append(f'"auto", so the default or what the other keys say: {", ".join(remarks.autos)}')
+    if remarks.without_effect:
+        warnings.append(f"without effect here: {'; '.join(remarks.without_effect)}")
+    for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
+        logger.warning("config: %s", text)
+    return result
+
+
+def _read(path: Path) -> Any:
+    """The content of a JSON file, in which comments (#, //, /* */) and commas before a closing bracket may stand."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # as blanks, so that errors name the place
+            text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
+                          lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not JSON: {error}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
+    keys = [key for key, _ in pairs if not _is_comment(key)]
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"the key {key!r} stands twice in the config file")
     return dict(pairs)
 
 
-def _parse(cls: type, raw: Any, path: str) -> Any:
+def _is_comment(key: str) -> bool:
+    return key.startswith(("_", "#", "//")) or key.lower() in ("comment", "comments")
+
+
+def _plain(raw: Any, path: str) -> Any:
+    """``raw`` with a new dict for each mapping in it, without comments."""
+    if not isinstance(raw, Mapping):
+        return raw
+    for key in raw:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path or 'the config'} has the key {key!r}; allowed: text")
+    return {key: _plain(value, f"{path}.{key}".lstrip(".")) for key, value in raw.items() if not _is_comment(key)}
+
+
+def _respell(raw: dict[str, Any]) -> list[str]:
+    """Give former spellings their present ones, in place; what was done."""
+    done = []
+    if _number(raw.get("steps_per_print")) == float("inf"):
+        del raw["steps_per_print"]  # never
+    if isinstance(raw.get("zero_optimization"), bool):
+        done.append(f"zero_optimization {raw['zero_optimization']} is now written "
+                    f'{{"stage": {int(raw["zero_optimization"])}}}')
+        raw["zero_optimization"] = {"stage": int(raw["zero_optimization"])}
+    for former, (now, becomes) in FORMER.items():
+        place, (*_, key), new = raw, former.split("."), now.split(".")[-1]
+        if "." in former:
+            place = raw.get(former.split(".")[0])
+        if not isinstance(place, dict) or key not in place:
+            continue
+        value = place.pop(key)
+        if value is None or _is_auto(value):
+            continue
+        if becomes:
+            value = becomes(_convert(bool, value, former, _Remarks()))
+        given = place.setdefault(new, value)
+        if given != value and not (becomes and isinstance(given, dict) and value.items() <= given.items()):
+            raise ConfigError(f"{former} is the former spelling of {now} and says {value!r}, but {now} is {given!r}; "
+                              f"take {former} out")
+        done.append(f"{former} is now {now}{f' {value}' if becomes else ''}")
+    return done
+
+
+def _settle_params(config: Config, remarks: _Remarks) -> None:
+    """Take out of ``optimizer.params`` and ``scheduler.params`` what is "auto", or says what happens anyway."""
+    for name in ("optimizer", "scheduler"):
+        section = getattr(config, name)
+        for key in [key for key, value in section.params.items() if _is_auto(value)] if section else ():
+            remarks.autos.append(f"{name}.params.{key}")
+            del section.params[key]
+            if key == "warmup_max_lr":
+                section.params[key] = None  # the optimizer's own rate
+    if config.optimizer and "max_grad_norm" in config.optimizer.params:
+        norm = config.optimizer.params.pop("max_grad_norm")
+        if norm != config.gradient_clipping or isinstance(norm, bool):
+            raise ConfigError(f"optimizer.params.max_grad_norm is {norm!r}, but gradient_clipping is "
+                              f"{config.gradient_clipping}; write gradient_clipping: {norm!r} instead")
+
+
+def _refuse_undecided(config: Config, autos: list[str]) -> None:
+    undecided = [path for path in autos if any(fnmatchcase(path, pattern) for pattern in UNDECIDED)]
+    if config.train_batch_size is None and config.train_micro_batch_size_per_gpu is None:
+        undecided += [key for key in config.SIZES[:2] if key in autos]
+    if config.scheduler and not _is_auto(config.scheduler.type):
+        taken = inspect.signature(_named_schedule(config.scheduler.type)).parameters
+        undecided += [f"scheduler.params.{key}" for key, parameter in taken.items()
+                      if f"scheduler.params.{key}" in autos and parameter.default is parameter.empty]
+    if undecided:
+        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s Trainer '
+                          "and Accelerate fill them in from their own arguments before DeepSpeed reads the config")
+
+
+def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
     """An instance of the dataclass ``cls`` from the JSON object ``raw``, which stands at ``path`` in the config."""
-    if cls is zero.ZeroConfig and isinstance(raw, bool):
-        raise ConfigError(f'zero_optimization is {raw}, a form that DeepSpeed gave up; write {{"stage": {int(raw)}}}')
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
     # A key that is a word of Python's, such as async, has a field with an underscore behind it.
-    names = {f.name.removesuffix("_"): f.name for f in fields(cls)}
-    known, hints = list(names), typing.get_type_hints(cls)
-    for key in raw:
-        if key in known:
+    names = {f.name.removesuffix("_"): f for f in fields(cls)}
+    known, hints, values = list(names), typing.get_type_hints(cls), {}
+    for key, value in raw.items():
+        if key not in known:
+            _judge_other(f"{path}{key}", value, known, remarks)
             continue
-        if path == "bf16." and "scale" in key:
-            raise ConfigError(f"bf16.{key} is {raw[key]!r}, but bf16 has the range of fp32 and needs no loss scale; "
-                              "take it out, or use fp16")
-        if f"{path}{key}" in NOT_HERE | NOT_NEEDED.keys():
-            if _is_off(raw[key]) and f"{path}{key}" not in ALWAYS_ON:
+        has_default = names[key].default is not names[key].default_factory  # else both are MISSING
+        if _is_auto(value):
+            remarks.autos.append(f"{path}{key}")
+            if has_default:
                 continue
-            why = NOT_NEEDED.get(f"{path}{key}", "belongs to a part of DeepSpeed that is not covered")
-            raise ConfigError(f"{path}{key} {why}; take it out of the config")
-        near = _nearest(key, known)
-        raise ConfigError(f"unknown key {path}{key}, set to {raw[key]!r}{near} (known: {', '.join(known)})")
+        values[names[key].name] = _convert(hints[names[key].name], value, f"{path}{key}", remarks)
     for f in fields(cls):
-        if f.name not in raw and f.default is f.default_factory:  # both are MISSING: the key has no default
+        if f.name not in values and f.default is f.default_factory:
             raise ConfigError(f"{path}{f.name} is missing")
-    values = {names[key]: _convert(hints[names[key]], value, f"{path}{key}") for key, value in raw.items()
-              if key in names}
     try:
         return cls(**values)
     except ValueError as error:  # a section's own checks
         raise ConfigError(str(error)) from None
 
 
-def _is_off(value: Any) -> bool:
+def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> None:
+    """Refuse a key that this engine doesn't have, unless it says that something is off, or has no effect."""
+    key = path.rpartition(".")[2]
+    if path == "bf16.loss_scale" and not _is_off(value):
+        raise ConfigError(f"bf16.{key} is {value!r}, but bf16 has the range of fp32 and needs no loss scale; "
+                          "take it out, or use fp16")
+    if path == "bf16.loss_scale" or path in NOT_HERE and _is_off(value, path):
+        return
+    if path in NOT_HERE:
+        raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
+    if path not in NOT_NEEDED:
+        raise ConfigError(f"unknown key {path}, set to {value!r}{_nearest(key, known)} (known: {', '.join(known)})")
+    if not _is_off(value) or path in ALWAYS_ON and value is not None:
+        remarks.without_effect.append(f"{path} ({NOT_NEEDED[path]})")
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "auto"
+
+
+def _is_off(value: Any, path: str = "") -> bool:
     """Whether a section or key is there only to say that it is off: then leaving it out changes nothing."""
-    return value is False or value is None or isinstance(value, Mapping) and value.get("enabled") is False
+    if isinstance(value, Mapping):
+        return value.get("device") == "none" or "enabled" in value and _is_off(value["enabled"])
+    if path.endswith("_size") and isinstance(value, int) and not isinstance(value, bool):
+        return value <= 1  # a group of one rank; -1 is DeepSpeed's default for some
+    return value in (False, None) or isinstance(value, str) and value.lower() in ("false", "auto")
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
@@ -283,22 +450,71 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several of these."""
+def _convert(hint: Any, value: Any, path: str, remarks: _Remarks) -> Any:
+    """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several of these.
+
+    Where text can only mean a number or a truth value, it does; so do 0 and 1. A section that is off is not judged.
+    """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number, word = _number(value), value.lower() if isinstance(value, str) else None
     for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, Mapping) and _is_off(value):
+            if _is_auto(value.get("enabled")):
+                remarks.autos.append(f"{path}.enabled")
+            try:
+                return _parse(kind, value, f"{path}.", _Remarks())
+            except ConfigError:
+                return kind()
         if is_dataclass(kind) and value is not None:
-            return _parse(kind, value, f"{path}.")
-        if kind is float and is_number:
-            return float(value)
-        if kind is int and is_number and abs(value) < float("inf") and value == int(value):
-            return int(value)  # JSON files like to write 5e8
-        if kind in (bool, str, dict, list, types.NoneType) and isinstance(value, kind):
-            return value
+            return _parse(kind, value, f"{path}.", remarks)
+        if kind is float and number is not None:
+            return float(number)
+        if kind is int and number is not None and abs(number) < 2**63 and number == int(number):
+            return int(number)  # JSON files like to write 5e8
+        if kind is bool and (isinstance(value, bool) or number in (0, 1) or word in ("true", "false")):
+            return word == "true" if word and number is None else bool(number if number is not None else value)
+        if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return list(value)
+        if kind in (str, dict, types.NoneType) and isinstance(value, kind):
+            return word if path.rpartition(".")[2] in CHOICES else value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object",
-             list: "a list", types.NoneType: "null"}
+             list: "a list of strings", types.NoneType: "null"}
     raise ConfigError(f"{path} is {value!r}; allowed: {' or '.join(names.get(k, 'an object') for k in kinds)}")
+
+
+def _number(value: Any) -> int | float | None:
+    """The number that ``value`` is, or is the text of; None if it is none, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        return None
+    for kind in (int, float) if isinstance(value, (Integral, str)) else (float,):
+        try:
+            float(kind(value))  # else too large
+            return kind(value)
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any]:
+    """``params`` for the constructor of ``cls``: what it takes as a flag is one, and its numbers are finite."""
+    known = inspect.signature(cls).parameters
+    return {key: value if key not in known else _check_param(
+        value, f"{path}.{key}", isinstance(known[key].default, bool) or "bool" in str(known[key].annotation),
+        isinstance(known[key].default, str) or "str" in str(known[key].annotation)) for key, value in params.items()}
+
+
+def _check_param(value: Any, path: str, is_flag: bool, is_text: bool = False) -> Any:
+    """``value`` where it is of its parameter's kind; PyTorch's classes take any text for true, and true for 1."""
+    number = _number(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_check_param(item, path, is_flag, is_text) for item in value)
+    if is_flag and (isinstance(value, bool) or number in (0, 1) and not isinstance(value, str)):
+        return bool(value)
+    is_number = number is not None and -sys.float_info.max <= number <= sys.float_info.max
+    if is_flag and value is not None or isinstance(value, bool) \
+            or isinstance(value, (Real, str)) and not is_text and not is_number:
+        raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if is_flag else 'a finite number'}")
+    return number if is_number and not is_text else value
 
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
@@ -317,17 +533,22 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     """
     known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
              and cls not in (Optimizer, *UNFIT)}
-    name, params = section.type, dict(section.params)
-    if name.lower() in ("adam", "adamw"):
-        name = "AdamW" if params.pop("adam_w_mode", True) or name.lower() == "adamw" else "Adam"
-        if not params.pop("torch_adam", False):
+    name, params = {n.lower(): n for n in known}.get(section.type.lower()), dict(section.params)
+
+    def take(flag: str, default: bool) -> bool:
+        return _check_param(params.pop(flag, default), f"optimizer.params.{flag}", is_flag=True)
+
+    if name in ("Adam", "AdamW"):
+        name = "AdamW" if take("adam_w_mode", True) or name == "AdamW" else "Adam"
+        if not take("torch_adam", False):
             params.setdefault("weight_decay", 0.0)
-        if not params.pop("bias_correction", True):
+        if not take("bias_correction", True):
             raise ConfigError("optimizer.params.bias_correction is false; allowed: true, as PyTorch always corrects")
-    if name not in known:
-        raise ConfigError(f"optimizer.type is {section.type!r}{_nearest(name, known)} "
+    if name is None:
+        raise ConfigError(f"optimizer.type is {section.type!r}{_nearest(section.type, known)} "
                           f"(allowed: {', '.join(sorted(known))})")
     cls = known[name]
+    params = _check_params(cls, params, "optimizer.params")
     allowed = list(inspect.signature(cls).parameters)[1:]
     for key in params:
         if key not in allowed:
@@ -359,7 +580,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     ``initialize()`` does the same where it is needed; a group that was started here, ``destroy()`` leaves alone.
 
     dist_backend        what PyTorch calls its backends; default: nccl on a GPU, else gloo
-    auto_mpi_discovery  no effect: a process that mpirun started is refused, as it would train alone. Use torchrun
+    auto_mpi_discovery  no effect: processes of mpirun or srun are refused, as each would train alone. Use torchrun
     distributed_port    the port of the process group when MASTER_PORT is not set
     verbose             whether to log what was started
     timeout             how long a collective may take before all ranks raise; default: PyTorch's (Gloo 30 minutes,
@@ -406,6 +627,12 @@ def _check_start(port: Any, required: Any) -> None:
         raise ValueError(f"dist_init_required is {required!r}; allowed: True, False or None")
     if not isinstance(port, int) or not 0 < port < 2**16:
         raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
+
+
+def _writable(buffer: Tensor) -> Tensor:
+    """A buffer, or a copy of it where its elements share memory, as expand() makes them."""
+    overlaps = buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
+    return buffer.contiguous() if overlaps else buffer
 
 
 @torch.no_grad()
@@ -455,7 +682,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if hasattr(value, "to"):  # tensors, and classes that know how to move themselves
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return amp.rebuilt(value, {key: _to_device(item, device) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_to_device(item, device) for item in value))
     if type(value) in (list, tuple):
@@ -598,6 +825,7 @@ class Engine(nn.Module):
         self._window = 0  # micro-batches of the accumulation window that are done
         self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
         self._step_applied = False
+        self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
         self._grad_norm = 0.0
         self.precision = amp.Precision(config.precision(), model, device)
         self.scaler = self.precision.make_scaler()
@@ -765,16 +993,17 @@ class Engine(nn.Module):
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
+        self._check_scaled()
         if self.zero.sharded.parameters and self.training and torch.is_grad_enabled():  # it needs the other ranks
             self._enter()
         with self._explained(), self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Divide ``loss``, a scalar, by the accumulation steps, run backward, reduce gradients, and return it.
+        """Run backward on ``loss``, a scalar, and reduce gradients; returns the loss over the accumulation steps.
 
-        ``scale_wrt_gas=False`` leaves out the division. The loss scale multiplies what backward runs on, not the
-        result.
+        The update takes the mean over the window's micro-batches. ``scale_wrt_gas=False`` makes it the sum, of this
+        loss's part.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -782,20 +1011,34 @@ class Engine(nn.Module):
         self._enter()
         if self._progress:
             self._progress.add_loss(loss.detach())
-        if scale_wrt_gas:
-            loss = loss / self.gradient_accumulation_steps()
+        steps = self.gradient_accumulation_steps()
         with self._explained(), self._timed("backward"):
-            scaled = loss if self.scaler.scale == 1 else loss.float() * self.scaler.scale
-            scaled.backward(retain_graph=retain_graph)
+            self._check_scaled()
+            self.scale(loss if scale_wrt_gas else loss * steps).backward(retain_graph=retain_graph)
+            self._scaled = False
             self.zero.finish_backward()
-        return loss
+        return loss / steps if scale_wrt_gas else loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """What ``backward(loss)`` runs backward on, for callers who do that themselves.
 
         They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
+        Without a loss scale that is the loss itself, and ``loss.backward()`` does the same.
         """
-        return loss.float() * (self.scaler.scale / self.gradient_accumulation_steps())
+        self._scaled = True
+        if self.scaler.scale == 1:
+            return loss
+        # fp16 has no room for a sum over micro-batches: there they are divided before it.
+        factor = self.scaler.scale / self.gradient_accumulation_steps()
+        return (loss if loss.dtype == torch.float64 else loss.float()) * factor
+
+    def _check_scaled(self) -> None:
+        """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
+        scaled, self._scaled = self._scaled, False
+        if self.scaler.scale != 1 and not scaled and self.zero.has_taken:
+            self.zero.clear_gradients()
+            raise RuntimeError("loss.backward() without the loss scale; call engine.backward(loss), or "
+                               "engine.scale(loss).backward(). The window's gradients were dropped")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
@@ -808,6 +1051,7 @@ class Engine(nn.Module):
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
         self._enter()
         self._step_applied = False
+        self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
             self._update(lr_kwargs)
         else:
@@ -824,6 +1068,7 @@ class Engine(nn.Module):
         equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._require_optimizer("flush()")
+        self._check_scaled()
         if not self._window:
             return False
         self._update(lr_kwargs, fraction=self._window / self.gradient_accumulation_steps())
@@ -879,8 +1124,11 @@ class Engine(nn.Module):
             self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
 
     def _tell_boundary(self) -> None:
-        """Let ``zero`` know whether the next backward pass ends an accumulation window."""
+        """Let ``zero`` know whether the next backward pass ends its accumulation window, and what makes sums means."""
         self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
+        ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
+        steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
+        self.zero.divisor = float(ranks * steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far."""
@@ -1194,6 +1442,10 @@ class Engine(nn.Module):
         try:
             yield
         except RuntimeError as error:
+            if "support saved tensor hooks" in str(error):
+                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at "
+                                   "stage 3, or where blocks are recomputed, as both change what autograd saves; use "
+                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
@@ -1347,7 +1599,7 @@ def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
 
 def _to_bytes(state: dict[str, Any]) -> bytes:
     """``state`` as the contents of a file that loads safely; CheckpointError names what can't be there."""
-    state = _plain(state)
+    state = _without_numpy(state)
     if _load_error(state) is not None:
         where = next(filter(None, (_find_unsafe(value, key) for key, value in state.items())), "the state")
         raise zero.CheckpointError(f"{where} can't be saved so that it loads safely; allowed: numbers, text, tensors "
@@ -1357,13 +1609,13 @@ def _to_bytes(state: dict[str, Any]) -> bytes:
     return stored.getvalue()
 
 
-def _plain(value: Any) -> Any:
+def _without_numpy(value: Any) -> Any:
     """``value`` with Python's numbers in the place of numpy's."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (dict, OrderedDict):
-        return type(value)((_plain(key), _plain(item)) for key, item in value.items())
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+        return type(value)((_without_numpy(key), _without_numpy(item)) for key, item in value.items())
+    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
 
 
 def _load_error(value: Any) -> Exception | None:
@@ -1682,6 +1934,7 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
             schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
             _check_data(training_data)
+            zero.check_memory(model)
             zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
         except Exception as error:  # the caller's functions may raise anything
             failure = error
@@ -1748,8 +2001,11 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
+    buffers: dict[int, Tensor] = {}
     for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-        module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
     if engine.world_size > 1:
         _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)
@@ -1764,8 +2020,6 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
                             settings.predivide(engine.world_size), settings.debug, settings.timeout)
     if engine.world_size > 1:
         engine._roll_call = _RollCall(engine.zero.communicator.number)
-    if settings.gradient_allreduce_op == "sum":
-        engine.zero.divisor = 1.0
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:
@@ -1820,13 +2074,23 @@ def _checked(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def _named_schedule(name: str) -> type:
+    try:
+        return schedulers.named(name)
+    except ValueError as error:
+        raise ConfigError(f"scheduler: {error}") from error
+
+
 def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: Optimizer | None) -> Any:
     """The caller's scheduler, or what the caller's callable makes, or the config's, or none."""
     if (client is not None or section is not None) and optimizer is None:
         raise ConfigError("a scheduler needs an optimizer; give initialize() one, or its config an optimizer section")
     if client is None:
+        if section is None:
+            return None
+        params = _check_params(_named_schedule(section.type), section.params, "scheduler.params")
         try:
-            return None if section is None else schedulers.build(optimizer, section.type, section.params)
+            return schedulers.build(optimizer, section.type, params)
         except ValueError as error:
             raise ConfigError(f"scheduler: {error}") from error
     scheduler = client(optimizer) if callable(client) else client
@@ -1882,7 +2146,7 @@ ABSENT = {
     "the optimizer stays a `torch.optim.Optimizer`: `engine.optimizer`":
         "DeepSpeedOptimizer* DeepSpeedSchedulerCallable set_optimizer_flags engine.basic_optimizer engine.client_* "
         "engine.get_type",
-    "the key `leaf_module` of the config says this":
+    "`utils.set_z3_leaf_modules()` and the key `leaf_module` of the config say this":
         "utils.*z3_leaf*",
     "`python zero.py consolidate` and `zero.consolidate()` do this":
         "utils.zero_to_fp32",
@@ -1966,5 +2230,6 @@ comm = _Names("comm", {"init_distributed": init_distributed, "get_local_rank": p
 utils = _Names("utils", {"logger": logger} | {
     name: getattr(zero, name) for name in (
         "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
-        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state")})
+        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
+        "unset_z3_leaf_modules", "get_z3_leaf_modules")})
 runtime = _Names("runtime", {"lr_schedules": schedulers})

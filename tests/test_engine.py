@@ -4,9 +4,11 @@
 """
 
 import argparse
+import copy
 import itertools
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -399,7 +401,8 @@ def test_a_stream_is_for_one_rank_only(alone, run_ranks):
     ({"type": "AdamW", "params": {"foreach": True}}, torch.optim.AdamW, {"foreach": True, "fused": None}),
     ({"type": "SGD", "params": {"momentum": 0.5}}, torch.optim.SGD, {"momentum": 0.5, "fused": None}),
     ({"type": "SGD", "params": {}}, torch.optim.SGD, {"momentum": 0, "fused": True}),
-    ({"type": "RMSprop"}, torch.optim.RMSprop, {}),
+    ({"type": "RMSprop", "params": {"centered": 1, "lr": "1e-3"}}, torch.optim.RMSprop, {"centered": True, "lr": 0.001}),
+    ({"type": "adagrad"}, torch.optim.Adagrad, {}),
     ({"type": "Adagrad"}, torch.optim.Adagrad, {"fused": True}),
 ])
 def test_optimizers_by_name(section, cls, holds):
@@ -445,22 +448,32 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"gradient_cliping": 1.0}, "unknown key gradient_cliping, set to 1.0; did you mean 'gradient_clipping'"),
     ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; allowed: 0, 1, 2 or 3"),
-    ({"zero_optimization": True}, 'zero_optimization is True, .* write {"stage": 1}'),
     ({"zero_optimization": {"stages": 1}}, "unknown key zero_optimization.stages, .* did you mean 'stage'"),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size is 'big'; allowed: .* or 'auto'"),
     ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size is 0; allowed: a whole number from 1"),
-    ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param.device is cpu at stage 0.*stage 3"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights belongs to a part"),
     ({"zero_optimization": {"leaf_module": ["Block"]}}, "zero_optimization.leaf_module is .*; allowed: an object"),
     ({"pipeline": {}}, "pipeline belongs to a part of DeepSpeed that is not covered"),
-    ({"train_batch_size": "8"}, "train_batch_size is '8'; allowed: a whole number or null"),
+    ({"train_batch_size": "eight"}, "train_batch_size is 'eight'; allowed: a whole number or null"),
+    ({"train_micro_batch_size_per_gpu": 1e30}, "train_micro_batch_size_per_gpu is 1e.30; allowed: a whole number"),
+    ({"gradient_accumulation_steps": 10**400}, "gradient_accumulation_steps is 10.*0; allowed: a whole number"),
+    ({"bf16": {1: 2}}, "bf16 has the key 1; allowed: text"),
+    ({"zero_optimization": {"leaf_module": {"classes": [["a"]]}}}, "leaf_module.classes is .*; allowed: a list of str"),
+    ({"zero_optimization": {"leaf_module": {"classes": [1, "a"]}}}, "leaf_module.classes is .*; allowed: a list of str"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 5000}}, "fp16.initial_scale_power is 5000; allowed: .* 126"),
+    ({"fp16": {"enabled": True, "loss_scale": 5e-324}}, "fp16.loss_scale is 5e-324; allowed: 0 .dynamic., or"),
+    ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+     "cpu_offload is the former spelling of zero_optimization.offload_optimizer and says .* take .*cpu_offload out"),
+    ({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "and says 1, but .* is 2"),
+    ({"zero_optimization": {"cpu_offload": "perhaps"}}, "zero_optimization.cpu_offload is 'perhaps'; allowed: true"),
+    ({"gradient_cliping": "auto"}, "unknown key gradient_cliping, set to 'auto'; did you mean"),
     ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),
     ({"train_batch_size": True}, "train_batch_size is True"),
     ({"train_batch_size": 0}, "train_batch_size is 0; allowed: a whole number from 1"),
     ({"gradient_clipping": None}, "gradient_clipping is None; allowed: a number"),
     ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0"),
     ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
-    ({"dataloader_drop_last": 1}, "dataloader_drop_last is 1; allowed: true or false"),
+    ({"dataloader_drop_last": 2}, "dataloader_drop_last is 2; allowed: true or false"),
     ({"optimizer": "Adam"}, "^optimizer is 'Adam'; allowed: an object"),
     ({"optimizer": {"params": {"lr": 0.1}}}, "optimizer.type is missing"),
     ({"optimizer": {"type": "Adam", "param": {}}}, "unknown key optimizer.param, .* did you mean 'params'"),
@@ -471,6 +484,18 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"optimizer": {"type": "Adam", "params": {"lr": -1.0}}}, "optimizer.params .*Invalid learning rate: -1.0"),
     ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction is false; allowed: true"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "scheduler: WarmupLR: a parameter"),
+    ({"scheduler": {"type": "StepLR", "params": {"step_size": True}}}, "scheduler.params.step_size is True; allowed"),
+    ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": float("inf")}}}, "params.gamma is inf"),
+    ({"scheduler": {"type": "WarmLR"}}, "scheduler: scheduler type is 'WarmLR'; did you mean 'WarmupLR'"),
+    ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 0.5}}}, "write gradient_clipping: 0.5 instead"),
+    *(({"optimizer": {"type": kind, "params": {key: value}}}, rf"optimizer.params.{key} is .*; allowed: {allowed}")
+      for kind, key, value, allowed in (
+          ("SGD", "maximize", "false", "true or false"), ("RMSprop", "centered", "no", "true or false"),
+          ("AdamW", "amsgrad", 2, "true or false"), ("Adam", "adam_w_mode", "false", "true or false"),
+          ("Adam", "torch_adam", "false", "true or false"), ("AdamW", "fused", "true", "true or false"),
+          ("SGD", "lr", True, "a finite number"), ("SGD", "lr", float("inf"), "a finite number"),
+          ("AdamW", "weight_decay", float("nan"), "a finite number"), ("SGD", "lr", 10**400, "a finite number"),
+          ("AdamW", "betas", [0.9, True], "a finite number"), ("SGD", "momentum", "much", "a finite number"))),
 ])
 def test_configs_that_cannot_be_meant_are_refused_by_key(alone, change, told):
     with pytest.raises(ConfigError, match=told):
@@ -487,6 +512,103 @@ def test_config_files_that_cannot_be_read_are_refused(alone, tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=told):
             alone(path)
+
+
+Z, MICRO = "zero_optimization", '"train_micro_batch_size_per_gpu": 2'
+
+
+@pytest.mark.parametrize("text, holds", [
+    ('{"train_batch_size": 8, # eight\n "fp16": {"enabled": false,}, // off\n /* "x": 1,\n */}', {"train_batch_size": 8}),
+    ('\ufeff{"_note": 1, "//": "http://a", "//": "b", "comment": {}, "bf16": {"__doc": "", "enabled": true}}',
+     {"bf16.enabled": True}),
+    (r'{"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/a//b #c,}\" /*d*/"},}}',
+     {f"{Z}.offload_optimizer.nvme_path": '/a//b #c,}" /*d*/'}),
+    ('{"train_batch_size": "128", "gradient_clipping": "0.5", "prescale_gradients": "true", "dump_state": 1}',
+     {"train_batch_size": 128, "gradient_clipping": 0.5, "prescale_gradients": True, "dump_state": True}),
+    ('{"gradient_allreduce_op": "SUM", "communication_data_type": "FP32", "zero_optimization": {"stage": "2"}}',
+     {"gradient_allreduce_op": "sum", "communication_data_type": "fp32", f"{Z}.stage": 2}),
+    ('{"steps_per_print": Infinity}', {"steps_per_print": None}),
+    ('{"steps_per_print": "inf"}', {"steps_per_print": None}),
+    ('{"bf16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 16}}', {"bf16.enabled": True}),
+    ('{"bfloat16": {"enabled": true}}', {"bf16.enabled": True}),
+    ('{"fp16": {"enabled": false, "opt_level": "O1", "loss_scale": -1}}', {"fp16.enabled": False}),
+    ('{"fp16": {"enabled": "auto", "loss_scale_window": 0}, "bf16": {"enabled": "AUTO"}}',
+     {"fp16.enabled": False, "bf16.enabled": False, "fp16.loss_scale_window": 1000}),
+    ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "none", "nvme_path": "auto", "x": 1}}}',
+     {f"{Z}.offload_param.device": "none"}),
+    ('{"zero_optimization": true}', {f"{Z}.stage": 1}),
+    ('{"zero_optimization": false, "allgather_size": 5e8}', {f"{Z}.stage": 0}),
+    ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', {f"{Z}.offload_optimizer.device": "cpu"}),
+    ('{"zero_optimization": {"cpu_offload": true, "offload_optimizer": {"device": "cpu", "pin_memory": false}}}',
+     {f"{Z}.offload_optimizer.device": "cpu", f"{Z}.offload_optimizer.pin_memory": False}),
+    ('{"zero_optimization": {"cpu_offload": false}}', {f"{Z}.offload_optimizer.device": "none"}),
+    ('{"zero_optimization": {"stage": 3, "cpu_offload_param": true}}', {f"{Z}.offload_param.device": "cpu"}),
+    ('{"zero_optimization": {"stage": 3, "cpu_offload_params": "true"}}', {f"{Z}.offload_param.device": "cpu"}),
+    ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', {f"{Z}.offload_param.device": "none"}),
+    ('{"zero_optimization": {"max_live_parameters": 1e6, "param_persistence_threshold": 7, "prefetch_bucket_size": "9",'
+     '"max_reuse_distance": 1, "gather_16bit_weights_on_model_save": true, "elastic_checkpoint": true}}',
+     {f"{Z}.stage3_max_live_parameters": 10**6, f"{Z}.stage3_param_persistence_threshold": 7,
+      f"{Z}.stage3_prefetch_bucket_size": 9, f"{Z}.stage3_gather_16bit_weights_on_model_save": True}),
+    ('{"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": true, "zero_hpz_partition_size": 1}}',
+     {f"{Z}.stage3_gather_16bit_weights_on_model_save": True}),
+    ('{%s, "train_batch_size": "auto", "gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}' % MICRO,
+     {"train_batch_size": None, "gradient_clipping": 1.0, "gradient_accumulation_steps": None}),
+    ('{"zero_optimization": {"reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",'
+     '"stage3_max_live_parameters": "auto", "overlap_comm": "auto"}}',
+     {f"{Z}.reduce_bucket_size": "auto", f"{Z}.stage3_max_live_parameters": 10**9}),
+    ('{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6, "max_grad_norm": 1}},'
+     '"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto", "total_num_steps": 9.5}}}',
+     {"optimizer.params": {"eps": 1e-6}, "scheduler.params": {"warmup_max_lr": None, "total_num_steps": 9.5}}),
+    ('{"activation_checkpointing": {"partition_activations": true}}',
+     {"activation_checkpointing.partition_activations": True}),
+    ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', {"bf16.enabled": True}),
+])
+def test_configs_that_people_have_are_read_as_they_are_meant(tmp_path, text, holds):
+    (tmp_path / "ds.json").write_text(text)
+    config = deepspeed.load_config(tmp_path / "ds.json")
+    for path, value in holds.items():
+        found = config
+        for key in path.split("."):
+            found = getattr(found, key)
+        assert found == value, path
+
+
+def test_what_is_not_taken_literally_is_told_once(caplog, monkeypatch):
+    config = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1, "zero_optimization": {
+        "cpu_offload": True, "elastic_checkpoint": False}, "tensorboard": {"enabled": True}, "wandb": {"enabled": False},
+        "comms_logger": {"prof_all": False}, "optimizer": {"type": "Adam", "adam_w_mode": False}, "aio": {"a": 1}}
+    given = copy.deepcopy(config)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        deepspeed.load_config(config)
+    assert config == given
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "config: zero_optimization.cpu_offload is now zero_optimization.offload_optimizer {'device': 'cpu'}",
+        'config: "auto", so the default or what the other keys say: train_batch_size',
+        "config: without effect here: tensorboard"]
+    assert all(key in caplog.text for key in ("optimizer.adam_w_mode (it", "prof_all (all", "aio (the system"))
+    assert "wandb" not in caplog.text and "elastic" not in caplog.text
+
+
+def test_all_that_auto_leaves_open_is_told_at_once():
+    config = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+              "fp16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+              "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}},
+              "zero_optimization": {"stage": "auto", "offload_optimizer": {"device": "auto", "nvme_path": "auto"}}}
+    with pytest.raises(ConfigError, match="can't be decided here: .*Hugging Face's Trainer") as caught:
+        deepspeed.load_config(config)
+    assert re.search("here: (.*); write", str(caught.value))[1].split(", ") == [
+        "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.nvme_path", "train_batch_size", "train_micro_batch_size_per_gpu",
+        "scheduler.params.total_num_steps"]
+    with pytest.raises(ConfigError, match="can't be decided here: optimizer.type, scheduler.type; write"):
+        deepspeed.load_config({"train_batch_size": 1, "optimizer": {"type": "auto"}, "scheduler": {"type": "auto"}})
+
+
+def test_errors_in_files_with_comments_name_line_and_column(tmp_path):
+    (tmp_path / "ds.json").write_text('{ # one\n  "train_batch_size": 8, /* two\n */ "stage" 3,\n}')
+    with pytest.raises(ConfigError, match="is not JSON: .* line 3 column 13"):
+        deepspeed.load_config(tmp_path / "ds.json")
 
 
 @pytest.mark.parametrize("kwargs, told", [
