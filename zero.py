@@ -986,8 +986,8 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         for slot in self.slots:
             if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3); "
-                                   "that is lost. Write inside forward, or inside zero.GatheredParameters")
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
+                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
