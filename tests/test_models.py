@@ -812,6 +812,9 @@ def transformed():
     for told, transform in forms.items():
         with pytest.raises(RuntimeError, match=f"{told}.*torch.autograd.grad"):
             engine(x, transform)
+    with pytest.raises(RuntimeError, match="inside the model or zero.GatheredParameters"), \
+            zero.GatheredParameters(model.parameters()):
+        torch.func.grad(lambda x: model(x).mean())(x)
     with pytest.raises(RuntimeError, match="grad goes through blocks.0"):
         torch.func.grad(lambda x: model.blocks[0](x).mean())(x)
     assert_close(engine(x, lambda f, x: torch.func.vmap(f)(x)), torch.stack([engine(row).square().mean() for row in x]),
