@@ -1427,9 +1427,7 @@ class Engine(nn.Module):
             yield
         except RuntimeError as error:
             if "support saved tensor hooks" in str(error):
-                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at "
-                                   "stage 3, or where blocks are recomputed, as both change what autograd saves; use "
-                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
+                raise RuntimeError(zero.NO_TRANSFORMS) from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error

@@ -1016,8 +1016,8 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         for slot in self.slots:
             if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3); "
-                                   "that is lost. Write inside forward, or inside zero.GatheredParameters")
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
+                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
@@ -1674,6 +1674,12 @@ ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
                torch.optim.ASGD}
 
 
+NO_TRANSFORMS = (
+    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
+    "3, nor where blocks are recomputed, as both change what autograd saves; use "
+    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
+
+
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
 
@@ -1924,8 +1930,9 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, _saving()
-            self.saving[1].__enter__()
+            hooks = _saving()
+            hooks.__enter__()
+            self.saving = call, hooks
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
         # before the rest of the call: so the call is given a view of it, which keeps the order.
@@ -1955,7 +1962,7 @@ class Zero(Holder):
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
-            for bucket in needed.buckets:
+            for bucket in needed.buckets if needed.state is UnitState.WHOLE else ():  # else the gather has failed
                 bucket.keep_writes()
         self._release(unit, call)
 
@@ -2694,7 +2701,7 @@ class GatheredParameters:
         self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
         self.saving.__enter__()
 
-    def __exit__(self, error: Any, *rest: Any) -> None:
+    def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
         self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
@@ -2704,6 +2711,8 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.let_go(bucket.unit, self)
+        if value is not None and "support saved tensor hooks" in str(value):
+            raise RuntimeError(NO_TRANSFORMS) from value
         if lost:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
                              "modifier_rank, and are lost; give the rank whose changes shall be kept")
