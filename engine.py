@@ -726,7 +726,7 @@ class ShardedLoader:
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
-        return len(self._loader(0))
+        return self._batches(len(self.dataset))
 
     def __iter__(self) -> Iterator[Any]:
         """A new epoch's micro-batches; after load_state_dict(), also inside the loop, what is left of that one."""
@@ -743,6 +743,11 @@ class ShardedLoader:
                     break
             else:
                 self.samples = 0
+
+    def _batches(self, samples: int) -> int:
+        """Micro-batches that each rank gets of so many samples."""
+        share = -(-samples // self.world_size)
+        return max(0, share // self.batch_size if self.drop_last else -(-share // self.batch_size))
 
     def _loader(self, given: int) -> DataLoader:
         """This rank's share of the epoch after its first ``given`` samples."""
@@ -766,7 +771,7 @@ class ShardedLoader:
         A loop that runs goes on there; else the next one does.
         """
         self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
-        if not isinstance(self.dataset, IterableDataset) and len(self._loader(self.samples)) == 0:
+        if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
             self.samples = 0
 
 
@@ -1184,8 +1189,7 @@ class Engine(nn.Module):
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
         save = _Save(Path(save_dir) / zero.folder_name(tag), save_latest, self.config.checkpoint.keep_last)
-        buffers = _persistent_buffers(self.module)
-        every = _agreed(lambda: (_random_state(), _copies(buffers), zero.scalars_of(self.zero)))
+        every = _agreed(self._tell)
         _agreed(lambda: self._fill(save, every, dict(client_state or {}), not exclude_frozen_parameters))
         save.id = _on_rank_0(save.begin)
         if self.config.checkpoint.async_:
@@ -1199,6 +1203,12 @@ class Engine(nn.Module):
         """Wait for an asynchronous save, and raise what went wrong in it."""
         if self._saver is not None:
             self._saver.wait()
+
+    def _tell(self) -> tuple[dict, dict, dict]:
+        """What the other ranks have to know for a save: generators, buffers, and state that is no value per element."""
+        scalars = zero.scalars_of(self.zero)
+        _to_bytes({"optimizer_state": scalars})  # what can't be sent is refused here
+        return _random_state(), _copies(_persistent_buffers(self.module)), scalars
 
     def _fill(self, save: "_Save", every: list[tuple], client_state: dict[str, Any], with_frozen: bool) -> None:
         """Give ``save`` what it will write; ``every`` is what all ranks told of their generators, buffers and state."""
@@ -1255,18 +1265,7 @@ class Engine(nn.Module):
         self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
         with_schedule = load_lr_scheduler_states and not load_module_only and self.lr_scheduler is not None
-        reader = state = None
-
-        def look() -> int:
-            nonlocal reader, state
-            reader = zero.CheckpointReader(folder)
-            state = reader.state()
-            zero.check_fits(self.zero, reader, load_module_strict, with_optimizer)
-            self._check_fits(folder, state, load_module_strict, with_optimizer, with_schedule)
-            return reader.meta["checksum"]
-
-        if len(set(_agreed(look))) > 1:
-            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
+        reader, state = self._open_checkpoint(folder, load_module_strict, with_optimizer, with_schedule)
         with closing(reader):
             zero.load_pieces(self.zero, reader, state["optimizer_state"] if with_optimizer else None)
         own = _persistent_buffers(self.module)
@@ -1279,6 +1278,23 @@ class Engine(nn.Module):
             self._load_training(state, with_optimizer, with_schedule)
         self._tell_boundary()
         return str(folder), state["client_state"]
+
+    def _open_checkpoint(self, folder: Path, strict: bool, with_optimizer: bool,
+                         with_schedule: bool) -> tuple[zero.CheckpointReader, dict[str, Any]]:
+        """The same checkpoint on every rank, with its plain data; CheckpointError unless it fits this engine."""
+        reader = state = None
+
+        def look() -> int:
+            nonlocal reader, state
+            reader = zero.CheckpointReader(folder)
+            state = reader.state()
+            zero.check_fits(self.zero, reader, strict, with_optimizer)
+            self._check_fits(folder, state, strict, with_optimizer, with_schedule)
+            return reader.meta["checksum"]
+
+        if len(set(_agreed(look))) > 1:
+            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
+        return reader, state
 
     def _saved_buffers(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""
@@ -1628,7 +1644,8 @@ class _Save:
     Its files have an id in their names that no other save has. Before they are written, rank 0 lists them in a claim,
     the file ``save_dir/.checkpoint-ID.claim``, on which it has a lock as long as the save lives. What a newer save
     replaces, or ``keep_last`` lets go, is put into a claim too. ``_sweep`` removes the files of claims that nobody
-    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes stays.
+    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes
+    stays.
 
     index, stored, shares   what it will write: the index as far as it is known, the plain data, this rank's numbers
     """
@@ -1669,13 +1686,12 @@ class _Save:
         try:
             pieces = _agreed(lambda: zero.write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
             _on_rank_0(lambda: self._complete(pieces), group)
-        except Exception as error:
+        except zero.CheckpointError as error:  # on every rank
             failure = error
         finally:  # as the system does where the process dies
             if self.claim is not None:
                 _let_go(self.claim)
-        if self.claim is not None:
-            _sweep(self.folder.parent)
+        _on_rank_0(lambda: _sweep(self.folder.parent), group)
         if failure is not None:
             raise zero.CheckpointError(f"{self.folder} was not saved: {failure}") from failure
 
