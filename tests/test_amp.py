@@ -505,7 +505,8 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
 @pytest.mark.parametrize("change, told", [
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; allowed: one of them"),
     ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "bf16 and torch_autocast are both enabled"),
-    ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype is 'fp16'; allowed: bf16"),
+    ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}},
+     "data_types.param_dtype is 'fp16'; allowed: bf16"),
     ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype is 'bf16'; allowed: fp32"),
     ({"data_types": {"buffer_dtype": "int8"}}, "data_types.buffer_dtype is 'int8'; allowed: fp32, fp16, bf16 or null"),
     ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1, but bf16 has the range of fp32"),
