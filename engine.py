@@ -1438,12 +1438,15 @@ class Engine(nn.Module):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where communication fails inside, say what the ranks were at."""
+        """Where communication fails inside, say what the ranks were at; where two dtypes meet, what to do."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if "support saved tensor hooks" in str(error):
                 raise RuntimeError(zero.NO_TRANSFORMS) from error
+            advice = self.precision.advice(error)
+            if advice:
+                raise type(error)(f"{error}{advice}") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error

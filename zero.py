@@ -3393,7 +3393,7 @@ class Terms(NamedTuple):
     """What a config says that counts here."""
     config: ZeroConfig
     dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
-    half: torch.dtype | None                 # that of parameters and buffers in mixed precision
+    buffers: torch.dtype | None              # that of floating-point buffers; none: each as the model has it
     updates: str     # the place of masters, optimizer state and gradient shards
     parameters: str  # the place of stage 3's shards
 
@@ -3427,7 +3427,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int],
     if is_model:
         ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
         lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
-        buffers = sum(b.numel() * (terms.half if terms.half and b.is_floating_point() else b.dtype).itemsize
+        buffers = sum(b.numel() * (terms.buffers if terms.buffers and b.is_floating_point() else b.dtype).itemsize
                       for b in model_or_counts.buffers())
     else:
         total, unit = _checked_counts(model_or_counts)
@@ -3476,8 +3476,7 @@ def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) ->
     else:
         offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
     updates, parameters = (_place(key, said) for key, said in offload.items())
-    given_dtypes, half = _dtypes_said(whole)
-    return Terms(config, given_dtypes, half, updates, parameters)
+    return Terms(config, *_dtypes_said(whole), updates, parameters)
 
 
 def _read_config(path: str | os.PathLike) -> Any:
@@ -3496,26 +3495,28 @@ def _place(key: str, said: Any) -> str:
 
 
 def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
-    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and of mixed precision."""
+    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and that of buffers."""
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
     enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
     half = names[enabled[0]] if enabled else None
     masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
-    wanted = {"data_types.grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype"),
-              "communication_data_type": config.get("communication_data_type")}
+    said = config.get("data_types", {})
+    wanted = {f"data_types.{key}": said.get(key) for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
+    wanted["communication_data_type"] = config.get("communication_data_type")
     for key, name in wanted.items():
         if name not in names:
             raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
-    accumulation, reduction = (names[name] for name in wanted.values())
+    accumulation, parameters, buffers, reduction = (names[name] for name in wanted.values())
 
     def dtypes(given: torch.dtype) -> Dtypes:
         if not given.is_floating_point:
             return Dtypes(given, given, given, given)
-        master = (half if masters_too else torch.float32) if half else given
+        compute = half or parameters or given
+        master = torch.float32 if half and not masters_too else compute
         gradient = accumulation or master
-        return Dtypes(half or given, master, gradient, reduction or gradient)
+        return Dtypes(compute, master, gradient, reduction or gradient)
 
-    return dtypes, half
+    return dtypes, buffers
 
 
 def _checked_counts(counts: Any) -> tuple[int, int]:
