@@ -44,6 +44,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("engine.amp")
 
+MAX_SCALE_POWER = 126  # a loss scale of 2 to this power, or one over it, is still an ordinary fp32 number
+
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32,
          "float16": torch.float16, "bfloat16": torch.bfloat16, "torch.float32": torch.float32,
          "torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}
@@ -67,10 +69,15 @@ class FP16Config:
     keep_fp32: list | None = None         # modules that stay in fp32: class names, or patterns of module names
 
     def __post_init__(self) -> None:
-        for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1), ("hysteresis", 1)):
-            value = getattr(self, key)
-            if not least <= value < float("inf"):
-                raise ValueError(f"fp16.{key} is {value}; allowed: a number from {least} up")
+        if not 0 <= self.initial_scale_power <= MAX_SCALE_POWER:
+            raise ValueError(f"fp16.initial_scale_power is {self.initial_scale_power}; allowed: a number from 0 to "
+                             f"{MAX_SCALE_POWER}, as fp32 holds no larger scale")
+        for key in ("loss_scale_window", "hysteresis"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"fp16.{key} is {getattr(self, key)}; allowed: a number from 1 up")
+        if self.loss_scale and not 2.0 ** -MAX_SCALE_POWER <= self.loss_scale <= 2.0 ** MAX_SCALE_POWER:
+            raise ValueError(f"fp16.loss_scale is {self.loss_scale}; allowed: 0 (dynamic), or a number from 2 to the "
+                             f"power of -{MAX_SCALE_POWER} to 2 to the power of {MAX_SCALE_POWER}, as fp32 holds it")
         if not 0 < self.min_loss_scale < float("inf"):
             raise ValueError(f"fp16.min_loss_scale is {self.min_loss_scale}; allowed: a number above 0")
         if self.enabled and not self.loss_scale and 2.0 ** self.initial_scale_power < self.min_loss_scale:
@@ -133,9 +140,8 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         _dtype("communication_data_type", self.communication_data_type)
-        enabled = [name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled]
-        if len(enabled) > 1:
-            raise ValueError(f"{' and '.join(enabled)} are both enabled; allowed: one of them")
+        if self.fp16.enabled and self.bf16.enabled:
+            raise ValueError("fp16 and bf16 are both enabled; allowed: one of them")
         mode = "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
         if _dtype("", self.data_types.param_dtype) not in (None, NAMES[mode]):
             raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype!r}; allowed: {mode}, which "
@@ -276,7 +282,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         items = {key: cast(item, dtype) for key, item in value.items()}
-        return items if type(value) is dict else _rebuilt(value, items)
+        return rebuilt(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(cast(item, dtype) for item in value))
     if type(value) in (list, tuple):
@@ -284,10 +290,15 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _rebuilt(value: dict, items: dict) -> dict:
+def rebuilt(value: dict, items: dict) -> dict:
     """A dict of the class of ``value``, such as an OrderedDict or a model's output class, with other items."""
+    if type(value) is dict:
+        return items
     changed = copy.copy(value)
-    changed.update(items)
+    if getattr(value, "__dict__", None) is value:  # its items are its attributes
+        changed.__dict__ = changed
+    for key, item in items.items():  # such a class may refuse update()
+        changed[key] = item
     return changed
 
 

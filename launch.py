@@ -318,11 +318,14 @@ class KeptStderr(LogsSpecs):
 
 def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> int:
     """Say which process failed first, and what it last wrote to stderr; returns the exit code."""
-    # Others failed because it did, and later, or were stopped by the launcher. PyTorch knows whole seconds only; a
-    # process's last words are from before its end, and those of one that misses it from after that. (Files are stamped
-    # by a clock that ticks every few milliseconds; a process that has loaded PyTorch takes longer to end.)
-    failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != -signal.SIGTERM}
-    rank, failure = min((failures or error.failures).items(),
+    # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and those that don't hear it,
+    # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
+    # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
+    # process that has loaded PyTorch takes longer to end.)
+    began = min(failure.timestamp for failure in error.failures.values())
+    first = {rank: failure for rank, failure in error.failures.items() if failure.timestamp < began + 2}
+    alone = {rank: failure for rank, failure in first.items() if failure.exitcode != -signal.SIGTERM}
+    rank, failure = min((alone or first).items(),
                         key=lambda item: stderr.paths[item[1].local_rank].stat().st_mtime_ns)
     code, how = failure.exitcode, f"exit code {failure.exitcode}"
     if code < 0:

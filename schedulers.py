@@ -112,9 +112,9 @@ def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high
     return lows, highs
 
 
-def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> int:
-    """DeepSpeed only warns of a schedule that ends before its warm-up does."""
-    return _number("total_num_steps", total_num_steps, whole=True,
+def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
+    """DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be."""
+    return _number("total_num_steps", total_num_steps,
                    low=max(1, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)))
 
 
@@ -236,7 +236,7 @@ class WarmupLR(Schedule):
 class WarmupDecayLR(WarmupLR):
     """WarmupLR, then a straight line down to ``warmup_min_lr`` at step ``total_num_steps``, and there it stays."""
 
-    def __init__(self, optimizer: Optimizer, total_num_steps: int, warmup_min_lr: Rates = 0.0,
+    def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_lr: Rates = 0.0,
                  warmup_max_lr: Rates | None = 0.001, warmup_num_steps: int = 1000, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
         self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
@@ -255,7 +255,7 @@ class WarmupCosineLR(Schedule):
     and there it stays. As in DeepSpeed, the first optimizer step runs at rate 0 whatever ``warmup_min_ratio`` says.
     """
 
-    def __init__(self, optimizer: Optimizer, total_num_steps: int, warmup_min_ratio: float = 0.0,
+    def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_ratio: float = 0.0,
                  warmup_num_steps: int = 1000, cos_min_ratio: float = 0.0001, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
         self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
@@ -499,13 +499,18 @@ NOT_BY_NAME = {  # these have to be made by hand
     "ChainedScheduler": "it is made of other schedulers; MultiPhaseLR joins phases"}
 
 
-def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None) -> LRScheduler:
-    """The schedule ``name`` (of SCHEDULES, or a class of ``torch.optim.lr_scheduler``) with ``params``."""
+def named(name: str) -> type[LRScheduler]:
+    """The schedule ``name``, of SCHEDULES, or a class of ``torch.optim.lr_scheduler``."""
     if isinstance(name, str) and name in NOT_BY_NAME:
         raise ValueError(f"scheduler type {name!r} can't be named: {NOT_BY_NAME[name]}. Pass an object instead")
     known = SCHEDULES | {n: c for n, c in vars(torch.optim.lr_scheduler).items() if n not in SCHEDULES
                          and n not in NOT_BY_NAME and inspect.isclass(c) and issubclass(c, LRScheduler) and n[0] != "_"}
-    cls = known[_one_of("scheduler type", name, tuple(known))]
+    return known[_one_of("scheduler type", name, tuple(known))]
+
+
+def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None) -> LRScheduler:
+    """The schedule ``name`` with ``params``."""
+    cls = named(name)
     params = {} if params is None else params
     if not isinstance(params, dict):
         raise ValueError(f"{name}: params is {params!r}; allowed: an object")

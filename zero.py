@@ -41,8 +41,11 @@ it. With one process there is nothing to share out: no collective runs at any st
 """
 
 import argparse
+import copy
 import ctypes
+import gc
 import hashlib
+import io
 import json
 import logging
 import math
@@ -56,13 +59,14 @@ import time
 import weakref
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +75,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 logger = logging.getLogger("engine.zero")
 
@@ -165,8 +170,9 @@ class ZeroConfig:
             if isinstance(value, int) and value < least:
                 raise ValueError(f"zero_optimization.{f.name} is {value}; allowed: a whole number from {least} up")
         if self.offload_param.device != "none" and self.stage != 3:
-            raise ValueError(f"zero_optimization.offload_param.device is {self.offload_param.device} at stage "
-                             f"{self.stage}, which keeps whole parameters where they are used; allowed: stage 3")
+            logger.warning("zero_optimization.offload_param has no effect at stage %d, which keeps whole parameters "
+                           "where they are used; stage 3 offloads them", self.stage)
+            self.offload_param = OffloadParam()
         _warn_without_effect("zero_optimization", self)
 
 
@@ -222,6 +228,12 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# The variable in which each process finds how many there are, by what starts them. Under Slurm it is that of the job's
+# step: a batch script, or an interactive shell of one task, is alone whatever the job has asked for.
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
+            "PMI_SIZE": "mpirun (Intel MPI, MPICH)", "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH)"}
+
+
 def start_process_group(device: torch.device, port: int = 29500, required: bool | None = None,
                         backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Start the default process group unless there is one; True when it was started here.
@@ -238,9 +250,11 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-            raise ValueError("this process was started by mpirun, which does not set RANK and WORLD_SIZE; it would "
-                             "train alone. Start the script with torchrun")
+        for name, starter in STARTERS.items():
+            if os.environ.get(name, "1") not in ("", "1"):
+                raise ValueError(f"this process is one of {os.environ[name]} that were started by {starter}, which "
+                                 f"does not set RANK and WORLD_SIZE; it would train alone. Start the script with "
+                                 f"torchrun or launch.py; if it is to train alone, unset {name}")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
@@ -574,7 +588,7 @@ class Dtypes(NamedTuple):
     reduction: torch.dtype  # in which they are sent
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A parameter's place in its bucket."""
     name: str
@@ -584,9 +598,12 @@ class Slot:
     shape: torch.Size
     stride: tuple[int, ...]
     kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
+    piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
     filled: bool = False  # its place in the gradient buffer holds something
+    late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
     version: int = 0      # the parameter's, when master and shard were known to hold its values
+    node: Any = None      # of autograd's graphs: adds up its gradient. None while it is frozen
 
     @property
     def is_contiguous(self) -> bool:
@@ -598,17 +615,45 @@ class Slot:
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
 
 
-@dataclass
-class Segment:
-    """A stretch [start, end) of a bucket that the optimizer knows as one parameter, a view of the master.
+class TakenGradient(Tensor):
+    """What a parameter's ``grad`` holds once its bucket has taken the gradient: a shape without numbers.
 
-    One segment covers all that this rank updates, until a parameter has no gradient on any rank: an optimizer skips
-    such a parameter (no decay, no momentum, its step count stays), so the segment is split into one per parameter.
+    It lets PyTorch's own calls mean what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
+    take it away, and ``Zero`` then drops the gradient; autograd's next gradient of the window is added to the bucket.
+    Any other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
     """
-    start: int
-    end: int
-    parameter: nn.Parameter
-    slot: Slot | None = None  # the parameter it belongs to; None: the whole stretch
+
+    @staticmethod
+    def __new__(cls, slot: Slot, zero: "Zero") -> "TakenGradient":
+        p = slot.parameter
+        return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
+
+    def __init__(self, slot: Slot, zero: "Zero"):
+        # Weak, as autograd's side of a tensor is beyond the garbage collector's reach.
+        self.slot, self.zero = weakref.ref(slot), weakref.ref(zero)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.detach:
+            return args[0]
+        taken = [t for t in tensors_in(args) if isinstance(t, TakenGradient)]
+        slot, zero = taken[0].slot(), taken[0].zero()
+        if zero is not None and packet in (torch.ops.aten.zero_, torch.ops.aten._foreach_zero_):
+            for each in taken:
+                zero.drop(each.slot())
+            return args[0]
+        if zero is not None and torch._C._current_graph_task_id() != -1 and len(args) == 2 and args[0] is taken[0]:
+            if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
+                zero.take_more(slot, args[1])
+                return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot, zero)
+        raise RuntimeError(
+            f"{packet.__name__} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket "
+            "after backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
+            "config's gradient_clipping clips it, and zero_grad() drops it")
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 class Bucket:
@@ -627,31 +672,27 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
                  communicator: Communicator, device: torch.device, all_reduces: bool = False, predivide: float = 1.0,
-                 host: Host | None = None, shard_host: Host | None = None):
+                 host: Host | None = None, shard_host: Host | None = None, numel: int | None = None):
         self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
         self.device = device
         self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
         self.host, self.shard_host = host, shard_host
         ranks = communicator.world_size
-        self.numel = _round_up(slots[-1].end, ALIGN * ranks)
+        self.numel = numel or _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
         self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
-        self.segments: list[Segment] = []
-        self.is_split = False     # each segment is (a part of) one parameter
         self.grad: Tensor | None = None
         self.grad_shard: Tensor | None = None
         self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
         self.landing: Tensor | None = None  # where its sum will be
         self.reduced = False      # grad_shard holds a sum of this window
-        self.fired: set[int] = set()  # slots that have had a gradient in this backward
-        self.awaited = set(range(len(slots)))  # slots that had one in an earlier backward; at first, all
-        self.ran = False  # a backward has gone through
-        self.expected = sum(slot.parameter.requires_grad for slot in slots)
+        self.fired: set[Slot] = set()  # slots that have had a gradient in this backward
+        self.found: set[Slot] = set()  # those that its graph has a place for
+        self.hidden = set(slots)  # those that had one in the last backward beside them; at first, all
         self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
         self.launched = False     # this backward's reduction has been started
         self.reduction, self.gather = Handle(), Handle()  # the collectives under way
-        self.late = False         # a gradient came after the launch, and waits in p.grad
         self._flatten()
 
     def _flatten(self) -> None:
@@ -729,18 +770,16 @@ class Bucket:
 
     # Gradients: from autograd into the bucket, and their sum over ranks.
 
-    def take(self, index: int) -> None:
-        """Move a parameter's gradient into the bucket. The only full copy of a gradient in a step.
+    def take(self, slot: Slot, gradient: Tensor) -> None:
+        """Move a parameter's ``gradient`` into the bucket. The only full copy of a gradient in a step.
 
         Where the bucket is this parameter alone, autograd's tensor becomes the buffer, and nothing is copied.
         """
-        slot = self.slots[index]
         slot.used = True
-        self.fired.add(index)
+        self.fired.add(slot)
         if self.launched:  # a second gradient in one backward, as reentrant recomputation gives; see Zero._agree
-            self.late = True
+            slot.late = gradient if slot.late is None else slot.late + gradient
             return
-        gradient = slot.parameter.grad
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
             gradient = gradient.to_dense()
         if (self.fits_alone and self.grad is None and gradient.is_contiguous()
@@ -750,7 +789,13 @@ class Bucket:
             self._prepare_buffer()
             place = slot.view(self.grad)
             place.add_(gradient) if slot.filled else place.copy_(gradient)
-        slot.filled, slot.parameter.grad = True, None
+        slot.filled = True
+
+    def drop(self, slot: Slot) -> None:
+        """Forget a parameter's gradient of this window."""
+        slot.used, slot.filled, slot.late = False, False, None
+        if self.reduced:
+            self.own_part(self.grad_shard, slot).zero_()
 
     def _prepare_buffer(self) -> None:
         """See to it that ``grad`` can be written."""
@@ -764,10 +809,24 @@ class Bucket:
         elif self.reduced and _same_memory(self.grad, self.grad_shard):
             self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
 
+    def look_ahead(self) -> None:
+        """Within a backward, see which gradients it will bring."""
+        self.found = {slot for slot in self.slots
+                      if slot.node is not None and torch._C._will_engine_execute_node(slot.node)}
+
+    @property
+    def late(self) -> bool:
+        """Whether a gradient came after this backward's launch."""
+        return any(slot.late is not None for slot in self.slots)
+
     @property
     def complete(self) -> bool:
-        """Whether every parameter that can have a gradient in this backward has had it."""
-        return len(self.fired) >= self.expected
+        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
+
+        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
+        came last time is waited for, where no unit's end tells that it is over.
+        """
+        return self.fired >= (self.found if self.unit else self.found | self.hidden)
 
     def launch(self) -> None:
         """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
@@ -827,19 +886,18 @@ class Bucket:
         self.grad = None
 
     def end_backward(self, ran: bool = False) -> None:
-        """Be ready for the next backward of the window. A parameter that never had a gradient is not waited for."""
-        if self.fired or ran:
-            self.awaited = self.fired | self.awaited if self.ran else self.fired
-            self.ran = True
+        """Be ready for the next backward of the window; ``ran``: there was one."""
+        if ran:
+            self.hidden = self.fired - self.found
         self.fired, self.queued, self.launched = set(), False, False
-        self.expected = sum(self.slots[index].parameter.requires_grad for index in self.awaited)
 
     def reduce_late(self) -> None:
         """Reduce the gradients that came after this backward's launch; every rank must call it."""
-        self.launched = self.late = False
-        for index, slot in enumerate(self.slots):
-            if slot.parameter.grad is not None:
-                self.take(index)
+        self.launched = False
+        for slot in self.slots:
+            if slot.late is not None:
+                self.take(slot, slot.late)
+                slot.late = None
         self.launch()
         self.finish_reduction()
         self.end_backward()
@@ -855,9 +913,11 @@ class Bucket:
             if self.fits_alone:
                 self.grad = None
         self.end_backward()
-        self.reduced = self.late = False
+        self.reduced = False
         for slot in self.slots:
-            slot.used = slot.filled = False
+            if slot.used:
+                slot.parameter.grad = None
+            slot.used, slot.filled, slot.late = False, False, None
 
     def own_part(self, shard: Tensor, slot: Slot) -> Tensor:
         """What ``shard``, which covers what this rank updates, holds of a parameter; perhaps nothing."""
@@ -872,46 +932,39 @@ class Bucket:
 
     # The optimizer's view.
 
-    def hand_over(self, optimizer: Optimizer, elementwise: bool) -> None:
-        """Take the state that the optimizer has for the parameters; give it segments of the master instead."""
-        self.segments = [Segment(*self.own, nn.Parameter(self.master))]
-        old = [optimizer.state.pop(slot.parameter, {}) for slot in self.slots]
-        if not elementwise:
-            self.split(optimizer)
-            for segment, state in zip(self.segments, old, strict=True):
-                segment.parameter.data = segment.slot.view(self.master)
-                if state:
-                    optimizer.state[segment.parameter] = state
-            return
-        if not any(old):
-            return
-        counts = [{k: float(v) for k, v in state.items() if not _is_like(k, v, slot.shape)}
-                  for slot, state in zip(self.slots, old)]
-        if any(c != counts[0] for c in counts):  # step counts differ: one segment can't have several
-            self.split(optimizer)
-        for segment in self.segments:
-            members = [segment.slot] if segment.slot else self.slots
-            optimizer.state[segment.parameter] = self._flat_state(members, old, segment)
+    def hand_over(self, optimizer: Optimizer, whole: bool) -> None:
+        """Give the optimizer, in the parameters' place, this rank's pieces of them, with the state that it has.
 
-    def _flat_state(self, members: list[Slot], old: list[dict], segment: Segment) -> dict[str, Any]:
-        """The optimizer state of ``segment``, cut out of the state that ``members`` had in their own shapes."""
-        state: dict[str, Any] = {}
-        for slot in members:
-            for key, value in old[self.slots.index(slot)].items():
-                if not _is_like(key, value, slot.shape):
-                    state[key] = value
-                    continue
-                full = torch.zeros(self.numel, dtype=value.dtype, device=value.device)
-                slot.view(full).copy_(value)
-                part = full[segment.start:segment.end].to(self.master.device)
-                state[key] = state[key] + part if key in state else part.clone()
-        return state
+        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter of which this
+        rank has nothing has none; one of no elements has an empty one, as in plain PyTorch.
+        """
+        for slot in self.slots:
+            state, part = optimizer.state.pop(slot.parameter, {}), self.own_part(self.master, slot)
+            if not part.numel() and slot.shape.numel():
+                continue
+            slot.piece = nn.Parameter(self.shaped(slot, part) if whole else part)
+            if state:
+                optimizer.state[slot.piece] = {
+                    key: self.own_values(slot, value) if _is_like(key, value, slot.shape) else value
+                    for key, value in state.items()}
+
+    def shaped(self, slot: Slot, part: Tensor) -> Tensor:
+        """This rank's part of a parameter, 1-D as it lies in memory, in the shape of the piece."""
+        return slot.view(part, slot.offset) if part.numel() == slot.shape.numel() else part
+
+    def own_values(self, slot: Slot, value: Tensor) -> Tensor:
+        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
+        flat = torch.empty(slot.end - slot.offset, dtype=value.dtype, device=value.device)
+        slot.view(flat, slot.offset).copy_(value)
+        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
+        part = flat[low - slot.offset:high - slot.offset].to(self.master.device, copy=True)
+        return part if slot.piece.shape == part.shape else self.shaped(slot, part)
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
         moved = False
-        for segment in self.segments if self.host is not None else ():
-            state = optimizer.state.get(segment.parameter, {})
+        for slot in self.slots if self.host is not None else ():
+            state = optimizer.state.get(slot.piece, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = self.host.keep(value)
@@ -920,44 +973,28 @@ class Bucket:
             del value
             _return_free_memory()
 
-    def split(self, optimizer: Optimizer) -> bool:
-        """One segment per parameter, in place of the one for all; its optimizer state is cut up likewise.
-
-        False if that was done before.
-        """
-        if self.is_split:
-            return False
-        self.is_split, whole = True, self.segments[0]
-        state, self.segments = optimizer.state.pop(whole.parameter, {}), []
-        for slot in self.slots:
-            start, end = max(slot.offset, whole.start), min(slot.end, whole.end)
-            if start >= end and slot.shape.numel():
-                continue
-            start = min(max(start, whole.start), whole.end)
-            cut = slice(start - whole.start, max(start, end) - whole.start)
-            segment = Segment(start, max(start, end), nn.Parameter(self.master[cut]), slot)
-            if state:
-                optimizer.state[segment.parameter] = {
-                    key: value[cut] if _is_like(key, value, whole.parameter.shape) else _copied(value)
-                    for key, value in state.items()}
-            self.segments.append(segment)
-        return True
+    @property
+    def pieces(self) -> list[nn.Parameter]:
+        """What the optimizer updates here."""
+        return [slot.piece for slot in self.slots if slot.piece is not None]
 
     def arm(self, factor: float) -> None:
-        """Give the segments the gradients, times ``factor``, of those parameters that have one on any rank."""
+        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
+
+        An optimizer skips a piece without (no decay, no momentum, its step count stays).
+        """
         if factor != 1.0:
             self.grad_shard.mul_(factor)
-        for segment in self.segments:
-            if segment.slot is None or segment.slot.used:
-                gradient = self.grad_shard[segment.start - self.own[0]:segment.end - self.own[0]]
-                same = gradient.shape == segment.parameter.shape
-                gradient = gradient if same else segment.slot.view(gradient, segment.start)
-                segment.parameter.grad = gradient.to(segment.parameter.dtype)
+        for slot in self.slots:
+            if slot.used and slot.piece is not None:
+                part = self.own_part(self.grad_shard, slot)
+                part = part if part.shape == slot.piece.shape else self.shaped(slot, part)
+                slot.piece.grad = part.to(slot.piece.dtype)
 
     def disarm(self) -> None:
-        """Take the gradients back, so that the optimizer's next step skips these segments."""
-        for segment in self.segments:
-            segment.parameter.grad = None
+        """Take the gradients back, so that the optimizer's next step skips these pieces."""
+        for piece in self.pieces:
+            piece.grad = None
 
     # Parameters: from the masters back to what the model computes with.
 
@@ -977,30 +1014,49 @@ class Bucket:
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
-        # The same storage object as before, so that the views which autograd saved in forward see the weights again.
-        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        for slot in self.slots:
+            if slot.parameter._version != slot.version:
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
+                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
+        # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
+        if not self.has_memory:
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory; each rank keeps its shard."""
+        """Release the whole parameters' memory, unless somebody else holds a view of it; each rank keeps its shard.
+
+        What autograd saves is no such view, see _pack.
+        """
         self.gather.wait()
+        for slot in self.slots:
+            slot.version = slot.parameter._version
+        if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
+            return  # with _free_unused it is tried again
         try:
             self.flat.untyped_storage().resize_(0)
-        except RuntimeError:  # a numpy array shares the memory, and keeps it; the parameters get another
+        except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
             self.flat = torch.empty_like(self.flat)
-            for slot in self.slots:
-                slot.parameter.data = slot.view(self.flat)
+            with torch._C.DisableTorchFunctionSubclass():
+                for slot in self.slots:
+                    slot.parameter.data = slot.view(self.flat)
             self.flat.untyped_storage().resize_(0)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the whole parameters take memory."""
+        return self.flat.untyped_storage().nbytes() > 0
 
     def keep_writes(self) -> None:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not seen, as PyTorch doesn't count it.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are beside it.
         """
         versions = [slot.parameter._version for slot in self.slots]
-        if versions != [slot.version for slot in self.slots]:
+        beside = self.unit is not None and self.held.device == self.flat.device
+        if beside or versions != [slot.version for slot in self.slots]:
             self.keep_changes()
             for slot, version in zip(self.slots, versions):
                 slot.version = version
@@ -1011,8 +1067,10 @@ class Bucket:
         if held is None or _same_memory(held, self.flat):
             return
         new = self.flat[self.own[0]:self.own[1]].to(held.device)
-        changed = new != held.to(new.dtype)  # elsewhere the master keeps its finer value
-        held.copy_(torch.where(changed, new.to(held.dtype), held))
+        old = held.to(new.dtype)
+        if held.device.type == "cpu" and torch.equal(new, old):  # on a GPU, asking would wait for it
+            return
+        held.copy_(torch.where(new != old, new.to(held.dtype), held))  # elsewhere the master keeps its finer value
         if self.shard is not None and self.shard is not held:
             self.shard.copy_(new)
 
@@ -1058,15 +1116,17 @@ class Plan(NamedTuple):
     trained: bool         # in one, and not frozen
     dtypes: Dtypes
     slots: list[Slot]
+    numel: int | None = None  # elements of the bucket; None: as many as the slots need
 
 
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
-                 owners: "Mapping[int, Unit]") -> list[Plan]:
+                 owners: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
     """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
 
     groups   the param group of each parameter that is in one, by its id
     owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    whole    the groups whose parameters must not be cut into the shards of ``ranks``; see lay_out_whole
     """
     named = list(model.named_parameters())[::-1]
     size = bucket_size(config, sum(p.numel() for _, p in named), device)
@@ -1082,7 +1142,28 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
         slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
         if unit is None and slots[-1].end >= size:
             plans.append(Plan(*key, open_slots.pop(key)))
-    return plans + [Plan(*key, slots) for key, slots in open_slots.items()]
+    plans += [Plan(*key, slots) for key, slots in open_slots.items()]
+    return [plan._replace(numel=lay_out_whole(plan.slots, ranks, first=index)) if plan.group in whole else plan
+            for index, plan in enumerate(plans)]
+
+
+def lay_out_whole(slots: list[Slot], ranks: int, first: int) -> int:
+    """Move parameters within their bucket so that each lies in one rank's shard; returns the bucket's elements.
+
+    The largest comes first, to the rank ``first``, each other to the rank with the least. All shards are as large as
+    the fullest one: the others' ends are padding, most where a bucket has few large parameters for many ranks.
+    """
+    loads, owners = [0] * ranks, {}
+    for slot in sorted(slots, key=lambda slot: slot.offset - slot.end):
+        owners[slot] = loads.index(min(loads))
+        loads[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    size, ends = max(ALIGN, *loads), [(rank + first) % ranks * max(ALIGN, *loads) for rank in range(ranks)]
+    for slot in slots:
+        slot.offset = ends[owners[slot]]
+        slot.end = slot.offset + slot.shape.numel()
+        ends[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+    slots.sort(key=lambda slot: (slot.offset, slot.end))
+    return size * ranks
 
 
 def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
@@ -1126,11 +1207,42 @@ def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))  # NaN is like NaN
 
 
 # --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuse parameters that share memory with another parameter, or with a buffer: each gets a place of its own.
+
+    A weight that is tied, as one Parameter under several names, is one parameter.
+    """
+    whole = [(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]
+             if t.layout == torch.strided and t.numel() and t.untyped_storage().nbytes()]
+    by_storage: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, t in whole:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+        start = t.storage_offset() * t.element_size()
+        by_storage[t.untyped_storage()._cdata].append((start, start + span * t.element_size(), name))
+    names = {name for name, _ in model.named_parameters()}
+    for spans in by_storage.values():
+        spans.sort()
+        for (_, end, name), (start, _, other) in zip(spans, spans[1:]):
+            if start < end and {name, other} & names:
+                raise ValueError(f"{name} and {other} share memory, and would be two tensors from now on; to tie "
+                                 "weights, use one Parameter for both, as in head.weight = embedding.weight; else give "
+                                 "one of them a copy")
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -1161,10 +1273,57 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
     """The modules that are a unit of stage 3 each: those that ``leaf`` names.
 
     Without it: the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by
-    itself. The model itself is always one: it takes what is in no other.
+    itself. Those that ``set_z3_leaf_modules`` has marked are always one, without units inside. The model itself is
+    always one: it takes what is in no other.
     """
-    if leaf is not None:
-        return _named_units(model, leaf)
+    units = _found_units(model) if leaf is None else _named_units(model, leaf)
+    marked: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "_z3_leaf", False) and not _is_inside(name, marked):
+            marked[name] = module
+    return {name: module for name, module in (units | marked).items() if name and (
+        name in marked or not _is_inside(name, marked))}
+
+
+def _is_inside(name: str, others: Iterable[str]) -> bool:
+    """Whether the module of this name is part of one of the others; all are part of the model itself, \"\"."""
+    return any(name.startswith(f"{other}." if other else "") for other in others)
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
+                        raise_if_not_found: bool = True) -> list[nn.Module]:
+    """Make each module of these classes, or class names, one unit of stage 3; before ``initialize()``. Returns them."""
+    return _mark_leaves(model, leaf_module_classes, True, raise_if_not_found)
+
+
+def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
+                          raise_if_not_found: bool = True) -> list[nn.Module]:
+    """Undo what ``set_z3_leaf_modules`` did to modules of these classes."""
+    return _mark_leaves(model, leaf_module_classes, False, raise_if_not_found)
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``set_z3_leaf_modules`` has marked."""
+    return [module for module in model.modules() if getattr(module, "_z3_leaf", False)]
+
+
+def _mark_leaves(model: nn.Module, classes: Iterable[type | str], flag: bool, must_be: bool) -> list[nn.Module]:
+    classes = list(classes)
+    if not all(isinstance(cls, (type, str)) for cls in classes):
+        raise ValueError(f"leaf_module_classes is {classes!r}; allowed: a list of classes or class names")
+    if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
+        raise RuntimeError("an engine trains this model, and its units are made; mark leaf modules before initialize()")
+    found = [module for module in model.modules() for kind in [type(module)] if any(
+        isinstance(module, cls) if isinstance(cls, type) else cls in (
+            kind.__name__, f"{kind.__module__}.{kind.__qualname__}") for cls in classes)]
+    if must_be and not found:
+        raise ValueError(f"the model has no module of {classes}")
+    for module in found:
+        module._z3_leaf = flag
+    return found
+
+
+def _found_units(model: nn.Module) -> dict[str, nn.Module]:
     units = find_blocks(model)
     total = sum(p.numel() for p in model.parameters())
 
@@ -1227,6 +1386,9 @@ class Unit:
     def __deepcopy__(self, memo: dict) -> "Unit":
         return self  # see Zero
 
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
+
     def start_gather(self) -> None:
         """SHARDED to GATHERING."""
         for bucket in self.buckets:
@@ -1248,6 +1410,15 @@ class Unit:
             for slot in bucket.slots:
                 slot.parameter.__class__ = ShardedParameter
         self.state = UnitState.SHARDED
+
+
+class LeftBehind:
+    """What stands for an engine and its units in a module that was pickled while it was whole: the hooks do nothing."""
+
+    def _before_forward(self, *_: Any) -> None:
+        pass
+
+    _after_forward = _before_forward
 
 
 class Call:
@@ -1294,11 +1465,13 @@ class Trace:
 class Holder:
     """What has parameters in shards: an engine's ``Zero``, or ``Init`` until an engine takes its model over.
 
-    places   the bucket and the slot of each parameter, by its id
+    places     the bucket and the slot of each parameter, by its id
+    storages   the bucket of each memory that whole parameters are gathered into, by its address
     """
 
     communicator: Communicator
     places: dict[int, tuple[Bucket, Slot]]
+    storages: Mapping[int, Bucket] = {}
 
     def hold(self, unit: Unit, user: Any) -> None:
         """Have the unit's parameters whole until ``user`` lets go of it."""
@@ -1332,8 +1505,9 @@ class ShardedParameter(nn.Parameter):
     """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
 
     Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
-    the model's own unit from then on (a parent that uses a child's weight without calling the child); under ``Init``
-    they are gathered for the one operation. Elsewhere it is an error.
+    the model's own unit from then on (a parent that uses a child's weight without calling the child); within a backward
+    pass, until it ends; in another method of a module, and under ``Init``, for the one operation. Elsewhere it is an
+    error.
     """
 
     @classmethod
@@ -1341,6 +1515,7 @@ class ShardedParameter(nn.Parameter):
         kwargs, uses = kwargs or {}, []
         if func not in METADATA:
             name = getattr(func, "__name__", str(func))
+            name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
                     if not _is_held(tensor):
@@ -1350,7 +1525,7 @@ class ShardedParameter(nn.Parameter):
                     holder, _, slot = _find(tensor)
                     uses.append((holder, slot, holder.begin_use(slot, name)))
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass(), _saving() if uses else nullcontext():
                 return func(*args, **kwargs)
         finally:
             for holder, slot, user in uses:
@@ -1382,19 +1557,88 @@ METADATA |= {getattr(Tensor, name) for name in (
     "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses."""
+# What shares the memory and may be written to later, unseen; state_dict() asks for it on one rank alone.
+ALIASES = ("data", "detach", "detach_", "numpy")
+
+
+def _in_method_of(model: nn.Module) -> bool:
+    """Whether a method of one of a model's modules is running, beside those that PyTorch gives every module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and any(owner is module for module in model.modules()) and any(
+                code.co_qualname == f"{kind.__qualname__}.{code.co_name}" for kind in type(owner).__mro__
+                if kind is not nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _saving() -> AbstractContextManager:
+    """Hooks which let autograd save where a weight lies, and not the weight, whose memory they would keep.
+
+    Where others are active, such as recomputation's or the caller's own, they save the weight itself.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    return saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> tuple:
+    """What autograd keeps of a tensor that it saves: of a weight, or a view of one, its place.
+
+    Backward gathers the unit when it wants the weight. The output's hook is not enough for that: an operation in place
+    on a view rebuilds its graph without the hook, and a side output, such as a loss that the module keeps as an
+    attribute, has none.
+    """
+    key = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None  # a sparse tensor has none
+    for zero in _LIVE:
+        bucket = zero.storages.get(key)
+        if bucket is None or not _same_memory(bucket.flat, tensor):
+            continue
+        start = tensor.storage_offset()
+        slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
+        if slot is not None and tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg()):
+            place = tensor.size(), tensor.stride(), start
+            return place, slot.parameter._version, slot, weakref.ref(zero), zero.call_of(bucket.unit)
+    return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
+
+
+def _unpack(saved: tuple) -> Tensor:
+    """The inverse of _pack, when backward wants the tensor."""
+    tensor, version, *where = saved
+    source = where[0].parameter if where else tensor
+    if where:
+        slot, reference, call = where
+        zero = reference()
+        if zero is None:
+            raise RuntimeError(f"backward needs the parameter {slot.name}, whose engine is gone")
+        bucket, _ = zero.places[id(slot.parameter)]
+        zero._before_backward(bucket.unit, call)
+        tensor = bucket.flat.as_strided(*tensor)
+    if source._version != version:  # a check that PyTorch leaves to hooks where there are any
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
+                           "forward had saved it; step() modifies the weights")
+    return tensor
+
+
+def tensors_in(value: Any, outer: tuple[int, ...] = ()) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, sets, mappings and dataclasses, which may contain themselves."""
     if isinstance(value, Tensor):
         yield value
+        return
+    items: Iterable[Any] = ()
+    if id(value) in outer:
+        return
+    if isinstance(value, Mapping):
+        items = value.values()
     elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value
     elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            yield from tensors_in(getattr(value, f.name))
+        items = [getattr(value, f.name, None) for f in fields(value)]
+    for item in items:
+        yield from tensors_in(item, (*outer, id(value)))
 
 
 def _return_free_memory() -> None:
@@ -1407,6 +1651,17 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+def _weakly(method: Callable) -> Callable:
+    """A hook for a tensor that does not keep its object alive: what a tensor holds, no garbage collector sees."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return hook
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
 
@@ -1417,6 +1672,12 @@ def _in_backward() -> bool:
 ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
                torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
                torch.optim.ASGD}
+
+
+NO_TRANSFORMS = (
+    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
+    "3, nor where blocks are recomputed, as both change what autograd saves; use "
+    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
 
 
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
@@ -1442,7 +1703,7 @@ class Zero(Holder):
     ``step`` updates the weights.
 
     boundary   whether the backward pass at hand is the last of its accumulation window; stages 0 and 1 reduce only then
-    divisor    what the sum of the gradients over ranks has to be divided by: for a mean, the number of ranks
+    divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
@@ -1452,7 +1713,7 @@ class Zero(Holder):
         self.communicator = Communicator(device, debug, timeout)
         if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
-        self.elementwise = self._check_optimizer(allow_untested)
+        self.whole = self._groups_of_whole_parameters(allow_untested)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
@@ -1461,6 +1722,7 @@ class Zero(Holder):
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.pending = False  # a backward pass has begun, and finish_backward was not called yet
+        self.looked_ahead = False  # its first gradient has come
         self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
         self.in_flight: deque[Bucket] = deque()
         self.root = Unit("", model, 0)
@@ -1472,31 +1734,28 @@ class Zero(Holder):
         self.frozen = [(bucket, index) for bucket in self.buckets if bucket.group is not None and not bucket.trained
                        for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see thaw
         self.hooks: list[Any] = []
+        self.updating = False  # the optimizer's step is this object's
+        self.dropped = 0       # a digest of which reduced gradients were dropped
         self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
-        self.storages = {b.flat.untyped_storage()._cdata: b.unit for b in self.buckets if b.unit}
+        self.storages = {b.flat.untyped_storage()._cdata: b for b in self.buckets if b.unit}
         self.gathered = 0  # a digest of the order in which units were gathered
         self.live = 0      # elements of the units that are gathered now
         if optimizer is not None:
             self._hand_over(self.trained)
+            self._take_over(optimizer)
         self._register_hooks()
         _LIVE.add(self)
 
-    def _check_optimizer(self, allow_untested: bool) -> bool:
-        """Whether the optimizer treats every element alike, so that it can work on pieces; refuse it if it must."""
-        kind = type(self.optimizer)
-        if self.optimizer is None or kind in ELEMENTWISE:
-            return True
-        if self.config.stage == 0:
-            return False
-        if kind in vars(torch.optim).values():
-            raise ValueError(f"{kind.__name__} looks at whole parameters, of which a rank holds only pieces at stage "
-                             f"{self.config.stage}; allowed: stage 0, or one of "
-                             f"{', '.join(sorted(k.__name__ for k in ELEMENTWISE))}")
-        if not allow_untested:
-            raise ValueError(f"{kind.__name__} is not known to treat every element alike, as sharding needs at stage "
-                             f"{self.config.stage}; if it does, set zero_allow_untested_optimizer to true; else use "
-                             f"stage 0")
-        return True
+    def _groups_of_whole_parameters(self, allow_untested: bool) -> set[int]:
+        """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
+
+        An optimizer class says so of a group by ``is_elementwise(group)``; what is not known to treat every element
+        alike counts as one that does not.
+        """
+        if self.optimizer is None or type(self.optimizer) in ELEMENTWISE or allow_untested and self.config.stage:
+            return set()
+        rule = getattr(self.optimizer, "is_elementwise", lambda group: False)
+        return {index for index, group in enumerate(self.optimizer.param_groups) if not rule(group)}
 
     # Setting up.
 
@@ -1557,15 +1816,18 @@ class Zero(Holder):
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"]}
         if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
+            gc.collect()  # perhaps nobody refers to that engine any more
+        if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
         self.buckets: list[Bucket] = []
-        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners)
-        for unit, group, trained, kinds, slots in plans:
+        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners, self.whole,
+                             self.communicator.world_size if self.sharded.optimizer else 1)
+        for unit, group, trained, kinds, slots, numel in plans:
             bucket = Bucket(
                 slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
                 self.device, not self.config.reduce_scatter, self._predivide(kinds),
-                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host)
+                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host, numel)
             self.buckets.append(bucket)
             if unit is not None:
                 bucket.unit = unit
@@ -1586,25 +1848,52 @@ class Zero(Holder):
     def _hand_over(self, buckets: list[Bucket]) -> None:
         """From now on the optimizer updates these buckets' masters."""
         for bucket in buckets:
-            bucket.hand_over(self.optimizer, self.elementwise)
+            bucket.hand_over(self.optimizer, bucket.group in self.whole)
             bucket.keep_state(self.optimizer)
         self._refill_groups()
 
     def _refill_groups(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["params"] = []
-        for bucket in self.trained:
-            self.optimizer.param_groups[bucket.group]["params"] += [s.parameter for s in bucket.segments]
+        for group, params in zip(self.optimizer.param_groups, self._pieces_by_group()):
+            group["params"] = params
 
-    def _listen(self, bucket: Bucket, index: int) -> None:
-        """Have autograd tell when it has finished a parameter's gradient."""
-        hook = partial(self._on_gradient, bucket, index)
-        self.hooks.append(bucket.slots[index].parameter.register_post_accumulate_grad_hook(hook))
+    def _pieces_by_group(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for bucket in self.trained:
+            groups[bucket.group] += bucket.pieces
+        return groups
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Have the optimizer's own calls do what they say, or raise and name the call that does."""
+        def refuse(call: str, instead: str) -> Callable:
+            def refused(*args: Any, **kwargs: Any) -> None:
+                raise RuntimeError(f"optimizer.{call}() after initialize(): {instead}")
+            return refused
+
+        optimizer.zero_grad = lambda set_to_none=True: self.clear_gradients()
+        optimizer.add_param_group = refuse("add_param_group", (
+            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later with "
+            "requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
+        optimizer.load_state_dict = refuse("load_state_dict", (
+            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() sets "
+            "it; a state dict of plain PyTorch can be loaded before initialize()"))
+        step = refuse("step", "engine.step() updates the weights, whose gradients lie in buckets")
+        self.hooks.append(optimizer.register_step_pre_hook(
+            lambda *_: None if self.updating else step()))
+
+    def _give_back(self, optimizer: Optimizer) -> None:
+        for name in ("zero_grad", "add_param_group", "load_state_dict"):
+            vars(optimizer).pop(name, None)
+
+    def _listen(self, slot: Slot) -> None:
+        """Have autograd call back when it has finished a parameter's gradient."""
+        self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient)))
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            slot.node = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
 
     def _register_hooks(self) -> None:
         for bucket in self.trained:
-            for index in range(len(bucket.slots)):
-                self._listen(bucket, index)
+            for slot in bucket.slots:
+                self._listen(slot)
         if self.sharded.parameters:
             for unit in self.all_units:
                 self.hooks.append(unit.module.register_forward_pre_hook(
@@ -1615,11 +1904,16 @@ class Zero(Holder):
     def __deepcopy__(self, memo: dict) -> "Zero":
         return self  # a deep copy of the model takes its hooks along; on the copy's modules they do nothing
 
+    def __reduce__(self) -> tuple:
+        return LeftBehind, ()
+
     def release(self) -> None:
         """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        if self.optimizer is not None:
+            self._give_back(self.optimizer)
         self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
         _LIVE.discard(self)
 
@@ -1636,8 +1930,9 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, saved_tensors_hooks(self._pack, self._unpack)
-            self.saving[1].__enter__()
+            hooks = _saving()
+            hooks.__enter__()
+            self.saving = call, hooks
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
         # before the rest of the call: so the call is given a view of it, which keeps the order.
@@ -1662,12 +1957,12 @@ class Zero(Holder):
             self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:  # the hooks of a leaf, such as a parameter, would stay for ever
                     tensor.register_hook(partial(self._before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
-            for bucket in needed.buckets:
+            for bucket in needed.buckets if needed.state is UnitState.WHOLE else ():  # else the gather has failed
                 bucket.keep_writes()
         self._release(unit, call)
 
@@ -1677,40 +1972,26 @@ class Zero(Holder):
             self._begin_backward()
         self._acquire(unit, call)
 
-    def _pack(self, tensor: Tensor) -> tuple:
-        """What autograd keeps of a tensor that it saves in forward: a weight remembers its unit.
-
-        The output's hook is not enough: an operation in place on a view rebuilds its graph without the hook, and a
-        side output, such as a loss that the module keeps as an attribute, has none.
-        """
-        unit = self.storages.get(tensor.untyped_storage()._cdata)
-        if unit is None:  # detached, since a node that keeps its own output would keep itself alive
-            return tensor.detach(), tensor._version
-        return tensor, (unit.calls or self.root.calls or [RECOMPUTED])[-1], unit
-
-    def _unpack(self, saved: tuple) -> Tensor:
-        """The inverse of _pack, when backward wants the tensor."""
-        if len(saved) == 3:
-            tensor, call, unit = saved
-            self._before_backward(unit, call)
-        else:
-            tensor, version = saved
-            if tensor._version != version:  # a check that PyTorch leaves to hooks where there are any
-                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place "
-                                   "after forward had saved it")
-        return tensor
+    def call_of(self, unit: Unit) -> Any:
+        """The innermost forward call that uses a unit now."""
+        return (unit.calls or self.root.calls or [RECOMPUTED])[-1]
 
     def _start_gather(self, unit: Unit) -> None:
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, "
+                               "whose weights are sharded (stage 3), and it can't see them come and go; use "
+                               "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         unit.start_gather()
         if unit.buckets:
             self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
         self.live += unit.numel
 
     def _free(self, unit: Unit) -> None:
+        self.live -= unit.numel * (unit.state is not UnitState.SHARDED)
         unit.free()
-        self.live -= unit.numel
         for bucket in unit.buckets:
-            self.storages[bucket.flat.untyped_storage()._cdata] = unit  # in case that it is a new one
+            self.storages[bucket.flat.untyped_storage()._cdata] = bucket  # in case that it is a new one
 
     def _acquire(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
@@ -1748,9 +2029,9 @@ class Zero(Holder):
         self._launch_ready()
 
     def _free_unused(self) -> None:
-        """Free what was gathered ahead for a use that did not come."""
+        """Free what was gathered ahead for a use that did not come, and what views kept when its last use ended."""
         for unit in self.all_units if self.sharded.parameters else ():
-            if not unit.users and unit.state is not UnitState.SHARDED:
+            if not unit.users and any(bucket.has_memory for bucket in unit.buckets):
                 self._free(unit)
 
     def _begin_forward(self) -> None:
@@ -1759,15 +2040,34 @@ class Zero(Holder):
         self.traces[False].restart()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Gather, if this is in a forward pass of the model; the unit stays whole until that ends."""
+        """Gather the unit, if this is in a pass of the model.
+
+        It stays whole until the forward, or the backward, ends; in another method of the model, which has no end that
+        could be seen, for the one operation.
+        """
         unit = self.places[id(slot.parameter)][0].unit
-        if not self.root.calls:
+        if self.root.calls:
+            self.companions.append(unit)
+            self.hold(unit, self.root.calls[0])
+        elif _in_backward():
+            self._before_backward(unit, RECOMPUTED)
+        elif operation not in ALIASES and _in_method_of(self.root.module):
+            user = object()
+            self.hold(unit, user)
+            return user
+        else:
             raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
                                f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
                                f"zero.safe_get_full_fp32_param")
-        self.companions.append(unit)
-        self.hold(unit, self.root.calls[0])
-        return self.root.calls[0]
+        return None
+
+    def end_use(self, slot: Slot, user: Any) -> None:
+        """Keep what the operation wrote."""
+        if user is not None:
+            unit = self.places[id(slot.parameter)][0].unit
+            for bucket in unit.buckets:
+                bucket.keep_writes()
+            self.let_go(unit, user)
 
     # Backward: gradients come in, full buckets go out.
 
@@ -1785,17 +2085,51 @@ class Zero(Holder):
                 bucket.queued = True
                 self.queue.append(bucket)
 
-    def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Autograd has finished a parameter's gradient."""
+        bucket, slot = self.places[id(parameter)]
+        if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
+            if slot.used:  # grad was empty: zero_grad() since the last backward
+                self.drop(slot)
+            self._take(bucket, slot, parameter.grad)
+        if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
+            parameter.grad = TakenGradient(slot, self)
+        self._launch_ready()
+
+    def take_more(self, slot: Slot, gradient: Tensor) -> None:
+        """Autograd adds ``gradient``, which others may still read, to what it believes to be ``p.grad``."""
+        bucket, _ = self.places[id(slot.parameter)]
+        self._take(bucket, slot, gradient.clone() if bucket.fits_alone or bucket.launched else gradient)
+
+    @torch.no_grad()
+    def _take(self, bucket: Bucket, slot: Slot, gradient: Tensor) -> None:
         if not self.pending:
             self._begin_backward()
-        bucket.take(index)
-        self._launch_ready()
+        if not self.looked_ahead:
+            self.looked_ahead = True
+            for each in self.trained:
+                each.look_ahead()
+        bucket.take(slot, gradient.detach())
+
+    @torch.no_grad()
+    def drop(self, slot: Slot) -> None:
+        """Forget a parameter's gradient of this window, as zero_grad() asks; one that is reduced, on every rank."""
+        if self.pending:
+            self.finish_backward()
+        bucket, _ = self.places[id(slot.parameter)]
+        if bucket.reduced:
+            self.dropped = (31 * self.dropped + slot.offset + 1) % 2**20
+        bucket.drop(slot)
 
     @property
     def all_units(self) -> list[Unit]:
         """The model's own unit, and the others."""
         return [self.root, *self.units]
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether a backward pass, not finished yet, has brought gradients."""
+        return self.pending and any(bucket.fired for bucket in self.trained)
 
     @property
     def reduces_now(self) -> bool:
@@ -1808,9 +2142,10 @@ class Zero(Holder):
         Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
         of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
         units end their backward, so that gradients need not pile up where a model runs in another order than it was
-        written in.
+        written in. What this rank's backward does not bring is not waited for: the others would wait for this rank
+        then, and this rank, in its next gather, for them.
         """
-        if not (self.config.overlap_comm and self.reduces_now):
+        if not (self.config.overlap_comm and self.reduces_now and self.looked_ahead):
             return
         while self.queue and self.queue[0].complete:
             self._launch(self.queue.popleft())
@@ -1836,9 +2171,8 @@ class Zero(Holder):
             while self.in_flight:
                 self.in_flight.popleft().finish_reduction()
             self._settle()
-        ran = any(bucket.fired for bucket in self.trained)  # a bucket without any gradient is not waited for either
         for bucket in self.trained:
-            bucket.end_backward(ran)
+            bucket.end_backward(self.looked_ahead)
         self._end_backward()
 
     def _settle(self) -> None:
@@ -1863,18 +2197,22 @@ class Zero(Holder):
         if self.pending and not self.sharded.parameters:
             self._enqueue(new)  # behind the others, on every rank
         for bucket, index in thawed:
-            self._listen(bucket, index)
-            if bucket.slots[index].parameter.grad is not None:
-                bucket.take(index)
+            slot = bucket.slots[index]
+            self._listen(slot)
+            if slot.parameter.grad is not None:
+                bucket.take(slot, slot.parameter.grad)
+                slot.parameter.grad = TakenGradient(slot, self)
 
     def _end_backward(self) -> None:
-        self.queue, self.pending = deque(), False
+        self.queue, self.pending, self.looked_ahead = deque(), False, False
         for unit in self.all_units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self._free_unused()
 
     def clear_gradients(self) -> None:
-        """Forget the window's gradients, and a backward pass that has not ended."""
+        """Forget the window's gradients. Every rank must call it."""
+        if self.pending:
+            self.finish_backward()
         for bucket in self.trained:
             bucket.reset_gradients()
             bucket.grad = None
@@ -1895,27 +2233,63 @@ class Zero(Holder):
         """
         if self.pending or any(_is_thawed(*place) for place in self.frozen):
             self.finish_backward()
-        self._check_parameters()
+        self.check_model()
+        self._check_gradients()
         self._reduce_the_rest()
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         culprit = self._first_not_finite() if overflow else None
-        for bucket in self.trained if not (overflow or self.sharded.parameters) else ():
-            bucket.keep_writes()
+        for bucket in self.trained if not overflow else ():
+            if bucket.unit is None:
+                bucket.keep_writes()
         if not overflow:
             self._update(coefficient / divisor)
         for bucket in self.trained:
             bucket.reset_gradients()
         return StepResult(norm, coefficient, overflow, culprit)
 
-    def _check_parameters(self) -> None:
-        """Refuse to go on where the model was changed behind this object's back: training would stop in silence."""
-        for bucket in self.buckets:
-            for slot in bucket.slots if bucket.unit is None else ():
-                if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
-                    raise RuntimeError(f"{slot.name} no longer lies where initialize() put it; do not call the model's "
-                                       "to(), half() or load_state_dict(assign=True) after initialize()")
+    def check_model(self) -> None:
+        """Raise RuntimeError where model or optimizer were changed since: that part would not be trained, or not saved.
+
+        It compares identities, and names the parameter.
+        """
+        names = {id(p): name for name, p in self.root.module.named_parameters()}
+        for key, name in names.items():
+            if key not in self.places:
+                raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; "
+                                   "change the model first, then call initialize()")
+        with torch._C.DisableTorchFunctionSubclass():
+            for bucket in self.buckets:
+                for slot in bucket.slots:
+                    if id(slot.parameter) not in names:
+                        raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change "
+                                           "the model, and call initialize() again")
+                    if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
+                        raise RuntimeError(
+                            f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), "
+                            "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
+                            "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
+                    if slot.piece is not None and not _same_memory(slot.piece, bucket.master):
+                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
+                                           "...); write into it (p.data.copy_()) instead")
+        for index, params in enumerate(self._pieces_by_group() if self.optimizer else ()):
+            given = self.optimizer.param_groups[index]["params"]
+            if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
+                raise RuntimeError(f"the params of the optimizer's param group {index} were changed after "
+                                   "initialize(); give the optimizer all of its parameters before it")
+
+    def _check_gradients(self) -> None:
+        """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller put there."""
+        for bucket in self.trained:
+            for slot in bucket.slots:
+                gradient = slot.parameter.grad
+                if gradient is None:
+                    if slot.used:
+                        self.drop(slot)
+                elif not isinstance(gradient, TakenGradient):
+                    raise RuntimeError(f"p.grad of {slot.name} was set after backward(), and would not be used; call "
+                                       "zero.safe_set_full_grad(p, value), or change the loss")
 
     def _reduce_the_rest(self) -> None:
         """Reduce a window that ends without a boundary, as flush() ends it."""
@@ -1930,11 +2304,15 @@ class Zero(Holder):
         square = sum((b.norm_part().double().square() * b.predivide ** 2 for b in self.trained),
                      torch.zeros((), dtype=torch.float64, device=self.communicator.device))
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
-        flags += [self.gathered, self.gathered ** 2]  # where all ranks have the same, the sums agree
+        for digest in (self.gathered, self.dropped):
+            flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
         message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
         self.communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
-        square, *flags, total, squares = message.tolist()
-        if total ** 2 != squares * self.communicator.world_size:
+        square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
+        if dropped ** 2 != dropped_squares * self.communicator.world_size:
+            raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
+                               "over all already; drop them on every rank")
+        if gathered ** 2 != gathered_squares * self.communicator.world_size:
             raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
                                "up; name the module that chooses among them in zero_optimization.leaf_module")
         late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
@@ -1948,6 +2326,15 @@ class Zero(Holder):
             slot.used = flag > 0
         self._check_used(slots)
         return math.sqrt(square)
+
+    def reduce_late(self, buckets: list[Bucket]) -> None:
+        """Reduce what came after its bucket's reduction had begun, on any rank; every rank must call it."""
+        late = torch.tensor([float(bucket.late) for bucket in buckets]).to(self.communicator.device)
+        self.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
+        for bucket, flag in zip(buckets, late.tolist()):
+            if flag:
+                bucket.reduce_late()
+        self._settle()
 
     def _first_not_finite(self) -> str | None:
         """The first parameter, in the model's order, whose summed gradient holds infinity or NaN on any rank."""
@@ -1968,36 +2355,62 @@ class Zero(Holder):
                                f"{', '.join(unused)}")
 
     def _update(self, factor: float) -> None:
-        """Step the optimizer on some buckets at a time, so that gathering these overlaps with updating the next."""
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
+        """Step the optimizer, with its step hooks once around all of it."""
+        hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
+        waves = [self.trained] if hooked else self._waves()
+        # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
+        fused = not hooked and factor != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
             b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
-        fused = fused and factor != 1.0
+        if hooked:
+            self._arm(waves[0], factor)
+        self.updating = True
+        try:
+            Optimizer.profile_hook_step(lambda _: self._step_waves(waves, factor, fused, hooked))(self.optimizer)
+        finally:
+            self.updating = False
+            for bucket in self.trained:
+                bucket.disarm()
+            if fused:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
+        self.optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
+
+    def _waves(self) -> list[list[Bucket]]:
+        """The buckets that are updated together, so that gathering these overlaps with updating the next."""
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
         casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
-        in_waves = type(self.optimizer) in ELEMENTWISE and (
+        known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
+        in_waves = known and (
             self.sharded.optimizer or self.host is not None or casts)
         waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
-        idle = [bucket for bucket in self.trained if not all(slot.used for slot in bucket.slots)]
-        if any([bucket.split(self.optimizer) for bucket in idle]):
-            self._refill_groups()
-        try:
-            for wave in (self.trained[i:i + size] for i in range(0, len(self.trained), size)):
-                for bucket in wave:
-                    bucket.arm(1.0 if fused else factor * bucket.predivide)
-                if fused:  # what GradScaler hands to fused optimizers: their kernel divides by it on the way
-                    self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
-                    self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
-                self.optimizer.step()
-                for bucket in wave:
-                    bucket.disarm()
-                    bucket.keep_state(self.optimizer)
-                    bucket.publish()
-        finally:
+        return [self.trained[start:start + size] for start in range(0, len(self.trained), size)]
+
+    def _arm(self, wave: list[Bucket], factor: float) -> None:
+        for bucket in wave:
+            bucket.arm(factor * bucket.predivide)
+
+    def _step_waves(self, waves: list[list[Bucket]], factor: float, fused: bool, armed: bool) -> None:
+        """Update and publish wave by wave, and wait until every rank has the new weights."""
+        step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
+        for wave in waves:
+            if not armed:
+                self._arm(wave, 1.0 if fused else factor)
             if fused:
-                del self.optimizer.grad_scale, self.optimizer.found_inf
+                self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
+                self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
+            step(self.optimizer)
+            for bucket in wave:
+                if not armed:
+                    bucket.disarm()
+                bucket.keep_state(self.optimizer)
+                bucket.publish()
         for bucket in self.trained:
             bucket.gather.wait()
+            # The update went around autograd: a graph from before it must not be used with the new weights.
+            torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
+            for slot in bucket.slots:
+                slot.version = slot.parameter._version
 
 
 # --- Building a model straight into shards ----------------------------------------------------------------------------
@@ -2197,7 +2610,7 @@ class Init(Holder):
 
 def _holders(flat: Tensor) -> int:
     """How many tensors share this memory."""
-    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata)  # no public call tells
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) - 1  # no public call tells; one is the storage's
 
 
 def _share_random_state(communicator: Communicator) -> Tensor | None:
@@ -2284,12 +2697,22 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.hold(bucket.unit, self)
+        sharded = any(bucket.unit is not None for _, bucket, _ in self.places)
+        self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
+        self.saving.__enter__()
 
-    def __exit__(self, error: Any, *rest: Any) -> None:
+    def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
+        self.saving.__exit__(None, None, None)
+        moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
+        if moved:
+            raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket kept "
+                               "its values; write into it (p.data.copy_()), with a modifier_rank")
         lost = self._keep_changes() if error is None else []
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.let_go(bucket.unit, self)
+        if value is not None and "support saved tensor hooks" in str(value):
+            raise RuntimeError(NO_TRANSFORMS) from value
         if lost:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
                              "modifier_rank, and are lost; give the rank whose changes shall be kept")
@@ -2340,6 +2763,9 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
         return None
     if zero.pending:
         zero.finish_backward()
+    if slot.used and slot.parameter.grad is None:
+        zero.drop(slot)
+    zero.reduce_late([bucket])
     if bucket.reduced:
         whole = bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer)
         return whole * (bucket.predivide / zero.divisor)
@@ -2370,42 +2796,40 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
 
     Raises ValueError where the optimizer keeps no such state, or keeps none before the first update.
     """
-    bucket, slot, segment, value, scalar = _state_of(parameter, key)
+    bucket, slot, value, scalar = _state_of(parameter, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
-    if value is not None and value.dim() != 1:  # of an optimizer that is given whole parameters, at stage 0
-        return value.clone()
-    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device) if value is None else value
-    return bucket.collect(slot, part, segment.start if segment else 0, not bucket.sharded.optimizer)
+    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device)
+    if value is not None:
+        part = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+    return bucket.collect(slot, part, max(slot.offset, bucket.own[0]), not bucket.sharded.optimizer)
 
 
 @torch.no_grad()
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
-    bucket, slot, segment, state, scalar = _state_of(parameter, key)
+    bucket, slot, state, scalar = _state_of(parameter, key)
     _check_shape(slot, value)
     if scalar is not None:
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
                          "with a value per element")
-    if state is not None and state.dim() == 1:
-        bucket.scatter(slot, value, state, segment.start)
-    elif state is not None:
-        state.copy_(value)
+    if state is not None:
+        state.copy_(bucket.own_values(slot, value))
 
 
-def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment | None, Tensor | None, Any]:
-    """A parameter's bucket and slot, this rank's segment with it, its optimizer state there; last, scalar state.
+def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Tensor | None, Any]:
+    """A parameter's bucket and slot, this rank's optimizer state of its elements, and state that is one number.
 
     All ranks compare notes, since a rank may hold no part of the parameter.
     """
     zero, bucket, slot = _find(parameter)
     if not bucket.trained:
         raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
-    segment = next((s for s in bucket.segments if s.slot in (None, slot) and s.start < s.end), None)
-    state = zero.optimizer.state.get(segment.parameter, {}) if segment else {}
+    has_piece = slot.piece is not None
+    state = zero.optimizer.state.get(slot.piece, {})
     value = state.get(key)
-    per_element = _is_like(key, value, segment.parameter.shape) if segment else False
-    report = (sorted(state), None if per_element else value) if segment else None
+    per_element = has_piece and _is_like(key, value, slot.piece.shape)
+    report = (sorted(state), None if per_element else value) if has_piece else None
     reports = [report]
     if zero.communicator.world_size > 1 and bucket.sharded.optimizer:
         reports = [None] * zero.communicator.world_size
@@ -2414,7 +2838,7 @@ def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Segment 
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
                          f"{', '.join(keys) or 'none before an update'})")
-    return bucket, slot, segment, value if per_element else None, scalar
+    return bucket, slot, value if per_element else None, scalar
 
 
 def _check_shape(slot: Slot, value: Any) -> None:
@@ -2424,6 +2848,10 @@ def _check_shape(slot: Slot, value: Any) -> None:
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+VERSION = 2       # of the files' format; version 1, which had no such number, is still read
+CHUNK = 2**20     # bytes that are read at a time to check them
 
 
 class CheckpointError(RuntimeError):
@@ -2453,14 +2881,14 @@ class Piece:
 Share = tuple[str, str, int, Tensor]  # a parameter's name, a key as in Piece, the first element, and the values
 
 
-def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]:
+def write_pieces(shares: Iterable[Share], path: Path) -> list[dict]:
     """Write a rank's shares into a file of its own, and see them on the disk; returns the pieces of the index."""
-    name, offset, pieces = f"rank_{rank:05d}.bin", 0, []
-    with open(folder / name, "wb") as file:
+    offset, pieces = 0, []
+    with open(path, "wb") as file:
         for parameter, key, start, tensor in shares:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
-            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name,
+            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name,
                                        offset, len(data), zlib.crc32(data), shape)))
             file.write(data)
             offset += len(data)
@@ -2479,39 +2907,59 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
-        for segment in bucket.segments:
-            for key, value in zero.optimizer.state.get(segment.parameter, {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue  # see scalars_of
-                if _is_like(key, value, segment.parameter.shape) and value.dim() == 1:
-                    for slot in [segment.slot] if segment.slot else bucket.slots:
-                        yield from _cut(slot, key, value, segment.start, mine)
-                elif zero.communicator.rank == 0:  # in a shape of its own; the leading 1 tells it from a stretch
-                    yield segment.slot.name, key, 0, value.view(1, *value.shape)
+        for slot in bucket.slots:
+            for key, value in zero.optimizer.state.get(slot.piece, {}).items():
+                if _is_like(key, value, slot.piece.shape):
+                    flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+                    yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
+                elif _is_in_own_shape(slot, value) and (bucket.sharded.optimizer or zero.communicator.rank == 0):
+                    yield slot.name, key, 0, value[None]  # the leading 1 tells it from a stretch
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high:
-        yield slot.name, key, low - slot.offset, held[low - start:high - start]
+    if low < high or slot.offset == slot.end and mine[0] == 0:  # of one without elements, rank 0 saves that it is there
+        yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
-def scalars_of(zero: Zero) -> dict[str, dict]:
-    """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
+def _is_in_own_shape(slot: Slot, value: Any) -> bool:
+    """Whether state that is not an element's is a tensor for a parameter of which this rank has all."""
+    return isinstance(value, Tensor) and value.dim() > 0 and slot.piece.numel() == slot.shape.numel()
+
+
+def scalars_of(zero: Zero) -> dict[str, dict[str, tuple]]:
+    """The optimizer state that is no value per element, such as a step count, by the parameter's name.
+
+    An entry is a pair: a number and its tensor's dtype, or else what the optimizer keeps, of any kind, and None.
+    """
     found: dict[str, dict] = {}
     for bucket in zero.trained:
-        for segment in bucket.segments:
-            state = zero.optimizer.state.get(segment.parameter, {})
-            numbers = {key: float(value) for key, value in state.items()
-                       if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
-            for slot in ([segment.slot] if segment.slot else bucket.slots) if state else ():
-                found[slot.name] = numbers
+        for slot in bucket.slots:
+            state = zero.optimizer.state.get(slot.piece, {})
+            if state:
+                found[slot.name] = {
+                    key: (value.item(), str(value.dtype)[6:]) if isinstance(value, Tensor) and value.dim() == 0
+                    else (value, None) for key, value in state.items()
+                    if not (_is_like(key, value, slot.piece.shape) or _is_in_own_shape(slot, value))}
     return found
 
 
+def merge_scalars(every: Sequence[dict[str, dict[str, tuple]]]) -> dict[str, dict[str, tuple]]:
+    """What all ranks' ``scalars_of`` say together; CheckpointError where they differ on a parameter."""
+    merged: dict[str, dict] = {}
+    for name, entries in (item for found in every for item in found.items()):
+        known = merged.setdefault(name, entries)
+        for key in (known.keys() | entries.keys()) if known is not entries else ():
+            if not _same(known.get(key), entries.get(key)):
+                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
+                                      "holds a part of the parameter; it can be saved at stage 0")
+    return merged
+
+
 def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
-    """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
+    """Name, shape, layout, dtype and param group of every parameter, and its other names (tied weights)."""
+    zero.check_model()
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
     for name, p in model.named_parameters():
@@ -2519,102 +2967,155 @@ def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) 
         if not (bucket.trained or with_frozen):
             continue
         described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
-                           "dtype": str(bucket.dtypes.compute)[6:], "aliases": []}
+                           "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": []}
     for alias, p in model.named_parameters(remove_duplicate=False):
         if alias != names[id(p)] and names[id(p)] in described:
             described[names[id(p)]]["aliases"].append(alias)
     return described
 
 
+def write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write an index with its checksum, and see it on the disk."""
+    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
+    write_synced(path, f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    path = folder / "meta.json"
+    try:
+        wrapped = json.loads(path.read_text())
+        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
+                              ) from None
+    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+    if version not in (1, VERSION):
+        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads versions 1 to "
+                              f"{VERSION}; load another tag, or with the program that wrote it")
+    return index | {"checksum": checksum}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and see it on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class CheckpointReader:
     """An opened checkpoint folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
 
-    meta   what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
+
+    meta     what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    pieces   by parameter and by key
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            wrapped = json.loads((folder / "meta.json").read_text())
-            self.meta = wrapped["content"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; "
-                                  "load another tag") from None
-        if wrapped.get("checksum") != zlib.crc32(json.dumps(self.meta, sort_keys=True).encode()):
-            raise CheckpointError(f"{folder / 'meta.json'} is damaged: its checksum does not match; load another tag")
-        self.files: dict[str, Tensor] = {}
-        self.pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        self.folder, self.meta = folder, read_index(folder)
+        self.files: dict[str, Any] = {}
+        self.pieces: dict[str, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for raw in self.meta["pieces"]:
-            piece = Piece(**raw)
-            self.pieces[piece.name, piece.key].append(piece)
+            self.pieces[raw["name"]][raw["key"]].append(Piece(**raw))
         for name, facts in self.meta["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != facts["size"] or Path(name).name != name:
                 raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the "
-                                      f"checkpoint has {facts['size']}: it is not complete; load another tag")
+                                      f"checkpoint has {facts['size']}: it is not complete, or is being saved anew; "
+                                      "load another tag")
 
     def keys(self, name: str) -> list[str]:
         """The optimizer state that is there for a parameter, value by value."""
-        return [key for owner, key in self.pieces if owner == name and key]
+        return [key for key in self.pieces[name] if key]
 
     def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
-        """Raise CheckpointError unless a parameter, or its state, is there without a gap, undamaged from start to end.
+        """Raise CheckpointError unless a parameter, or its state, is there once, undamaged from start to end.
 
         Every piece is checked by a rank that reads it.
         """
         size = math.prod(self.meta["parameters"][name]["shape"])
         end = size if end is None else end
-        covered = 0
-        for piece in sorted(self.pieces[name, key], key=lambda p: p.start):
-            if piece.start == covered or piece.shape is not None:
-                covered = size if piece.shape is not None else piece.end
-            if piece.shape is None and (piece.start >= end or piece.end <= start):
+        covered, pieces, what = 0, sorted(self.pieces[name][key], key=lambda p: p.start), key or "the values"
+        for piece in pieces:
+            alone = piece.shape is not None and len(pieces) == 1 and piece.end == math.prod(piece.shape)
+            stretch = piece.shape is None and (piece.start < piece.end or not size)
+            if piece.start != covered or not (alone or stretch) or (
+                    piece.size != (piece.end - piece.start) * getattr(torch, piece.dtype).itemsize):
+                raise CheckpointError(f"{self.folder}: the pieces of {what} of {name} overlap, or leave gaps, or have "
+                                      "another size than their values; load another tag")
+            covered = size if alone else piece.end
+            if not alone and (piece.start >= end or piece.end <= start):
                 continue
-            if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
+            if self._checksum(piece) != piece.checksum:
                 raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
-                                      f"{key or 'the values'} of {name} does not match; load another tag")
+                                      f"{what} of {name} does not match; load another tag")
         if covered != size:
-            raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
+            raise CheckpointError(f"{self.folder} lacks a part of {what} of {name}; load another tag")
 
     def read(self, name: str, key: str, start: int, out: Tensor) -> None:
         """The elements of a parameter from ``start`` on, as it lies in memory, into the 1-D ``out``."""
-        for piece in self.pieces[name, key]:
+        for piece in self.pieces[name][key]:
             low, high = max(start, piece.start), min(start + out.numel(), piece.end)
             if low < high:
-                values = self._bytes(piece).view(getattr(torch, piece.dtype))
-                out[low - start:high - start] = values[low - piece.start:high - piece.start]
+                out[low - start:high - start] = self._values(piece, low - piece.start, high - piece.start)
 
     def whole(self, name: str, key: str = "") -> Tensor:
         """A parameter, or state of it, in its shape."""
-        pieces, facts = self.pieces[name, key], self.meta["parameters"][name]
-        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        pieces, facts = self.pieces[name][key], self.meta["parameters"][name]
         if pieces and pieces[0].shape is not None:
-            return self._bytes(pieces[0]).view(dtype).view(pieces[0].shape[1:]).clone()
-        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
+            return self._values(pieces[0], 0, pieces[0].end).view(pieces[0].shape[1:])
+        flat = torch.empty(math.prod(facts["shape"]), dtype=getattr(torch, (pieces[0].dtype if pieces else
+                                                                            facts["dtype"])))
         self.read(name, key, 0, flat)
         return flat.as_strided(facts["shape"], facts["stride"])
 
     def state(self) -> dict[str, Any]:
-        """Counters, schedule, buffers and the like: the file ``state.pt``."""
-        path = self.folder / "state.pt"
-        if zlib.crc32(path.read_bytes()) != self.meta["files"]["state.pt"]["checksum"]:
-            raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+        """Counters, schedule, buffers and the like: the one file of plain data."""
+        name = self.meta.get("state", "state.pt")
+        data = (self.folder / name).read_bytes()
+        if zlib.crc32(data) != self.meta["files"][name]["checksum"]:
+            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
-            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to "
-                                  "unpickle: it was not written by save_checkpoint(); load another tag") from None
+            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
+                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
+                                  ) from None
+        if "scalars" in self.meta:  # version 1
+            state["optimizer_state"] = {owner: {key: (value, "float32") for key, value in numbers.items()}
+                                        for owner, numbers in self.meta["scalars"].items()}
+        return state
 
-    def let_go(self) -> None:
-        """Unmap the files: what was read of them counts as this process's memory as long as they are mapped."""
+    def close(self) -> None:
+        """Close the files. What is read after it opens them anew."""
+        for file in self.files.values():
+            file.close()
         self.files.clear()
 
-    def _bytes(self, piece: Piece) -> Tensor:
+    def _open(self, piece: Piece, start: int) -> Any:
+        """The file with a piece, at the piece's byte ``start``."""
         if piece.file not in self.files:
-            size = self.meta["files"][piece.file]["size"]
-            self.files[piece.file] = torch.from_file(str(self.folder / piece.file), size=size, dtype=torch.uint8)
-        return self.files[piece.file][piece.offset:piece.offset + piece.size]
+            self.files[piece.file] = open(self.folder / piece.file, "rb")
+        self.files[piece.file].seek(piece.offset + start)
+        return self.files[piece.file]
+
+    def _checksum(self, piece: Piece) -> int:
+        file, checksum = self._open(piece, 0), 0
+        for start in range(0, piece.size, CHUNK):
+            checksum = zlib.crc32(file.read(min(CHUNK, piece.size - start)), checksum)
+        return checksum
+
+    def _values(self, piece: Piece, low: int, high: int) -> Tensor:
+        """Its elements from ``low`` to ``high``."""
+        values = torch.empty(high - low, dtype=getattr(torch, piece.dtype))
+        room = memoryview(values.view(torch.uint8).numpy())
+        if self._open(piece, low * values.itemsize).readinto(room) != len(room):
+            raise CheckpointError(f"{self.folder / piece.file} ends too early; load another tag")
+        return values
 
 
 def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_states: bool) -> None:
@@ -2632,23 +3133,28 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
             if facts["shape"] != list(slot.shape):
                 raise CheckpointError(f"{reader.folder}: {slot.name} has the shape {facts['shape']}, and in this model "
                                       f"{list(slot.shape)}")
+            group = facts.get("group")
+            if optimizer_states and None not in (group, bucket.group) and group != bucket.group:
+                raise CheckpointError(f"{reader.folder}: {slot.name} was in the optimizer's param group {group}, and "
+                                      f"is in {bucket.group} now; load it with load_optimizer_states=False")
             mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
             for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
                 reader.verify(slot.name, key, *mine)
-        reader.let_go()
 
 
 @torch.no_grad()
-def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) -> None:
-    """Take over parameters and optimizer state, each rank the stretches that it holds. All ranks must call it."""
+def load_pieces(zero: Zero, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]] | None) -> None:
+    """Take over parameters and, where ``scalars`` are given, optimizer state, each rank the stretches that it holds.
+
+    All ranks must call it.
+    """
     for bucket in zero.buckets:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots:
             if slot.name in reader.meta["parameters"]:
                 _read_slot(reader, slot, "", held, start)
-        if bucket.trained and optimizer_states:
-            _load_state(zero, bucket, reader)
-        reader.let_go()
+        if bucket.trained and scalars is not None:
+            _load_state(zero, bucket, reader, scalars)
         if bucket.held is not None:
             bucket.publish()
             bucket.gather.wait()
@@ -2670,33 +3176,29 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
         out.copy_(flat[low - slot.offset:high - slot.offset])
 
 
-def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
-    """The optimizer state of a bucket. Parameters whose step counts differ get a segment each."""
-    scalars, state = reader.meta["scalars"], zero.optimizer.state
-    histories = [(sorted(reader.keys(slot.name)), scalars.get(slot.name))
-                 for slot in bucket.slots if slot.shape.numel()]
-    if any(history != histories[0] for history in histories):
-        bucket.split(zero.optimizer)
-    for segment in bucket.segments:
-        before = state.pop(segment.parameter, {})
-        members = [slot for slot in ([segment.slot] if segment.slot else bucket.slots) if slot.shape.numel()]
-        first = next((slot for slot in members if slot.name in scalars), None)
-        if first is None:
-            continue  # never updated, or without elements: the optimizer begins anew
-        group = zero.optimizer.param_groups[bucket.group]
-        place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
-        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[first.name].items()}
-        for key in reader.keys(first.name):
-            if reader.pieces[first.name, key][0].shape is not None or segment.parameter.dim() != 1:
-                entry[key] = reader.whole(first.name, key).to(bucket.master.device)
+def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]]) -> None:
+    """The optimizer state of a bucket; of a parameter that was never updated, the optimizer begins anew."""
+    state, group, device = zero.optimizer.state, zero.optimizer.param_groups[bucket.group], bucket.master.device
+    place = device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+    for slot in bucket.slots:
+        before = state.pop(slot.piece, {})
+        if slot.piece is None or slot.name not in scalars:
+            continue
+        entry: dict[str, Any] = {
+            key: torch.tensor(value, dtype=getattr(torch, dtype), device=place) if dtype else
+            value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, (value, dtype) in scalars[slot.name].items()}
+        for key in reader.keys(slot.name):
+            piece = reader.pieces[slot.name][key][0]
+            if piece.shape is not None:
+                entry[key] = reader.whole(slot.name, key).to(device)
                 continue
-            dtype = getattr(torch, reader.pieces[first.name, key][0].dtype)
-            fits = key in before and before[key].shape == segment.parameter.shape and before[key].dtype == dtype
-            entry[key] = before[key] if fits else torch.zeros(
-                segment.end - segment.start, dtype=dtype, device=bucket.master.device)
-            for slot in members:
-                _read_slot(reader, slot, key, entry[key], segment.start)
-        state[segment.parameter] = entry
+            dtype = getattr(torch, piece.dtype)
+            fits = key in before and before[key].shape == slot.piece.shape and before[key].dtype == dtype
+            entry[key] = before[key] if fits else torch.zeros_like(slot.piece, dtype=dtype, requires_grad=False)
+            flat = entry[key].as_strided((entry[key].numel(),), (1,))
+            _read_slot(reader, slot, key, flat, max(slot.offset, bucket.own[0]))
+        state[slot.piece] = entry
     bucket.keep_state(zero.optimizer)
 
 
@@ -2711,30 +3213,30 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Ten
         tensor = reader.whole(name)
         whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         whole |= dict.fromkeys(facts["aliases"], whole[name])
-        reader.let_go()
     return whole | reader.state()["buffers"]
 
 
-def checkpoint_folder(directory: str | os.PathLike, tag: str | None) -> Path | None:
+def checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
     """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
-    directory = Path(directory)
-    if tag is None:
-        if not (directory / "latest").is_file():
-            return None
-        tag = (directory / "latest").read_text().strip()
-    check_tag(tag)
-    # A save that replaces a tag moves the old folder aside for a moment; if it died in that moment, that one counts.
-    for folder in (directory / tag, directory / f".{tag}.old"):
-        if folder.is_dir():
-            return folder
-    return directory / tag
+    if tag is not None:
+        return Path(directory) / folder_name(tag)
+    latest = Path(directory) / "latest"
+    try:
+        return Path(directory) / folder_name(latest.read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
+                              "one into it, or load by a tag") from None
 
 
-def check_tag(tag: Any) -> None:
-    """Refuse a tag that is no plain folder name."""
-    if (not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest"
-            or "\0" in tag):
-        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100'")
+def folder_name(tag: Any) -> str:
+    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
+    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
+            or name.startswith((".", " ")) or name.endswith((".", " "))):
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
+    return name
 
 
 def _main(argv: list[str] | None = None) -> int:
@@ -2781,7 +3283,7 @@ def _inspection(reader: CheckpointReader) -> str:
     meta = reader.meta
     rows = [f"{reader.folder}: step {meta['step']}, saved at stage {meta['stage']} by {meta['ranks']} rank(s)"]
     for name, facts in meta["parameters"].items():
-        size = sum(piece.size for (owner, _), pieces in reader.pieces.items() if owner == name for piece in pieces)
+        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
         state = ", ".join(reader.keys(name)) or "no optimizer state"
         rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
     rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
@@ -2854,7 +3356,7 @@ def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
                 found[category, place] += storage.nbytes()
 
     for bucket in zero.buckets:
-        entries = [zero.optimizer.state.get(segment.parameter, {}) for segment in bucket.segments]
+        entries = [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
         state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
         add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
         add("masters", bucket.host, [bucket.master])

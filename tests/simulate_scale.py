@@ -143,7 +143,7 @@ def live_bytes(state: zero.Zero, model: nn.Module) -> dict[str, int]:
     found = zero.measure(state, model)
     held = {name: sum(size for (category, _), size in found.items() if category == name) for name in CATEGORIES}
     passing = {t.untyped_storage()._cdata for b in state.trained for t in (b.grad, b.grad_shard) if t is not None}
-    gradients = [s.parameter.grad for b in state.trained for s in b.segments if s.parameter.grad is not None]
+    gradients = [p.grad for b in state.trained for p in b.pieces if p.grad is not None]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gradients}
     return held | {"update": sum(size for key, size in storages.items() if key not in passing)}
 

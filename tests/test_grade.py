@@ -375,17 +375,16 @@ class Communicator:
         return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
 
 class Bucket:
-    def take(self, index):
-        slot = self.slots[index]
+    def take(self, slot, gradient):
         slot.used = True
-        self.fired.add(index)
+        self.fired.add(slot)
         if self.launched:
-            self.late = True
+            slot.late = gradient if slot.late is None else slot.late + gradient
             return
         self._prepare_buffer()
-        place, gradient = slot.view(self.grad), slot.parameter.grad
+        place = slot.view(self.grad)
         place.add_(gradient) if slot.filled else place.copy_(gradient)
-        slot.filled, slot.parameter.grad = True, None
+        slot.filled = True
 
 class Zero:
     def _launch_ready(self):

@@ -10,19 +10,20 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import launch
-from conftest import ROOT
+from conftest import DEADLINE, ROOT, Ranks, free_port
 from test_train_gpt import SMALL, losses, run_script
 
 STEP_LOSS = re.compile(r"step +(\d+)/\d+  loss (\d+\.\d+)")
@@ -146,14 +147,47 @@ def test_a_hostfile_is_answered_with_what_to_run_on_each_machine(tmp_path):
         for rank, host in enumerate("ab")]
 
 
+def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
+    """The exit code and the report, where each rank had ``(exit code, seconds until it was seen, until its words)``."""
+    stderr = SimpleNamespace(paths={})
+    failures = {}
+    for rank, (code, seen, wrote) in enumerate(ranks):
+        stderr.paths[rank] = folder / f"{rank}.stderr"
+        stderr.paths[rank].write_text(f"words of {rank}\n")
+        os.utime(stderr.paths[rank], (1e9 + wrote, 1e9 + wrote))
+        if code:
+            failures[rank] = ProcessFailure(rank, 0, code, "")
+            failures[rank].timestamp = int(1e9 + seen)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = launch.tell_failure(ChildFailedError("train.py", failures), "train.py", stderr)
+    return code, err.getvalue()
+
+
+def test_the_report_is_about_the_rank_that_failed_first(tmp_path):
+    for ranks, told, code in (
+            ([(1, 9.9, 9.5), (-9, 40.1, 2)], "rank 0 with exit code 1", 1),       # rank 1 did not hear SIGTERM
+            ([(1, 40.1, 2), (1, 9.9, 9.5)], "rank 1 with exit code 1", 1),        # rank 0 ended itself, in silence
+            ([(1, 9.9, 9.5), (-15, 10.0, 2)], "rank 0 with exit code 1", 1),      # rank 1 was stopped by SIGTERM
+            ([(-15, 9.9, 9.5), (-9, 40.1, 2)], "rank 0 with signal SIGTERM", 143),  # from outside; rank 1 did not hear
+            ([(-9, 9.9, 2), (1, 10.0, 9.8)], "rank 0 with signal SIGKILL", 137),  # rank 1 failed because of that
+            ([(1, 10.1, 9.8), (7, 9.9, 9.5)], "rank 1 with exit code 7", 7)):
+        found, report = failed(tmp_path, *ranks)
+        rank = told.split()[1]
+        assert found == code and f"train.py failed on {told}\n" in report and report.endswith(f"words of {rank}\n"), \
+            (ranks, report)
+        assert ("hint: so Linux ends a process when memory runs out" in report) == (code == 137), ranks
+
+
 # --- Started for real -------------------------------------------------------------------------------------------------
 
 
 FAILS = """import fcntl, os, signal, sys, time, traceback
-print(os.environ["RANK"], os.environ["WORLD_SIZE"], sys.argv[2:], flush=True)
-lock = open(sys.argv[1], "w")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told to stop or not, each comes to its own end
+os.write(1, f"{os.environ['RANK']} {os.environ['WORLD_SIZE']} {sys.argv[2:]}\\n".encode())  # in one piece
+lock = open(sys.argv[1], "w")
 if os.environ["RANK"] == "1":
+    while not os.path.exists(sys.argv[1] + ".ready"):
+        time.sleep(0.01)
     fcntl.flock(lock, fcntl.LOCK_EX)
     open(sys.argv[1] + ".taken", "w")
     try:
@@ -161,8 +195,9 @@ if os.environ["RANK"] == "1":
     except KeyError:
         traceback.print_exc()
         sys.exit(7)
+open(sys.argv[1] + ".ready", "w")
 while not os.path.exists(sys.argv[1] + ".taken"):
-    pass
+    time.sleep(0.01)
 fcntl.flock(lock, fcntl.LOCK_EX)  # free as soon as rank 1 has ended
 time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real process takes longer to end
 raise RuntimeError("a consequence")
@@ -186,26 +221,42 @@ train_gpt.main()
 TRAINING = [*SMALL, "--report=1", f"--data={ROOT / 'engine.py'}", f"--plot={os.devnull}"]
 
 
-def start(arguments: list[str], **variables: str) -> subprocess.Popen:
-    """A launcher."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True,
-                            env=environment | {"CUDA_VISIBLE_DEVICES": ""} | variables)
+def launch_here(arguments: list[str], variables: dict[str, str], printed: Path) -> None:
+    """Be ``python launch.py``, in a process of one's own; what it prints goes into two files."""
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    os.environ |= variables | {"CUDA_VISIBLE_DEVICES": ""}
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(printed.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.exit(launch.main(arguments))
+
+
+class Launcher:
+    """A launcher in the background: forked, as the tests' ranks are, with PyTorch loaded already."""
+
+    def __init__(self, run_ranks: Ranks, printed: Path, arguments: list[str], **variables: str) -> None:
+        self.printed = printed
+        self.process = run_ranks.context.Process(target=launch_here, args=(arguments, variables, printed))
+        self.process.start()
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end: the exit code, and what it printed."""
+        self.process.join(DEADLINE)
+        out, err = (self.printed.with_suffix(f".{name}").read_text() for name in ("out", "err"))
+        assert self.process.exitcode is not None, err
+        return self.process.exitcode, out, err
 
 
 class Launches:
     """Launchers that run side by side, as each takes a while; each test collects its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.running = folder, []
+    def __init__(self, run_ranks: Ranks, folder: Path, port: int) -> None:
+        self.run_ranks, self.folder, self.running = run_ranks, folder, []
         for name, text in ("fails", FAILS), ("killed", KILLED), ("dies", DIES):
             (folder / f"{name}.py").write_text(text)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As long as a busy machine may take to bring the second launcher after the first, or to stop a process.
         elastic = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf",
-                   "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"]
+                   "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"]
         self.machines = [self._start(
             [*elastic, "--node_rank", node, str(folder / "dies.py"), *TRAINING,
              f"--save_dir={folder / 'runs'}", "--save_every=5", "--resume"],
@@ -214,48 +265,53 @@ class Launches:
         self.failing = self._start(
             ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
         self.killed = self._start([str(folder / "killed.py")])
-        self.example = self._start(["--nproc_per_node", "2"])
 
-    def _start(self, arguments: list[str], **variables: str) -> subprocess.Popen:
-        self.running.append(start(arguments, TMPDIR=str(self.folder), **variables))
+    def _start(self, arguments: list[str], **variables: str) -> Launcher:
+        printed = self.folder / f"launcher{len(self.running)}"
+        self.running.append(Launcher(self.run_ranks, printed, arguments, TMPDIR=str(self.folder), **variables))
         return self.running[-1]
 
     def stop(self) -> None:
         for launcher in self.running:
-            launcher.terminate()  # and with it its processes
+            launcher.process.terminate()  # and with it its processes
         for launcher in self.running:
-            launcher.communicate(timeout=60)
+            launcher.process.join(DEADLINE)
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    launches = Launches(tmp_path_factory.mktemp("launches"))
-    yield launches
-    launches.stop()
+@pytest.fixture(scope="module", autouse=True)  # they run beside the tests above
+def launches(run_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
+    with free_port() as port:
+        launches = Launches(run_ranks, tmp_path_factory.mktemp("launches"), port)
+        yield launches
+        launches.stop()
+
+
+def test_the_command_line_is_a_program(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "launch.py", "--nproc_per_node", "2"], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == RATE and len(done.stdout.splitlines()) == 3
 
 
 def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(launches):
     """Rank 0 of the failing script fails because rank 1 did, as soon as that has ended."""
-    out, err = launches.failing.communicate(timeout=150)
-    assert launches.failing.returncode == 7, err
+    code, out, err = launches.failing.end()
+    assert code == 7, err
     assert sorted(out.splitlines()) == [f"{rank} 2 ['--x', '1']" for rank in (0, 1)]
     streamed, _, last = err.partition(
         f"launch.py: error: {launches.folder / 'fails.py'} failed on rank 1 with exit code 7\n")
     assert last.startswith("Traceback (most recent call last):\n") and last.endswith("\nKeyError: 'the cause'\n"), err
     assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
-    out, err = launches.killed.communicate(timeout=150)
-    assert launches.killed.returncode == 137, err
+    code, out, err = launches.killed.end()
+    assert code == 137, err
     assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
-    out, err = launches.example.communicate(timeout=150)
-    assert launches.example.returncode == 0, err
-    assert out.splitlines()[0] == RATE and len(out.splitlines()) == 3
 
 
 def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone(launches, run_ranks):
     """Two launchers of one process each, as two machines. One process is killed after step 7, its machine after 17."""
     together, _ = run_ranks(run_script, 2, TRAINING)
-    (out, err), (other_out, _) = [machine.communicate(timeout=150) for machine in launches.machines]
-    assert [machine.returncode for machine in launches.machines] == [0, -9], err
+    (code, out, err), (other_code, other_out, _) = [machine.end() for machine in launches.machines]
+    assert (code, other_code) == (0, -signal.SIGKILL), err
     whole = dict(STEP_LOSS.findall(together))
     printed = STEP_LOSS.findall(other_out + out)  # by rank 0 of each start: on machine 0 or 1, but the last on 0
     assert [int(step) for step, _ in printed] == [*range(1, 8), *range(6, 18), *range(16, 21)], err
@@ -270,16 +326,18 @@ def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request)
     if not request.config.getoption("--long"):
         pytest.skip("six restarts take a minute or two; --long runs it")
     common = [*TRAINING, "--steps=3000", "--report=100"]
-    (together, _), moments = run_ranks(run_script, 2, common, timeout=300), random.Random(0)
-    launcher = start(["--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
-                      f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
+    (together, _), moments = run_ranks(run_script, 2, common), random.Random(0)
+    launcher = Launcher(run_ranks, tmp_path / "printed", [
+        "--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
+        f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
+    pid = launcher.process.pid
     for _ in range(6):
         time.sleep(moments.uniform(4, 10))  # a start takes some of this: kills also hit loading and connecting
-        processes = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        processes = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(moments.choice(processes)), signal.SIGKILL)
-    out, err = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0 and "restart 2 of at most 6" in err, err
+    code, out, err = launcher.end()
+    assert code == 0 and "restart 2 of at most 6" in err, err
     whole, resumed = dict(STEP_LOSS.findall(together)), STEP_LOSS.findall(out)
     assert resumed[-1][0] == "3000" and all(whole[step] == loss for step, loss in resumed), (resumed, whole)

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import train_gpt
 
-from conftest import ROOT
+from conftest import DEADLINE, ROOT
 
 SMALL = ["--dim=16", "--layers=1", "--heads=2", "--context=16", "--batch=8", "--steps=20", "--report=10", "--sample=8"]
 
@@ -53,7 +53,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run_ranks, tmp_path, request
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     run = subprocess.Popen([sys.executable, "-u", str(ROOT / "tutorials" / "train_gpt.py"), *saving, "--steps=2000"],
                            env=environment | {"CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + DEADLINE
     while not (tmp_path / "runs" / "latest").exists():
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)

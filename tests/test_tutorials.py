@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.distributed.run
 
 import checkpointing
-from conftest import ROOT
+from conftest import DEADLINE, ROOT
 
 CHAPTERS = sorted((ROOT / "tutorials").glob("*.md"))
 MODULES = "engine zero amp checkpointing schedulers launch".split()
@@ -90,7 +90,7 @@ def run_shell(block: Block, folder: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"PATH": f"{folder / '.bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
                     "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-ec", block.code], cwd=folder, env=environment, text=True, timeout=120,
+    done = subprocess.run(["bash", "-ec", block.code], cwd=folder, env=environment, text=True, timeout=DEADLINE,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, f"{block.place}: exit code {done.returncode}:\n{done.stdout}"
     return done.stdout

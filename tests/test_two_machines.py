@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]  # as a script, without conftest
 import engine as deepspeed  # noqa: E402
 import train_gpt  # noqa: E402
+from conftest import DEADLINE  # noqa: E402
 
 ADDRESSES = ["10.71.0.1", "10.71.0.2"]
 CARD = "cable"  # the network interface's name, on both
@@ -125,7 +126,7 @@ class Machines:
             for launcher in launchers:
                 launcher.terminate()  # and with it its processes
             for launcher in launchers:
-                launcher.communicate(timeout=60)
+                launcher.communicate(timeout=DEADLINE)
 
 
 @pytest.fixture()
@@ -159,7 +160,7 @@ def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machine
     script = [__file__, str(tmp_path)]
     with machines.launch(["--nnodes", "2", "--nproc_per_node", str(each)], script) as launchers:
         (stages,), (whole,) = run_ranks(train_at_all_stages, 1), run_ranks(train, 1, 2, STEPS)
-        said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+        said = [launcher.communicate(timeout=DEADLINE)[1] for launcher in launchers]
     for rank in range(2 * each):
         path = tmp_path / f"rank{rank}.json"
         assert path.exists(), said
@@ -190,7 +191,7 @@ def test_with_the_cable_cut_one_machine_goes_on_without_the_other(machines, run_
         machines.ip("netns", "exec", name, "sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2")
     with machines.launch(options, [__file__, str(tmp_path)]) as launchers:
         (whole,) = run_ranks(train, 1, 2, STEPS)
-        said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
+        said = [launcher.communicate(timeout=DEADLINE)[1] for launcher in launchers]
     assert launchers[0].returncode == 0 and "restart 1 of at most 1, 2 process(es) in all" in said[0], said[0]
     assert launchers[1].returncode == 1 and "other machines can't be reached" in said[1].splitlines()[-1], said[1]
     last = read(tmp_path / "last.json")

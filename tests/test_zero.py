@@ -351,15 +351,19 @@ def bytes_after_a_step(stage: int):
     gathered = [u.name for u in engine.zero.units if u.state is not zero.UnitState.SHARDED]
     spare = sum(b.numel() for b in engine.zero.communicator.spare.free)
     largest = max(4 * b.numel for b in engine.zero.buckets)
-    return model_state_bytes(engine), count, padding, gathered, spare, largest
+    own = sum(piece.numel() for b in engine.zero.buckets for piece in b.pieces)
+    return model_state_bytes(engine), count, padding, own, gathered, spare, largest
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bytes_per_rank_are_those_of_the_table(run_ranks, world_size, stage):
-    for held, count, padding, gathered, spare, largest in run_ranks(bytes_after_a_step, world_size, stage):
-        per_parameter = {0: 16, 1: 8 + 8 / world_size, 2: 4 + 12 / world_size, 3: 16 / world_size}[stage]
-        assert held == per_parameter * (count + padding), f"{held / count:.2f} bytes per parameter"
+    results = run_ranks(bytes_after_a_step, world_size, stage)
+    assert sum(own for _, _, _, own, *_ in results) == results[0][1] * (1 if stage else world_size)
+    for held, count, padding, own, gathered, spare, largest in results:
+        # Beside the optimizer's state, 8 bytes for each element that is this rank's, padding counts too.
+        per_parameter = {0: 8, 1: 8, 2: 4 + 4 / world_size, 3: 8 / world_size}[stage]
+        assert held == per_parameter * (count + padding) + 8 * own, f"{held / count:.2f} bytes per parameter"
         assert padding < 0.05 * count and not gathered
         assert spare <= 2 * largest * (2 - 1 / world_size), "beside the table: two live buckets, and what each receives"
 
@@ -533,44 +537,121 @@ def test_units_are_found_named_and_shared():
         zero.find_units(model, zero.LeafModules(classes=["Blok"]))
 
 
-class Whole(torch.optim.SGD):
-    """An optimizer of one's own, about which nothing is known."""
+class Lars(torch.optim.Optimizer):
+    """A client's optimizer, about which nothing is known: its rate goes by the norms of a whole parameter."""
+
+    def __init__(self, params, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.mul_(0.9).add_(p.grad)
+                    p.sub_(momentum, alpha=group["lr"] * float(p.norm() / (momentum.norm() + 1e-3)))
 
 
-def refusals(stage: int):
-    told = []
-    for optimizer in (torch.optim.Adafactor, torch.optim.Muon, Whole):
-        model = nn.Linear(8, 4, bias=False)
-        try:
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model.parameters(), lr=0.1), config={
-                "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})
-            reference = copy.deepcopy(model)
-            other = optimizer(reference.parameters(), lr=0.1)
-            for _ in range(2):
-                engine.backward(engine(torch.ones(1, 8)).mean())
-                engine.step()
-                reference(torch.ones(1, 8)).mean().backward()
-                nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-                other.step(), other.zero_grad()
-            told.append(float((reference.weight - model.weight).abs().max()))
-        except ValueError as error:
-            told.append(str(error))
-    return told
+def whole_parameters(stage: int, kind: str):
+    """An optimizer that looks at whole parameters, with a 1-D and a large one among them, against plain PyTorch."""
+    kind = WHOLE[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(),
+                          nn.Linear(16, 4, bias=kind is not torch.optim.Muon))
+    reference, ranks = copy.deepcopy(model), dist.get_world_size()
+    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=kind(model.parameters(), lr=0.1), config={
+        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage, "reduce_bucket_size": 200}})
+    other = kind(reference.parameters(), lr=0.1)
+    rows = torch.randn(3, ranks, 2, 8, generator=torch.Generator().manual_seed(1))
+    for step in range(3):
+        engine.backward(engine(rows[step, dist.get_rank()]).square().mean())
+        engine.step()
+        reference(rows[step].view(-1, 8)).square().mean().backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        other.step(), other.zero_grad()
+        for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+            difference = float((zero.safe_get_full_fp32_param(p) - q).abs().max())
+            assert difference < 1e-5, f"stage {stage}, step {step}: {name} differs by {difference:.3g}"
+    size = sum(p.numel() for p in reference.parameters())
+    own = sum(piece.numel() for bucket in engine.zero.buckets for piece in bucket.pieces)
+    states = sum(p in optimizer.state for bucket in engine.zero.buckets for p in bucket.pieces)
+    return own, size, states, sum(len(bucket.slots) for bucket in engine.zero.buckets)
 
 
-def test_optimizers_that_need_whole_parameters_work_at_stage_0_and_are_refused_above(run_ranks):
-    for differences in run_ranks(refusals, 2, 0):
-        assert max(differences) < 1e-6
-    for adafactor, muon, own in run_ranks(refusals, 2, 1):
-        assert "Adafactor looks at whole parameters" in adafactor and "Muon looks at whole parameters" in muon
-        assert "Whole is not known to treat every element alike" in own and "zero_allow_untested_optimizer" in own
+WHOLE = {"Adafactor": torch.optim.Adafactor, "Muon": torch.optim.Muon, "a client's": Lars}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_optimizer_that_looks_at_whole_parameters_has_plain_pytorchs_numbers(run_ranks, stage, kind):
+    for ranks in (2, 3):
+        results = run_ranks(whole_parameters, ranks, stage, kind)
+        copies = 1 if stage else ranks
+        assert sum(own for own, *_ in results) == results[0][1] * copies, "each parameter has one owner"
+        assert sum(states for _, _, states, _ in results) == results[0][3] * copies
+        if stage:
+            assert max(own for own, *_ in results) < results[0][1], "nobody has all of it"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
+    sizes = [1, 64, 0, 65, 1000, 10, 300, 7]
+    slots, end = [], 0
+    for index, size in enumerate(sizes):
+        p = nn.Parameter(torch.zeros(size))
+        slots.append(zero.Slot(str(index), p, end, end + size, p.shape, (1,)))
+        end = -(-slots[-1].end // zero.ALIGN) * zero.ALIGN
+    numel = zero.lay_out_whole(slots, ranks, first=1)
+    assert numel % (ranks * zero.ALIGN) == 0 and sorted(slot.name for slot in slots) == [*"01234567"]
+    shard = numel // ranks
+    for slot, following in zip(slots, [*slots[1:], None]):
+        assert slot.end - slot.offset == sizes[int(slot.name)] and slot.offset % zero.ALIGN == 0
+        assert slot.offset // shard == max(slot.offset, slot.end - 1) // shard, f"{slot.name} is cut"
+        assert slot.end <= (following.offset if following else numel)
+    assert shard <= max(1024, -(-end // ranks) + 1024)
+
+
+def save_whole(folder: str, stage: int):
+    engine = muon_engine(stage)
+    for step in range(2):
+        engine.backward(engine(torch.full((1, 8), 1.0 + step)).square().mean())
+        engine.step()
+    engine.save_checkpoint(folder)
+    return muon_state(engine)
+
+
+def load_whole(folder: str, stage: int):
+    engine = muon_engine(stage)
+    engine.load_checkpoint(folder)
+    return muon_state(engine)
+
+
+def muon_engine(stage: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False), nn.Linear(8, 4, bias=False))
+    return deepspeed.initialize(model=model, optimizer=torch.optim.Muon(model.parameters(), lr=0.1), config={
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})[0]
+
+
+def muon_state(engine):
+    return [(zero.safe_get_full_fp32_param(p), zero.safe_get_full_optimizer_state(p, "momentum_buffer"))
+            for p in engine.module.parameters()]
+
+
+def test_whole_parameters_resume_at_another_stage_and_number_of_ranks(run_ranks, tmp_path):
+    for index, (stage, ranks, then, others) in enumerate([(2, 3, 1, 2), (0, 2, 3, 3), (3, 2, 0, 1)]):
+        saved = run_ranks(save_whole, ranks, str(tmp_path / str(index)), stage)
+        for state in run_ranks(load_whole, others, str(tmp_path / str(index)), then):
+            for (weight, momentum), (their_weight, their_momentum) in zip(saved[0], state):
+                assert torch.equal(weight, their_weight) and torch.equal(momentum, their_momentum)
 
 
 def untested_but_allowed():
     model = nn.Linear(8, 4)
-    deepspeed.initialize(model=model, optimizer=Whole(model.parameters(), lr=0.1), config={
+    engine, *_ = deepspeed.initialize(model=model, optimizer=Lars(model.parameters(), lr=0.1), config={
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
-    return True
+    return all(piece.dim() == 1 for bucket in engine.zero.buckets for piece in bucket.pieces)
 
 
 def test_an_unknown_optimizer_may_be_vouched_for(run_ranks):
@@ -684,7 +765,9 @@ def read_and_write(stage: int):
     engine.backward(engine(x).sum())
     for rank in range(dist.get_world_size()):
         (reference(torch.ones(1, 5) * (1 + rank)).sum() / dist.get_world_size()).backward()
-    assert torch.allclose(zero.safe_get_full_grad(p), q.grad) and p.grad is None
+    assert torch.allclose(zero.safe_get_full_grad(p), q.grad)
+    with pytest.raises(RuntimeError, match="norm of p.grad: the gradient of 0.weight is in its bucket"):
+        p.grad.norm()
     for bad in (None, torch.ones(2)):
         with pytest.raises(ValueError, match=r"allowed: a tensor of shape \(3, 5\)"):
             zero.safe_set_full_grad(p, bad)

@@ -226,12 +226,11 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "A bucket that is sent twice, or gradient by gradient, costs the time that buckets save.",
                ("test_zero.py::test_elements_sent_are_those_of_the_table[1-2]",
                 "test_grade.py::test_what_is_counted_is_what_is_sent"))),
-        ("take: the gradient is in slot.parameter.grad, its place is slot.view(self.grad) once self._prepare_buffer() "
-         "was called. Copy where the place is empty, add where slot.filled says that it is not; then set the "
-         "parameter's grad to None.",
-         "take also notes slot.used = True, and adds the index to self.fired, by which the bucket knows that it is "
-         "complete. If self.launched, the sum is already on its way: only set self.late, and leave the gradient in "
-         "p.grad. _launch_ready: only where config.overlap_comm and reduces_now.",
+        ("take(slot, gradient): the gradient's place is slot.view(self.grad) once self._prepare_buffer() was called. Copy "
+         "where the place is empty, add where slot.filled says that it is not.",
+         "take also notes slot.used = True, and adds the slot to self.fired, by which the bucket knows that it is "
+         "complete. If self.launched, the sum is already on its way: keep the gradient in slot.late, added to what is "
+         "there. _launch_ready: only where config.overlap_comm and reduces_now.",
          "_launch_ready starts self._launch(bucket) for the first of self.queue while that is complete, and never one "
          "behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), then a "
          "Handle with dist.all_reduce(..., group=self.reductions, async_op=True) and finish. A sparse gradient needs "
