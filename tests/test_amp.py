@@ -148,7 +148,7 @@ def test_bytes_per_rank_are_those_of_the_table_in_bf16(run_ranks, stage, world_s
 
 
 def reductions(precision: dict):
-    """Bytes per element sent by reductions, and whether the result is right."""
+    """Bytes per element sent by reductions, the gradient, its norm, and what was divided by before the sum."""
     torch.manual_seed(0)
     model = Net()
     engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
@@ -158,17 +158,19 @@ def reductions(precision: dict):
     sent = engine.zero.communicator.traffic["reduce-scatter"]
     gradient = zero.safe_get_full_grad(model.head.weight)
     engine.step()
-    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm()
+    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm(), engine.zero.trained[0].predivide
 
 
 def test_gradients_are_sent_in_the_dtype_that_the_config_says(run_ranks):
-    (_, exact, norm), *_ = run_ranks(reductions, 2, {})
-    for precision, size in (({}, 4), ({"communication_data_type": "bf16"}, 2), ({"communication_data_type": "fp16"}, 2),
-                            ({"prescale_gradients": True}, 4),
-                            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4),
-                            ({"bf16": {"enabled": True, "auto_cast": True}}, 4)):
-        for per_element, gradient, their_norm in run_ranks(reductions, 2, precision):
-            assert per_element == size, precision
+    (_, exact, norm, _), *_ = run_ranks(reductions, 2, {})
+    for precision, size, divided in (
+            ({}, 4, 1), ({"communication_data_type": "bf16"}, 2, 1), ({"communication_data_type": "fp16"}, 2, 2),
+            ({"prescale_gradients": True}, 4, 2), ({"gradient_predivide_factor": 4.0}, 4, 4),
+            ({"gradient_predivide_factor": 0.7, "communication_data_type": "fp16"}, 2, 0.7),
+            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4, 2),
+            ({"bf16": {"enabled": True, "auto_cast": True}}, 4, 1)):
+        for per_element, gradient, their_norm, predivide in run_ranks(reductions, 2, precision):
+            assert (per_element, predivide) == (size, divided), precision
             assert torch.allclose(gradient, exact, atol=0.02 * float(exact.abs().max())), precision
             assert their_norm == pytest.approx(norm, rel=0.01), precision
 
@@ -522,7 +524,6 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
     ({"torch_autocast": {"dtype": "int8"}}, "torch_autocast.dtype is 'int8'; allowed: bfloat16 or float16"),
     ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype is 'fp8'; allowed: fp32, fp16, bf16"),
     ({"communication_data_type": "half"}, "communication_data_type is 'half'"),
-    ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which prescale_gradients switches on"),
     ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op is 'max'; allowed: mean or sum"),
     ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}},
      "bf16.keep_fp32 holds 'Norm', but the model has no such module"),
