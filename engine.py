@@ -131,7 +131,7 @@ class Config:
     gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
     activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # its presence turns recomputation on
-    gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
+    gradient_predivide_factor: float = 1.0             # divide by it before the sum, and by ranks / factor after
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
@@ -155,9 +155,6 @@ class Config:
         if not 0 < self.gradient_predivide_factor < float("inf"):
             raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number "
                               "above 0")
-        if self.gradient_predivide_factor != 1 and not self.prescale_gradients:
-            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}, which "
-                              "prescale_gradients switches on; set that to true, or take the factor out")
         self.precision()
 
     def precision(self) -> amp.PrecisionConfig:
@@ -171,9 +168,9 @@ class Config:
 
     def predivide(self, world_size: int) -> float | None:
         """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
-        if not self.prescale_gradients:
-            return None
-        return self.gradient_predivide_factor if self.gradient_predivide_factor != 1 else float(world_size)
+        if self.prescale_gradients:  # as in DeepSpeed, whatever the factor is
+            return float(world_size)
+        return None if self.gradient_predivide_factor == 1 else self.gradient_predivide_factor
 
     def settle_batch_sizes(self, world_size: int) -> None:
         """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
@@ -1438,14 +1435,15 @@ class Engine(nn.Module):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where communication fails inside, say what the ranks were at."""
+        """Where communication fails inside, say what the ranks were at; where two dtypes meet, what to do."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if "support saved tensor hooks" in str(error):
-                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at "
-                                   "stage 3, or where blocks are recomputed, as both change what autograd saves; use "
-                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
+                raise RuntimeError(zero.NO_TRANSFORMS) from error
+            advice = self.precision.advice(error)
+            if advice:
+                raise type(error)(f"{error}{advice}") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error

@@ -1016,8 +1016,8 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         for slot in self.slots:
             if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3); "
-                                   "that is lost. Write inside forward, or inside zero.GatheredParameters")
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
+                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
@@ -1674,6 +1674,12 @@ ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
                torch.optim.ASGD}
 
 
+NO_TRANSFORMS = (
+    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
+    "3, nor where blocks are recomputed, as both change what autograd saves; use "
+    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
+
+
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
 
@@ -1924,8 +1930,9 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, _saving()
-            self.saving[1].__enter__()
+            hooks = _saving()
+            hooks.__enter__()
+            self.saving = call, hooks
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
         # before the rest of the call: so the call is given a view of it, which keeps the order.
@@ -1955,7 +1962,7 @@ class Zero(Holder):
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
-            for bucket in needed.buckets:
+            for bucket in needed.buckets if needed.state is UnitState.WHOLE else ():  # else the gather has failed
                 bucket.keep_writes()
         self._release(unit, call)
 
@@ -2694,7 +2701,7 @@ class GatheredParameters:
         self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
         self.saving.__enter__()
 
-    def __exit__(self, error: Any, *rest: Any) -> None:
+    def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
         self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
@@ -2704,6 +2711,8 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.let_go(bucket.unit, self)
+        if value is not None and "support saved tensor hooks" in str(value):
+            raise RuntimeError(NO_TRANSFORMS) from value
         if lost:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
                              "modifier_rank, and are lost; give the rank whose changes shall be kept")
@@ -3384,7 +3393,7 @@ class Terms(NamedTuple):
     """What a config says that counts here."""
     config: ZeroConfig
     dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
-    half: torch.dtype | None                 # that of parameters and buffers in mixed precision
+    buffers: torch.dtype | None              # that of floating-point buffers; none: each as the model has it
     updates: str     # the place of masters, optimizer state and gradient shards
     parameters: str  # the place of stage 3's shards
 
@@ -3418,7 +3427,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int],
     if is_model:
         ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
         lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
-        buffers = sum(b.numel() * (terms.half if terms.half and b.is_floating_point() else b.dtype).itemsize
+        buffers = sum(b.numel() * (terms.buffers if terms.buffers and b.is_floating_point() else b.dtype).itemsize
                       for b in model_or_counts.buffers())
     else:
         total, unit = _checked_counts(model_or_counts)
@@ -3467,8 +3476,7 @@ def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) ->
     else:
         offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
     updates, parameters = (_place(key, said) for key, said in offload.items())
-    given_dtypes, half = _dtypes_said(whole)
-    return Terms(config, given_dtypes, half, updates, parameters)
+    return Terms(config, *_dtypes_said(whole), updates, parameters)
 
 
 def _read_config(path: str | os.PathLike) -> Any:
@@ -3487,26 +3495,28 @@ def _place(key: str, said: Any) -> str:
 
 
 def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
-    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and of mixed precision."""
+    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and that of buffers."""
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
     enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
     half = names[enabled[0]] if enabled else None
     masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
-    wanted = {"data_types.grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype"),
-              "communication_data_type": config.get("communication_data_type")}
+    said = config.get("data_types", {})
+    wanted = {f"data_types.{key}": said.get(key) for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
+    wanted["communication_data_type"] = config.get("communication_data_type")
     for key, name in wanted.items():
         if name not in names:
             raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
-    accumulation, reduction = (names[name] for name in wanted.values())
+    accumulation, parameters, buffers, reduction = (names[name] for name in wanted.values())
 
     def dtypes(given: torch.dtype) -> Dtypes:
         if not given.is_floating_point:
             return Dtypes(given, given, given, given)
-        master = (half if masters_too else torch.float32) if half else given
+        compute = half or parameters or given
+        master = torch.float32 if half and not masters_too else compute
         gradient = accumulation or master
-        return Dtypes(half or given, master, gradient, reduction or gradient)
+        return Dtypes(compute, master, gradient, reduction or gradient)
 
-    return dtypes, half
+    return dtypes, buffers
 
 
 def _checked_counts(counts: Any) -> tuple[int, int]:

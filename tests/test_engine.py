@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+import amp
 import engine as deepspeed
 from engine import ConfigError
 
@@ -644,3 +645,54 @@ def test_half_of_a_launchers_variables_is_an_error_not_a_hang(monkeypatch):
 def test_scheduler_without_optimizer_is_refused(alone):
     with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
         alone({"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
+
+
+class Batch(dict):
+    """Items that are attributes as well."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
+def test_a_batch_keeps_its_class(alone):
+    engine, _, loader, _ = deepspeed.initialize(
+        model=nn.Linear(1, 1), training_data=[torch.ones(1)] * 4, collate_fn=lambda rows: Batch(x=torch.stack(rows)),
+        config={"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    batch = next(iter(loader))
+    assert type(batch) is Batch and torch.equal(batch.x, torch.ones(2, 1)) and batch.x is batch["x"]
+    moved = deepspeed._to_device(batch, torch.device("meta"))
+    assert type(moved) is Batch and moved.x.is_meta and moved["x"] is moved.x and not batch.x.is_meta
+    assert amp.cast(batch, torch.float16).x.dtype == torch.float16 and batch.x.dtype == torch.float32
+
+
+class Expanded(nn.Module):
+    """Buffers whose elements share memory, and one buffer that two modules have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(2, 2), nn.Module()
+        self.register_buffer("mask", torch.full((1, 2), float(dist.get_rank())).expand(3, 2))
+        self.other.register_buffer("mask", self.mask)
+
+    def forward(self, x):
+        return self.layer(x) + self.mask[:1]
+
+
+def expanded_buffers(folder: str) -> None:
+    for precision in ({}, {"bf16": {"enabled": True}}):
+        engine, *_ = deepspeed.initialize(model=Expanded(), config={
+            "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **precision})
+        assert torch.equal(engine.module.mask, torch.zeros(3, 2)) and engine.module.mask.is_contiguous()
+        engine.module.mask.fill_(5)
+        engine.save_checkpoint(folder, "a")
+        engine.module.mask.zero_()
+        engine.load_checkpoint(folder)
+        assert torch.equal(engine.module.mask.float(), torch.full((3, 2), 5.0))
+        assert precision or engine.module.other.mask is engine.module.mask
+        engine.destroy()
+
+
+def test_expanded_buffers_are_broadcast_saved_and_loaded(run_ranks, tmp_path):
+    run_ranks(expanded_buffers, 1, str(tmp_path / "1"))
+    run_ranks(expanded_buffers, 2, str(tmp_path / "2"))

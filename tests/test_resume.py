@@ -127,7 +127,7 @@ def worst_of(a: dict, b: dict) -> tuple[float, str]:
     return max((float((a[k] - b[k]).abs().max()) if a[k].numel() else 0.0, k) for k in a)
 
 
-PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True, "auto_cast": True}},
               "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "auto_cast": True}}}
 
 

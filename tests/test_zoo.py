@@ -505,7 +505,8 @@ CASES = {
     "unset fields and cycles": Case(partial(GivesCycles, 2), lambda model, x: model(x)[0].out.square().mean()),
     "views of weights": Case(Views), "views of weights, recomputed": Case(partial(Views, True)),
     "written through .data": Case(WritesData, whole=True), "methods": Case(Methods, encoded),
-    "reversible": Case(Reversibles), "reversible, in a method": Case(Reversibles, lambda m, x: m.run(x).square().mean()),
+    "reversible": Case(Reversibles),
+    "reversible, in a method": Case(Reversibles, lambda model, x: model.run(x).square().mean()),
     "penalties": Case(partial(Mlp, 2), penalized), "the caller's hooks": Case(partial(Mlp, 2), hooked_by_the_caller),
 }
 
