@@ -380,8 +380,8 @@ def _refuse_undecided(config: Config, autos: list[str]) -> None:
         undecided += [f"scheduler.params.{key}" for key, parameter in taken.items()
                       if f"scheduler.params.{key}" in autos and parameter.default is parameter.empty]
     if undecided:
-        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s Trainer '
-                          "and Accelerate fill them in from their own arguments before DeepSpeed reads the config")
+        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
+                          "Trainer and Accelerate fill them in from their own arguments before DeepSpeed reads the config")
 
 
 def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
