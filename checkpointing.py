@@ -62,7 +62,7 @@ class RecomputationError(RuntimeError):
 @dataclass
 class CheckpointingConfig:
     """The section ``activation_checkpointing``. Its presence is the switch: ``{}`` recomputes the default blocks."""
-    partition_activations: bool = False           # refused: needs model parallelism
+    partition_activations: bool = False           # no effect: there is no model parallelism to divide them over
     cpu_checkpointing: bool = False               # hold the regions' inputs in pinned host memory; GPU only
     contiguous_memory_optimization: bool = False  # no effect: PyTorch's allocator reuses freed blocks as they are
     number_checkpoints: int | None = None         # this many regions: instead of ``every``, ceil(blocks / this)
@@ -88,15 +88,13 @@ class CheckpointingConfig:
         if self.modules is not None and not (isinstance(self.modules, list)
                                              and all(isinstance(name, str) for name in self.modules)):
             refuse("modules", "a list of class names or patterns of module names, or null")
-        if self.partition_activations:
-            refuse("partition_activations", "false, as it divides activations that model-parallel ranks hold "
-                                            "alike, and there is no model parallelism here")
         if self.number_checkpoints is not None and self.every != 1:
             refuse("number_checkpoints", f"null beside every {self.every}; either of them sets the size of a region")
 
     def without_effect(self) -> list[str]:
         """The keys that are set and change nothing on this machine, with the reasons."""
-        reasons = {"contiguous_memory_optimization": "PyTorch's allocator has no need of it"}
+        reasons = {"contiguous_memory_optimization": "PyTorch's allocator has no need of it",
+                   "partition_activations": "it divides what model-parallel ranks hold alike, and there are none"}
         if not torch.cuda.is_available():
             reasons |= {"cpu_checkpointing": "what is kept is in host memory already",
                         "synchronize_checkpoint_boundary": "there is no GPU to wait for"}

@@ -703,7 +703,6 @@ def test_other_expensive_operations_when_recomputed_are_an_error():
 
 
 @pytest.mark.parametrize("config, told", [
-    ({"partition_activations": True}, "partition_activations is True; allowed: false, .* model parallelism"),
     ({"cpu_checkpointing": 1}, "cpu_checkpointing is 1; allowed: true or false"),
     ({"profile": "yes"}, "profile is 'yes'"),
     ({"every": 0}, "every is 0; allowed: a whole number from 1 up"),
@@ -752,7 +751,8 @@ def test_what_has_no_effect_says_so_once(caplog):
         for _ in range(3):
             model(torch.ones(1, 2)).sum().backward()
 
-    for key in ("cpu_checkpointing", "contiguous_memory_optimization", "synchronize_checkpoint_boundary"):
+    for key in ("cpu_checkpointing", "contiguous_memory_optimization", "synchronize_checkpoint_boundary",
+                "partition_activations"):
         message, = warnings_of(caplog, lambda: run({key: True}, list(model)))
         assert message.startswith(f"activation_checkpointing.{key} has no effect: ")
     assert warnings_of(caplog, lambda: run({}, list(model))) == []
@@ -781,7 +781,6 @@ def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
     assert [text.split(" has no effect")[0] for text in said] == [
         "num_checkpoints", "activation_checkpointing.contiguous_memory_optimization"]
     for call, told in (({"mpu_": object()}, "mpu_ is <object"),
-                        ({"mpu_": None, "partition_activations": True}, "partition_activations is True"),
                         ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": {"evry": 2}}},
                          "unknown key activation_checkpointing.evry")):
         with pytest.raises(ValueError, match=told):
@@ -893,10 +892,9 @@ def profiled() -> dict:
 
 
 def test_the_section_is_checked_by_the_engine():
-    for section, told in (({"partition_activations": True}, "partition_activations is True"),
-                          ({"module": []}, "unknown key activation_checkpointing.module, .* did you mean 'modules'"),
+    for section, told in (({"module": []}, "unknown key activation_checkpointing.module, .* did you mean 'modules'"),
                           ({"modules": "Block"},
-                           "activation_checkpointing.modules is 'Block'; allowed: a list or null"),
+                           "activation_checkpointing.modules is 'Block'; allowed: a list of strings or null"),
                           ({"modules": ["Blok"]}, "modules has .'Blok'., which no module matches")):
         with pytest.raises(ValueError, match=told):
             deepspeed.initialize(model=Deep(2, False, False), config={"train_batch_size": 2,

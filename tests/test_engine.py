@@ -4,8 +4,11 @@
 """
 
 import argparse
+import copy
+import itertools
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+import amp
 import engine as deepspeed
 from engine import ConfigError
 
@@ -297,9 +301,79 @@ def test_ranks_share_the_data_out_in_a_new_order_every_epoch(run_ranks, samples,
     assert shares == run_ranks(epochs_seen, 2, samples, drop_last), "the seed decides"
 
 
+def loaders(monkeypatch, ranks: int, batch_size: int, samples: int = 24):
+    """The loaders of so many ranks, in this one process."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "broadcast", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, "initial_seed", lambda: 5)
+    return [deepspeed.ShardedLoader(torch.arange(samples), batch_size, torch.device("cpu"), None, False)
+            for _ in range(ranks)]
+
+
+def give(monkeypatch, loaders: list, batches: int | None = None) -> list:
+    """The samples of the next loop's first micro-batches, in the order in which they are given out."""
+    shares = []
+    for rank, loader in enumerate(loaders):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        shares.append([batch.tolist() for _, batch in zip(range(10**6 if batches is None else batches), loader)])
+    return [v for together in zip(*shares) for v in sum(together, [])]
+
+
+def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sample_seen_once(monkeypatch):
+    sizes = [(ranks, batch_size) for ranks in (1, 2, 3) for batch_size in (1, 3, 8)]
+    for (ranks, batch_size), (new_ranks, new_size), done in itertools.product(sizes, sizes, (1, 2)):
+        case = (ranks, batch_size, new_ranks, new_size, done)
+        if ranks * batch_size * done >= 24:
+            continue
+        before = loaders(monkeypatch, ranks, batch_size)
+        seen = give(monkeypatch, before, done)
+        state = before[0].state_dict()
+        after = loaders(monkeypatch, new_ranks, new_size)
+        for loader in after:
+            loader.load_state_dict(state)
+        rest = give(monkeypatch, after)
+        spare = -(24 - len(seen)) % new_ranks  # given twice, where the ranks do not divide what is left
+        assert len(seen + rest) == 24 + spare and set(seen + rest) == set(range(24)), case
+        if (ranks, batch_size) == (new_ranks, new_size):
+            assert seen + rest == give(monkeypatch, loaders(monkeypatch, ranks, batch_size)), case
+        assert {loader.state_dict()["samples"] for loader in after} == {0}
+        assert sorted(set(give(monkeypatch, after))) == list(range(24)) and after[0].epoch == 2, case
+
+
+def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch):
+    (loader,), (other,) = loaders(monkeypatch, 1, 2), loaders(monkeypatch, 1, 2)
+    whole = give(monkeypatch, [other])
+    seen, state = [], None
+    for i, batch in enumerate(loader):
+        seen += batch.tolist()
+        if i == 2:
+            state = loader.state_dict()
+        if i == 5:
+            loader.load_state_dict(state)
+    assert seen == whole[:12] + whole[6:] and len(list(loader)) == 12 and loader.epoch == 2
+    for i, batch in enumerate(loader):
+        if i == 3:
+            loader.load_state_dict(state)
+            break
+    assert give(monkeypatch, [loader]) == whole[6:]
+    assert len(loader) == 12 and loader.epoch == 1
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(torch.arange(4.0))
+
+
+def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path):
+    for kind in (Stream, type("Sized", (Stream,), {"__len__": lambda self: 4})):
+        for size, rest in ((1, [[1.0], [2.0], [3.0]]), (2, [[1.0, 2.0], [3.0]])):
+            engine, _, loader, _ = alone({"train_batch_size": 1}, training_data=kind())
+            next(iter(loader))
+            engine.save_checkpoint(tmp_path, 1)
+            engine, _, loader, _ = alone({"train_batch_size": size}, training_data=kind())
+            engine.load_checkpoint(tmp_path)
+            assert [batch.tolist() for batch in loader] == rest
+            assert sum(batch.numel() for batch in loader) == 4
 
 
 def stream_on_ranks():
@@ -328,7 +402,8 @@ def test_a_stream_is_for_one_rank_only(alone, run_ranks):
     ({"type": "AdamW", "params": {"foreach": True}}, torch.optim.AdamW, {"foreach": True, "fused": None}),
     ({"type": "SGD", "params": {"momentum": 0.5}}, torch.optim.SGD, {"momentum": 0.5, "fused": None}),
     ({"type": "SGD", "params": {}}, torch.optim.SGD, {"momentum": 0, "fused": True}),
-    ({"type": "RMSprop"}, torch.optim.RMSprop, {}),
+    ({"type": "RMSprop", "params": {"centered": 1, "lr": "0.1"}}, torch.optim.RMSprop, {"centered": True, "lr": 0.1}),
+    ({"type": "adagrad"}, torch.optim.Adagrad, {}),
     ({"type": "Adagrad"}, torch.optim.Adagrad, {"fused": True}),
 ])
 def test_optimizers_by_name(section, cls, holds):
@@ -374,22 +449,32 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"gradient_cliping": 1.0}, "unknown key gradient_cliping, set to 1.0; did you mean 'gradient_clipping'"),
     ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; allowed: 0, 1, 2 or 3"),
-    ({"zero_optimization": True}, 'zero_optimization is True, .* write {"stage": 1}'),
     ({"zero_optimization": {"stages": 1}}, "unknown key zero_optimization.stages, .* did you mean 'stage'"),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size is 'big'; allowed: .* or 'auto'"),
     ({"zero_optimization": {"reduce_bucket_size": 0}}, "reduce_bucket_size is 0; allowed: a whole number from 1"),
-    ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param.device is cpu at stage 0.*stage 3"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights belongs to a part"),
     ({"zero_optimization": {"leaf_module": ["Block"]}}, "zero_optimization.leaf_module is .*; allowed: an object"),
     ({"pipeline": {}}, "pipeline belongs to a part of DeepSpeed that is not covered"),
-    ({"train_batch_size": "8"}, "train_batch_size is '8'; allowed: a whole number or null"),
+    ({"train_batch_size": "eight"}, "train_batch_size is 'eight'; allowed: a whole number or null"),
+    ({"train_micro_batch_size_per_gpu": 1e30}, "train_micro_batch_size_per_gpu is 1e.30; allowed: a whole number"),
+    ({"gradient_accumulation_steps": 10**400}, "gradient_accumulation_steps is 10.*0; allowed: a whole number"),
+    ({"bf16": {1: 2}}, "bf16 has the key 1; allowed: text"),
+    ({"zero_optimization": {"leaf_module": {"classes": [["a"]]}}}, "leaf_module.classes is .*; allowed: a list of str"),
+    ({"zero_optimization": {"leaf_module": {"classes": [1, "a"]}}}, "leaf_module.classes is .*; allowed: a list"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 5000}}, "fp16.initial_scale_power is 5000; allowed: .* 126"),
+    ({"fp16": {"enabled": True, "loss_scale": 5e-324}}, "fp16.loss_scale is 5e-324; allowed: 0 .dynamic., or"),
+    ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+     "cpu_offload is the former spelling of zero_optimization.offload_optimizer and says .* take .*cpu_offload out"),
+    ({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "and says 1, but .* is 2"),
+    ({"zero_optimization": {"cpu_offload": "perhaps"}}, "zero_optimization.cpu_offload is 'perhaps'; allowed: true"),
+    ({"gradient_cliping": "auto"}, "unknown key gradient_cliping, set to 'auto'; did you mean"),
     ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),
     ({"train_batch_size": True}, "train_batch_size is True"),
     ({"train_batch_size": 0}, "train_batch_size is 0; allowed: a whole number from 1"),
     ({"gradient_clipping": None}, "gradient_clipping is None; allowed: a number"),
     ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0"),
     ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"),
-    ({"dataloader_drop_last": 1}, "dataloader_drop_last is 1; allowed: true or false"),
+    ({"dataloader_drop_last": 2}, "dataloader_drop_last is 2; allowed: true or false"),
     ({"optimizer": "Adam"}, "^optimizer is 'Adam'; allowed: an object"),
     ({"optimizer": {"params": {"lr": 0.1}}}, "optimizer.type is missing"),
     ({"optimizer": {"type": "Adam", "param": {}}}, "unknown key optimizer.param, .* did you mean 'params'"),
@@ -400,6 +485,18 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"optimizer": {"type": "Adam", "params": {"lr": -1.0}}}, "optimizer.params .*Invalid learning rate: -1.0"),
     ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction is false; allowed: true"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "scheduler: WarmupLR: a parameter"),
+    ({"scheduler": {"type": "StepLR", "params": {"step_size": True}}}, "scheduler.params.step_size is True; allowed"),
+    ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": float("inf")}}}, "params.gamma is inf"),
+    ({"scheduler": {"type": "WarmLR"}}, "scheduler: scheduler type is 'WarmLR'; did you mean 'WarmupLR'"),
+    ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 0.5}}}, "write gradient_clipping: 0.5 instead"),
+    *(({"optimizer": {"type": kind, "params": {key: value}}}, rf"optimizer.params.{key} is .*; allowed: {allowed}")
+      for kind, key, value, allowed in (
+          ("SGD", "maximize", "false", "true or false"), ("RMSprop", "centered", "no", "true or false"),
+          ("AdamW", "amsgrad", 2, "true or false"), ("Adam", "adam_w_mode", "false", "true or false"),
+          ("Adam", "torch_adam", "false", "true or false"), ("AdamW", "fused", "true", "true or false"),
+          ("SGD", "lr", True, "a finite number"), ("SGD", "lr", float("inf"), "a finite number"),
+          ("AdamW", "weight_decay", float("nan"), "a finite number"), ("SGD", "lr", 10**400, "a finite number"),
+          ("AdamW", "betas", [0.9, True], "a finite number"), ("SGD", "momentum", "much", "a finite number"))),
 ])
 def test_configs_that_cannot_be_meant_are_refused_by_key(alone, change, told):
     with pytest.raises(ConfigError, match=told):
@@ -416,6 +513,104 @@ def test_config_files_that_cannot_be_read_are_refused(alone, tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=told):
             alone(path)
+
+
+Z, MICRO = "zero_optimization", '"train_micro_batch_size_per_gpu": 2'
+
+
+@pytest.mark.parametrize("text, holds", [
+    ('{"train_batch_size": 8, # eight\n "fp16": {"hysteresis": 3,}, // 3\n /* "x": 1,\n */}', {"fp16.hysteresis": 3}),
+    ('\ufeff{"_note": 1, "//": "http://a", "//": "b", "comment": {}, "bf16": {"__doc": "", "enabled": true}}',
+     {"bf16.enabled": True}),
+    (r'{"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/a//b #c,}\" /*d*/"},}}',
+     {f"{Z}.offload_optimizer.nvme_path": '/a//b #c,}" /*d*/'}),
+    ('{"train_batch_size": "128", "gradient_clipping": "0.5", "prescale_gradients": "true", "dump_state": 1}',
+     {"train_batch_size": 128, "gradient_clipping": 0.5, "prescale_gradients": True, "dump_state": True}),
+    ('{"gradient_allreduce_op": "SUM", "communication_data_type": "FP32", "zero_optimization": {"stage": "2"}}',
+     {"gradient_allreduce_op": "sum", "communication_data_type": "fp32", f"{Z}.stage": 2}),
+    ('{"steps_per_print": Infinity}', {"steps_per_print": None}),
+    ('{"steps_per_print": "inf"}', {"steps_per_print": None}),
+    ('{"bf16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 16}}', {"bf16.enabled": True}),
+    ('{"bfloat16": {"enabled": true}}', {"bf16.enabled": True}),
+    ('{"fp16": {"enabled": false, "opt_level": "O1", "loss_scale": -1}}', {"fp16.enabled": False}),
+    ('{"fp16": {"enabled": "auto", "loss_scale_window": 0}, "bf16": {"enabled": "AUTO"}}',
+     {"fp16.enabled": False, "bf16.enabled": False, "fp16.loss_scale_window": 1000}),
+    ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "none", "nvme_path": "auto", "x": 1}}}',
+     {f"{Z}.offload_param.device": "none"}),
+    ('{"zero_optimization": true}', {f"{Z}.stage": 1}),
+    ('{"zero_optimization": false, "allgather_size": 5e8}', {f"{Z}.stage": 0}),
+    ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', {f"{Z}.offload_optimizer.device": "cpu"}),
+    ('{"zero_optimization": {"cpu_offload": true, "offload_optimizer": {"device": "cpu", "pin_memory": false}}}',
+     {f"{Z}.offload_optimizer.device": "cpu", f"{Z}.offload_optimizer.pin_memory": False}),
+    ('{"zero_optimization": {"cpu_offload": false}}', {f"{Z}.offload_optimizer.device": "none"}),
+    ('{"zero_optimization": {"stage": 3, "cpu_offload_param": true}}', {f"{Z}.offload_param.device": "cpu"}),
+    ('{"zero_optimization": {"stage": 3, "cpu_offload_params": "true"}}', {f"{Z}.offload_param.device": "cpu"}),
+    ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', {f"{Z}.offload_param.device": "none"}),
+    ('{"zero_optimization": {"max_live_parameters": 1e6, "param_persistence_threshold": 7, "prefetch_bucket_size": "9",'
+     '"max_reuse_distance": 1, "gather_16bit_weights_on_model_save": true, "elastic_checkpoint": true}}',
+     {f"{Z}.stage3_max_live_parameters": 10**6, f"{Z}.stage3_param_persistence_threshold": 7,
+      f"{Z}.stage3_prefetch_bucket_size": 9, f"{Z}.stage3_gather_16bit_weights_on_model_save": True}),
+    ('{"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": true, "zero_hpz_partition_size": 1}}',
+     {f"{Z}.stage3_gather_16bit_weights_on_model_save": True}),
+    ('{%s, "train_batch_size": "auto", "gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}' % MICRO,
+     {"train_batch_size": None, "gradient_clipping": 1.0, "gradient_accumulation_steps": None}),
+    ('{"zero_optimization": {"reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",'
+     '"stage3_max_live_parameters": "auto", "overlap_comm": "auto"}}',
+     {f"{Z}.reduce_bucket_size": "auto", f"{Z}.stage3_max_live_parameters": 10**9}),
+    ('{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6, "max_grad_norm": 1}},'
+     '"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto", "total_num_steps": 9.5}}}',
+     {"optimizer.params": {"eps": 1e-6}, "scheduler.params": {"warmup_max_lr": None, "total_num_steps": 9.5}}),
+    ('{"activation_checkpointing": {"partition_activations": true}}',
+     {"activation_checkpointing.partition_activations": True}),
+    ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', {"bf16.enabled": True}),
+])
+def test_configs_that_people_have_are_read_as_they_are_meant(tmp_path, text, holds):
+    (tmp_path / "ds.json").write_text(text)
+    config = deepspeed.load_config(tmp_path / "ds.json")
+    for path, value in holds.items():
+        found = config
+        for key in path.split("."):
+            found = getattr(found, key)
+        assert found == value, path
+
+
+def test_what_is_not_taken_literally_is_told_once(caplog, monkeypatch):
+    config = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1, "aio": {"a": 1},
+              "zero_optimization": {"cpu_offload": True, "elastic_checkpoint": False},
+              "tensorboard": {"enabled": True}, "wandb": {"enabled": False}, "comms_logger": {"prof_all": False},
+              "optimizer": {"type": "Adam", "adam_w_mode": False}}
+    given = copy.deepcopy(config)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        deepspeed.load_config(config)
+    assert config == given
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "config: zero_optimization.cpu_offload is now zero_optimization.offload_optimizer {'device': 'cpu'}",
+        'config: "auto", so the default or what the other keys say: train_batch_size',
+        "config: without effect here: aio"]
+    assert all(key in caplog.text for key in ("optimizer.adam_w_mode (it", "prof_all (all", "tensorboard (no"))
+    assert "wandb" not in caplog.text and "elastic" not in caplog.text
+
+
+def test_all_that_auto_leaves_open_is_told_at_once():
+    config = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+              "fp16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+              "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}},
+              "zero_optimization": {"stage": "auto", "offload_optimizer": {"device": "auto", "nvme_path": "auto"}}}
+    with pytest.raises(ConfigError, match="can't be decided here: .*Hugging Face's Trainer") as caught:
+        deepspeed.load_config(config)
+    assert re.search("here: (.*); write", str(caught.value))[1].split(", ") == [
+        "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.nvme_path", "train_batch_size", "train_micro_batch_size_per_gpu",
+        "scheduler.params.total_num_steps"]
+    with pytest.raises(ConfigError, match="can't be decided here: optimizer.type, scheduler.type; write"):
+        deepspeed.load_config({"train_batch_size": 1, "optimizer": {"type": "auto"}, "scheduler": {"type": "auto"}})
+
+
+def test_errors_in_files_with_comments_name_line_and_column(tmp_path):
+    (tmp_path / "ds.json").write_text('{ # one\n  "train_batch_size": 8, /* two\n */ "stage" 3,\n}')
+    with pytest.raises(ConfigError, match="is not JSON: .* line 3 column 13"):
+        deepspeed.load_config(tmp_path / "ds.json")
 
 
 @pytest.mark.parametrize("kwargs, told", [
@@ -451,3 +646,54 @@ def test_half_of_a_launchers_variables_is_an_error_not_a_hang(monkeypatch):
 def test_scheduler_without_optimizer_is_refused(alone):
     with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
         alone({"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
+
+
+class Batch(dict):
+    """Items that are attributes as well."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
+def test_a_batch_keeps_its_class(alone):
+    engine, _, loader, _ = deepspeed.initialize(
+        model=nn.Linear(1, 1), training_data=[torch.ones(1)] * 4, collate_fn=lambda rows: Batch(x=torch.stack(rows)),
+        config={"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    batch = next(iter(loader))
+    assert type(batch) is Batch and torch.equal(batch.x, torch.ones(2, 1)) and batch.x is batch["x"]
+    moved = deepspeed._to_device(batch, torch.device("meta"))
+    assert type(moved) is Batch and moved.x.is_meta and moved["x"] is moved.x and not batch.x.is_meta
+    assert amp.cast(batch, torch.float16).x.dtype == torch.float16 and batch.x.dtype == torch.float32
+
+
+class Expanded(nn.Module):
+    """Buffers whose elements share memory, and one buffer that two modules have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(2, 2), nn.Module()
+        self.register_buffer("mask", torch.full((1, 2), float(dist.get_rank())).expand(3, 2))
+        self.other.register_buffer("mask", self.mask)
+
+    def forward(self, x):
+        return self.layer(x) + self.mask[:1]
+
+
+def expanded_buffers(folder: str) -> None:
+    for precision in ({}, {"bf16": {"enabled": True}}):
+        engine, *_ = deepspeed.initialize(model=Expanded(), config={
+            "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **precision})
+        assert torch.equal(engine.module.mask, torch.zeros(3, 2)) and engine.module.mask.is_contiguous()
+        engine.module.mask.fill_(5)
+        engine.save_checkpoint(folder, "a")
+        engine.module.mask.zero_()
+        engine.load_checkpoint(folder)
+        assert torch.equal(engine.module.mask.float(), torch.full((3, 2), 5.0))
+        assert precision or engine.module.other.mask is engine.module.mask
+        engine.destroy()
+
+
+def test_expanded_buffers_are_broadcast_saved_and_loaded(run_ranks, tmp_path):
+    run_ranks(expanded_buffers, 1, str(tmp_path / "1"))
+    run_ranks(expanded_buffers, 2, str(tmp_path / "2"))

@@ -7,6 +7,7 @@
 import copy
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ class Odd(nn.Module):
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.gpt(ids, targets)  # first: so gradients come in the reverse order of registration
-        x = self.second(self.scale[:8].expand(2, 8))
+        x = self.second(self.scale[:8].expand(2, 8).to(self.second.weight.dtype))
         return loss + x.sum() + self.first(x[:, :7]).sum()
 
 
@@ -142,7 +143,8 @@ def held_by_engine(stage: int, precision: str, section: dict[str, Any], steps: i
     model, size = Odd(), dist.get_world_size()
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": steps,
               "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}, **config_of(stage, precision, **section)}
-    before = zero.estimate(model, {key: config[key] for key in config if key != "optimizer"}, size, rank=dist.get_rank())
+    raw = {key: value for key, value in config.items() if key != "optimizer"}
+    before = zero.estimate(model, raw, size, rank=dist.get_rank())
     engine, *_ = deepspeed.initialize(model=model, config=config)
     most: dict[str, int] = {}
 
@@ -183,6 +185,10 @@ def test_an_engine_holds_and_sends_what_was_estimated_to_the_byte(run_ranks, ran
                 assert sent == traffic, case + "traffic"
 
 
+class Whole(torch.optim.AdamW):
+    """An optimizer that looks at whole parameters, as far as can be known."""
+
+
 class Tangled(Odd):
     """With a block under two names, tied weights, no elements, and what can't be copied."""
 
@@ -197,17 +203,13 @@ class Tangled(Odd):
         return super().forward(ids, targets) + self.tied(self.scale[:8]).sum() + self.empty.sum()
 
 
-def in_two_groups(model: nn.Module, kind: type = torch.optim.SGD, **options: Any) -> torch.optim.Optimizer:
-    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == which] for which in (True, False))
-    return kind([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=0.01, **options)
-
-
-def reported(stage: int, precision: str, offload: dict[str, Any], model: type = Odd, groups: bool = False,
-             kind: type = torch.optim.SGD) -> tuple[dict, dict, str]:
+def reported(stage: int, precision: str, offload: dict[str, Any], model: type = Odd, two_groups: bool = False,
+             kind: type = partial(torch.optim.SGD, momentum=0.9)) -> tuple[dict, dict, str]:
     torch.manual_seed(0)
-    model, options = model(), {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model = model()
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix or not two_groups] for matrix in (True, False)]
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=in_two_groups(model, kind, **options) if groups else kind(model.parameters(), lr=0.01, **options),
+        model=model, optimizer=kind([{"params": params} for params in groups[:1 + two_groups]], lr=0.01),
         config={"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
                 **config_of(stage, precision, reduce_bucket_size=1000, **offload)})
     for _ in range(4):
@@ -240,8 +242,9 @@ def test_a_memory_report_measures_what_was_estimated(run_ranks, tmp_path):
 @pytest.mark.parametrize("stage", range(4))
 def test_param_groups_and_odd_models_are_counted_as_they_are(run_ranks, stage):
     half = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
-    for offload, model, groups in (({}, Odd, True), ({}, Tangled, False), (half, Odd, True)):
-        for measured, estimated, text in run_ranks(reported, 2, stage, "bf16", offload, model, groups):
+    for offload, model, two_groups, kind in ((half, Odd, True, torch.optim.AdamW), ({}, Tangled, False, torch.optim.SGD),
+                                             ({}, Odd, True, Whole)):
+        for measured, estimated, text in run_ranks(reported, 2, stage, "bf16", offload, model, two_groups, kind):
             for key in (estimated.keys() | measured.keys()) - {("live", "device")}:
                 assert measured.get(key, 0) == estimated.get(key, 0), f"stage {stage}, {model.__name__}:\n{text}"
 
@@ -351,7 +354,7 @@ def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, tmp_path):
     tables = {line.split("  ")[0]: lines[index + 1].split() for index, line in enumerate(lines) if "stage 0" in line}
     assert tables["ranks, device"] == ["4", "2.00", "2.00", "2.00", "0.50"]
     assert tables["ranks, cpu"] == ["4", "16.00", "4.00", "4.00", "4.00"]
-    # Where the backward of a unit ends, three are whole, in 16 bits; there are two gradients in 32, and where one lands.
+    # Where a unit's backward ends, three are whole, in 16 bits; there are two gradients in 32, and where one lands.
     assert tables["live units"][4] == "1.50"
 
 
@@ -385,7 +388,7 @@ def test_a_config_that_cant_be_meant_is_one_line_and_exit_code_2(text, capsys, t
 @pytest.mark.parametrize("arguments, message", [
     ((COUNT, None, 0), "world_size is 0; allowed: a whole number from 1 up"),
     ((-1,), "model_or_counts is -1"), ((7.5e9,), "model_or_counts is 7500000000.0"),
-    (((5, 6),), "the largest unit has 6 parameters, of 5"), ((COUNT, {"bf16": {"enabled": True}}, 1.5), "world_size is 1.5"),
+    (((5, 6),), "the largest unit has 6 parameters, of 5"), ((COUNT, None, 1.5), "world_size is 1.5"),
 ])
 def test_arguments_that_cant_be_meant_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
