@@ -3491,7 +3491,7 @@ class RehearsedZero(Zero):
 
 
 class Use(torch.autograd.Function):
-    """What autograd sees of a parameter's use: a result that depends on it, and its gradient; nothing is computed."""
+    """A parameter's use, as autograd sees it: a result that depends on it, and its gradient. Nothing is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: nn.Parameter) -> Tensor:
@@ -3507,24 +3507,28 @@ class Use(torch.autograd.Function):
 
 
 class StandIn(nn.Module):
-    """A module's parameters, buffers and submodules on the meta device, by name; no code and no data of it."""
+    """A module's parameters, buffers and submodules on the meta device, by name; no code and no data of it.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None, memo: dict[int, Any]):
-        """``memo`` gets what stands for each module and tensor, by id; ``dtype``: that of buffers, None: their own."""
+    buffers   the dtype of floating-point buffers; None: their own
+    memo      gets what stands for each module and tensor, by its id
+    """
+
+    def __init__(self, module: nn.Module, buffers: torch.dtype | None, memo: dict[int, Any]):
         super().__init__()
+
+        def parameter(p: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), p.requires_grad)
+
+        def buffer(b: Tensor) -> Tensor:
+            return torch.empty(b.shape, dtype=buffers if buffers and b.is_floating_point() else b.dtype, device="meta")
+
         memo[id(module)] = self
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"),
-                                           p.requires_grad)
-            self._parameters[name] = None if p is None else memo[id(p)]
-        for name, b in module._buffers.items():
-            if b is not None and id(b) not in memo:
-                memo[id(b)] = torch.empty(b.shape, dtype=dtype if dtype and b.is_floating_point() else b.dtype,
-                                          device="meta")
-            self._buffers[name] = None if b is None else memo[id(b)]
-        for name, child in module._modules.items():  # set like this, no hook of zero.Init sees it
-            self._modules[name] = None if child is None else memo.get(id(child)) or StandIn(child, dtype, memo)
+        for kind, make in (("_parameters", parameter), ("_buffers", buffer),
+                           ("_modules", lambda child: StandIn(child, buffers, memo))):
+            for name, original in getattr(module, kind).items():
+                if original is not None and id(original) not in memo:
+                    memo[id(original)] = make(original)
+                getattr(self, kind)[name] = memo.get(id(original))  # set like this, no hook of zero.Init sees it
 
     def forward(self, x: Tensor) -> Tensor:
         """Use each trained parameter once, in the order of registration."""
@@ -3643,9 +3647,7 @@ def _rehearse(zero: RehearsedZero, micro_batches: int) -> Estimate:
                 loss.backward()
             zero.finish_backward()
             for record in traffic.values() if not boundary else ():  # this micro-batch stands for all but the last
-                record.calls *= micro_batches - 1
-                record.elements *= micro_batches - 1
-                record.bytes *= micro_batches - 1
+                vars(record).update({name: value * (micro_batches - 1) for name, value in vars(record).items()})
         found = measure(zero, model)
         if zero.optimizer is not None:
             zero.step()
@@ -3692,15 +3694,28 @@ def _read_config(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | No
         if not isinstance(whole.get(key, {}), Mapping):
             raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
     if config is whole:
-        section = dict(whole.get("zero_optimization", {}))
-        for key, kind, defaults in (("leaf_module", LeafModules, {}), ("offload_param", OffloadParam, PLACE),
-                                    ("offload_optimizer", OffloadOptimizer, PLACE)):
-            section[key] = _made(kind, f"zero_optimization.{key}", section.get(key), defaults)
-        config = _made(ZeroConfig, "zero_optimization", {k: v for k, v in section.items() if v is not None})
+        section, anywhere = dict(whole.get("zero_optimization", {})), {"nvme_path": os.curdir}  # nothing is written
+        for key, kind, defaults in (("leaf_module", LeafModules, {}), ("offload_param", OffloadParam, anywhere),
+                                    ("offload_optimizer", OffloadOptimizer, anywhere)):
+            if section.setdefault(key) is None:
+                del section[key]
+            else:
+                section[key] = _section(kind, f"zero_optimization.{key}", section[key], defaults)
+        config = _section(ZeroConfig, "zero_optimization", section, {})
     steps, batch, one = (size if isinstance(size := whole.get(key), int) else 0 for key in (
         "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"))
     steps = steps or (batch // (one * world_size) if one and world_size else 0)
     return config, *_dtypes_said(whole), max(1, steps)
+
+
+def _section(kind: type, path: str, said: Any, defaults: Mapping[str, Any]) -> Any:
+    known = [f.name for f in fields(kind)]
+    if not isinstance(said, Mapping) or said.keys() - set(known):
+        raise ValueError(f"{path} is {said!r}; allowed: an object with keys among {', '.join(known)}")
+    try:
+        return kind(**{**defaults, **said})
+    except TypeError as error:
+        raise ValueError(f"{path} is {said!r}: {error}") from None
 
 
 def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
@@ -3726,25 +3741,6 @@ def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dty
         return Dtypes(compute, master, gradient, reduction or gradient)
 
     return dtypes, buffers
-
-
-PLACE = {"nvme_path": os.curdir}  # for a config that does not say where: nothing is written
-
-
-def _made(kind: type, path: str, said: Any, defaults: Mapping[str, Any] = {}) -> Any:
-    """A section of the config; None where there is none."""
-    if said is None:
-        return None
-    if not isinstance(said, Mapping):
-        raise ValueError(f"{path} is {said!r}; allowed: an object, such as a dict")
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(said.keys() - set(known))
-    if unknown:
-        raise ValueError(f"unknown key {path}.{unknown[0]} (known: {', '.join(known)})")
-    try:
-        return kind(**{**defaults, **said})
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 # DeepSpeed's documented functions print this project's table, in 16 bits with gradients summed in 32: what is held
@@ -3801,8 +3797,8 @@ def _comparison(model_or_counts: nn.Module | tuple[int, int], config: Mapping[st
                  for stage in SHARDED]
         rows.append([estimate(model_or_counts, {**config, "zero_optimization": {**part, "stage": stage}}, size)
                      for stage, part in enumerate(parts)])
-    total = (sum(p.numel() for p in model_or_counts.parameters()) if isinstance(model_or_counts, nn.Module)
-             else model_or_counts[0])
+    is_model = isinstance(model_or_counts, nn.Module)
+    total = sum(p.numel() for p in model_or_counts.parameters()) if is_model else model_or_counts[0]
     names = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
     text = [f"{total:,} parameters with Adam, {', '.join(names)}; GB (1e9 bytes) per rank, without live units"]
     for place in Held._fields:
@@ -3810,7 +3806,7 @@ def _comparison(model_or_counts: nn.Module | tuple[int, int], config: Mapping[st
             text += _table(f"ranks, {place}", rows, lambda each: (
                 f"{(each.total(place) - getattr(each.live, place)) / 1e9:.2f}"))
     text += _table("live units", rows, lambda each: f"{each.live.bytes / 1e9:.2f}")
-    text.append("Sent per rank and step: 1e9 elements, and calls")
+    text.append(f"Sent per rank and step: 1e9 elements, and calls{'' if is_model else ' (for blocks of one size)'}")
     for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
         text += _table(kind, rows, lambda each: (
             f"{each.traffic[kind].elements / 1e9:.2f} {each.traffic[kind].calls:>6}" if kind in each.traffic else "-"))
