@@ -33,8 +33,9 @@ This file knows nothing of sharding: it says which dtype goes where, casts input
 
 import copy
 import logging
+import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class FP16Config:
 class BF16Config:
     """The ``bf16`` section."""
     enabled: bool = False
+    auto_cast: bool = False                # cast floating-point inputs of the model to bf16
     check_grad_overflow: bool = True       # skip a step whose gradients are not finite
     immediate_grad_update: bool = False    # no effect: gradients are always taken as autograd finishes them
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
@@ -119,9 +121,12 @@ class AutocastConfig:
 class DataTypesConfig:
     """The ``data_types`` section."""
     grad_accum_dtype: str | None = None   # fp32, bf16 or fp16; none: fp32, or that of 16-bit masters
+    param_dtype: str | None = None        # has to agree with fp16.enabled and bf16.enabled; fp32 where neither is
+    buffer_dtype: str | None = None       # of floating-point buffers; none: each as the model has it
 
     def __post_init__(self) -> None:
-        _dtype("data_types.grad_accum_dtype", self.grad_accum_dtype)
+        for f in fields(self):
+            _dtype(f"data_types.{f.name}", getattr(self, f.name))
 
 
 @dataclass
@@ -137,6 +142,10 @@ class PrecisionConfig:
         _dtype("communication_data_type", self.communication_data_type)
         if self.fp16.enabled and self.bf16.enabled:
             raise ValueError("fp16 and bf16 are both enabled; allowed: one of them")
+        mode = "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
+        if _dtype("", self.data_types.param_dtype) not in (None, NAMES[mode]):
+            raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype!r}; allowed: {mode}, which "
+                             "fp16.enabled and bf16.enabled say, or null")
 
 
 def _dtype(key: str, name: str | None) -> torch.dtype | None:
@@ -159,40 +168,42 @@ class Path(NamedTuple):
 class Precision:
     """A config's precision, applied to one model.
 
-    On construction the model's floating-point buffers are cast, and modules that stay in fp32 get hooks that cast what
-    goes in and comes out. Its parameters are left as they are: ``path`` says what they shall become.
+    On construction the model's buffers are cast, if ``buffer_dtype`` says so, and modules that stay in fp32 get hooks
+    that cast what goes in and comes out. Its parameters are left as they are: ``path`` says what they become.
     """
 
     def __init__(self, config: PrecisionConfig, model: nn.Module, device: torch.device):
         self.config, self.device = config, device
         self.half = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
-        section = config.fp16 if config.fp16.enabled else config.bf16
-        kept = _matching(model, section.keep_fp32 or [], f"{'fp16' if config.fp16.enabled else 'bf16'}.keep_fp32") \
-            if self.half else []
+        self.name = "fp16" if config.fp16.enabled else "bf16"
+        self.section = getattr(config, self.name)
+        kept = _matching(model, self.section.keep_fp32 or [], f"{self.name}.keep_fp32") if self.half else []
         self.kept = {id(p) for module in kept for p in module.parameters()}
         safe = _matching(model, config.torch_autocast.lower_precision_safe_modules or [],
                          "torch_autocast.lower_precision_safe_modules") if config.torch_autocast.enabled else []
         self.low = {id(p) for module in safe for p in module.parameters(recurse=False)}
-        if self.half:
-            self._cast_buffers(model, kept)
-            for module in kept:
+        if config.data_types.buffer_dtype:
+            self._cast_buffers(model, kept, NAMES[config.data_types.buffer_dtype])
+        inside = {id(child) for module in kept for child in module.modules() if child is not module}
+        for module in kept:
+            if id(module) not in inside:  # a module inside of one that is kept meets fp32 anyway
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs: (cast(args, torch.float32), cast(kwargs, torch.float32)), with_kwargs=True)
                 module.register_forward_hook(lambda _, args, output: cast(output, self.half))
 
-    def _cast_buffers(self, model: nn.Module, kept: list[nn.Module]) -> None:
+    def _cast_buffers(self, model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -> None:
         stay = {id(b) for module in kept for b in module.buffers()}
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point() and id(buffer) not in stay:
-                    module._buffers[name] = buffer.to(self.half)
+                    module._buffers[name] = buffer.to(dtype)
 
     def path(self, parameter: nn.Parameter) -> Path:
         """The dtypes of a parameter."""
         given, config = parameter.dtype, self.config
         if not parameter.is_floating_point():
             return Path(given, given, given, given)
-        compute = master = given
+        compute = master = _dtype("", config.data_types.param_dtype) or given
         if self.half:
             compute = torch.float32 if id(parameter) in self.kept else self.half
             is_16_bit = config.fp16.fp16_master_weights_and_grads or config.bf16.bf16_master_weights_and_grads
@@ -208,10 +219,18 @@ class Precision:
         return torch.autocast(self.device.type, NAMES[self.config.torch_autocast.dtype])
 
     def cast_inputs(self, value: Any) -> Any:
-        """The model's inputs: floating-point tensors in its weights' dtype (fp16: where ``auto_cast`` says so)."""
-        if self.half is None or self.config.fp16.enabled and not self.config.fp16.auto_cast:
-            return value
-        return cast(value, self.half)
+        """The model's inputs: as they are, or where ``auto_cast`` says so floating-point tensors in 16 bits."""
+        return cast(value, self.half) if self.half and self.section.auto_cast else value
+
+    def advice(self, error: Exception) -> str:
+        """What to do about an error of PyTorch's in forward or backward, if it tells of two dtypes that met."""
+        is_mixed = re.search(r"type.*(Half|[fF]loat16)|(Half|[fF]loat16).*type|mixed dtype", str(error), re.DOTALL)
+        if not (self.half and is_mixed and type(error) in (RuntimeError, ValueError)):
+            return ""
+        return (f". The weights are in {self.name}; inputs, targets and buffers are in the dtypes in which they were "
+                f"given. Cast the model's inputs, or set {self.name}.auto_cast to true; compute the loss in one dtype, "
+                f"such as that of output.float(); set data_types.buffer_dtype to {self.name}; or name the modules that "
+                f"need fp32 in {self.name}.keep_fp32")
 
     def make_scaler(self) -> "LossScaler":
         """The loss scaler that goes with this precision."""

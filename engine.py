@@ -25,27 +25,29 @@ single process needs no launcher; it runs no collective.
 
 import argparse
 import difflib
+import fcntl
 import inspect
 import io
 import json
 import logging
 import os
-import pickle
 import random
 import re
-import shutil
+import secrets
 import sys
 import threading
 import time
 import types
 import typing
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import cycle, islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import amp
 import checkpointing
@@ -129,7 +131,7 @@ class Config:
     gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
     activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # its presence turns recomputation on
-    gradient_predivide_factor: float = 1.0             # by what, with prescale_gradients; 1: by the number of ranks
+    gradient_predivide_factor: float = 1.0             # divide by it before the sum, and by ranks / factor after
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
@@ -153,9 +155,6 @@ class Config:
         if not 0 < self.gradient_predivide_factor < float("inf"):
             raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number "
                               "above 0")
-        if self.gradient_predivide_factor != 1 and not self.prescale_gradients:
-            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}, which "
-                              "prescale_gradients switches on; set that to true, or take the factor out")
         self.precision()
 
     def precision(self) -> amp.PrecisionConfig:
@@ -169,9 +168,9 @@ class Config:
 
     def predivide(self, world_size: int) -> float | None:
         """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
-        if not self.prescale_gradients:
-            return None
-        return self.gradient_predivide_factor if self.gradient_predivide_factor != 1 else float(world_size)
+        if self.prescale_gradients:  # as in DeepSpeed, whatever the factor is
+            return float(world_size)
+        return None if self.gradient_predivide_factor == 1 else self.gradient_predivide_factor
 
     def settle_batch_sizes(self, world_size: int) -> None:
         """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
@@ -710,7 +709,7 @@ class ShardedLoader:
     """This rank's share of a dataset in micro-batches on its device; a new shuffle every epoch.
 
     The order comes from rank 0's PyTorch seed, so that ``torch.manual_seed`` fixes it. Ranks get equally many samples:
-    where the count does not divide, some are given twice (PyTorch's DistributedSampler).
+    where the count does not divide, some are given twice, as by PyTorch's DistributedSampler.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
@@ -718,48 +717,72 @@ class ShardedLoader:
         seed = torch.tensor(torch.initial_seed() % 2**62, device=device)
         if dist.get_world_size() > 1:
             dist.broadcast(seed, src=0)
-        self.sampler = None if isinstance(dataset, IterableDataset) else DistributedSampler(
-            dataset, shuffle=True, seed=int(seed), drop_last=False)
         self.dataset, self.batch_size, self.collate_fn, self.drop_last = dataset, batch_size, collate_fn, drop_last
         self.generator = torch.Generator()  # what DataLoader draws must not depend on how often it is made
-        self.device = device
-        self.epoch = 0          # how many epochs have begun
-        self.position = 0       # micro-batches of the last one that were given out
-        self.resuming = False   # the next iteration goes on with that epoch
+        self.device, self.seed, self.world_size = device, int(seed), dist.get_world_size()
+        self.epoch = 0      # how many epochs have begun
+        self.samples = 0    # of the last one, those that all ranks together were given; 0 once it is over
+        self.moved = False  # load_state_dict() has set the two, and no loop has taken them up
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
-        return len(self._loader(self.sampler))
+        return self._batches(len(self.dataset))
 
     def __iter__(self) -> Iterator[Any]:
-        """A new epoch's micro-batches; after load_state_dict those that are left of the one at hand."""
-        if not self.resuming:
-            self.epoch, self.position = self.epoch + 1, 0
-        self.resuming = False
-        order = self.sampler
-        if order is not None:
-            order.set_epoch(self.epoch - 1)
-            order = list(order)[self.position * self.batch_size:]
-        for batch in self._loader(order):
-            self.position += 1
-            yield _to_device(batch, self.device)
+        """A new epoch's micro-batches; after load_state_dict(), also inside the loop, what is left of that one."""
+        if not (self.moved and self.samples):
+            self.epoch, self.samples = self.epoch + 1, 0
+        again = True
+        while again:
+            self.moved = again = False
+            for batch in self._loader(self.samples):
+                self.samples += self.batch_size * self.world_size
+                yield _to_device(batch, self.device)
+                if self.moved:
+                    again = self.samples > 0
+                    break
+            else:
+                self.samples = 0
 
-    def _loader(self, order: Any) -> DataLoader:
-        return DataLoader(self.dataset, batch_size=self.batch_size, sampler=order, collate_fn=self.collate_fn,
-                          drop_last=self.drop_last, generator=self.generator)
+    def _batches(self, samples: int) -> int:
+        """Micro-batches that each rank gets of so many samples."""
+        share = -(-samples // self.world_size)
+        return max(0, share // self.batch_size if self.drop_last else -(-share // self.batch_size))
+
+    def _loader(self, given: int) -> DataLoader:
+        """This rank's share of the epoch after its first ``given`` samples."""
+        more = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
+                "generator": self.generator}
+        if isinstance(self.dataset, IterableDataset):
+            return DataLoader(_Rest(self.dataset, given) if given else self.dataset, **more)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        missing = -len(order[given:]) % self.world_size
+        share = (order[given:] + list(islice(cycle(order), missing)))[dist.get_rank()::self.world_size]
+        return DataLoader(self.dataset, sampler=share, **more)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data: the epoch, how many samples of it all ranks had together, and the order's seed."""
-        return {"epoch": self.epoch, "samples": self.position * self.batch_size * dist.get_world_size(),
-                "seed": getattr(self.sampler, "seed", 0)}
+        return {"epoch": self.epoch, "samples": self.samples, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the place where ``state`` was taken, also with another number of ranks."""
-        self.epoch = state["epoch"]
-        if self.sampler is not None:
-            self.sampler.seed = state["seed"]
-        self.position = state["samples"] // (self.batch_size * dist.get_world_size())
-        self.resuming = 0 < self.position < len(self)
+        """Go on at the place where ``state`` was taken, also with another number of ranks or another batch size.
+
+        A loop that runs goes on there; else the next one does.
+        """
+        self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
+        if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
+            self.samples = 0
+
+
+class _Rest(IterableDataset):
+    """A stream without its first samples."""
+
+    def __init__(self, stream: IterableDataset, given: int):
+        self.stream, self.given = stream, given
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.stream), self.given, None)
 
 
 # --- The engine -------------------------------------------------------------------------------------------------------
@@ -889,11 +912,15 @@ class Engine(nn.Module):
             if name == "micro_batch_size" and self.loader is not None:
                 raise ValueError(f"{name} is {value}, but the data loader that initialize() made gives "
                                  f"{self.loader.batch_size}; make a loader of your own to change it")
-            if self._window or any(slot.used for bucket in self.zero.trained for slot in bucket.slots):
+            if self._inside_window():
                 raise ValueError(f"{call} inside an accumulation window; allowed: after the step() that ends it")
             return str(value)
 
         self._say_same(call, check)
+
+    def _inside_window(self) -> bool:
+        """Whether there are gradients that no step has used."""
+        return bool(self._window) or any(slot.used for bucket in self.zero.trained for slot in bucket.slots)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say from now on, in place of the engine's counting, whether the micro-batch at hand ends its window.
@@ -966,9 +993,9 @@ class Engine(nn.Module):
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
-        if self._roll_call and self.training and torch.is_grad_enabled():
-            self._roll_call.enter(self.micro_steps + 1)
         self._check_scaled()
+        if self.zero.sharded.parameters and self.training and torch.is_grad_enabled():  # it needs the other ranks
+            self._enter()
         with self._explained(), self._timed("forward"), self.precision.autocast():
             return self.module(*args, **kwargs)
 
@@ -981,6 +1008,7 @@ class Engine(nn.Module):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
+        self._enter()
         if self._progress:
             self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
@@ -1021,6 +1049,7 @@ class Engine(nn.Module):
         self._require_optimizer("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
+        self._enter()
         self._step_applied = False
         self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
@@ -1129,52 +1158,45 @@ class Engine(nn.Module):
                         exclude_frozen_parameters: bool = False) -> bool:
         """Save everything that training needs under ``save_dir/tag``; every rank must call it.
 
-        Each rank writes its own share, into a folder with another name, which takes the place of ``tag`` once all of it
-        has reached the disk; the file ``latest`` changes last. So whenever a save dies, the one before it still loads.
+        Each rank writes its own share, into files with names of this save's own; once all of it has reached the disk,
+        its index takes the place of the one before, and ``latest`` changes last. So whenever a save dies, the one
+        before it still loads, and two that run at once are never mixed. Other files in that folder stay; a link, a file
+        or another program's ``meta.json`` in its place is refused before anything is written. Inside an accumulation
+        window the gradients so far are not saved, and a warning says so.
 
-        tag            a folder name; default: ``global_step`` and the step
+        tag            a folder name, or a number; default: ``global_step`` and the step
         client_state   plain data of the caller's (numbers, text, tensors, containers), given back by load_checkpoint()
         save_latest    make it the one that load_checkpoint() takes without a tag
         exclude_frozen_parameters   leave them out; such a checkpoint loads with ``load_module_strict=False``
 
         Returns True. With ``checkpoint.async`` it returns once the copy is made, and the next save, load, destroy() or
         the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
-        ``async`` where it is waited for); what was there before stays.
+        ``async`` where it is waited for; the log has it at once); what was there before stays.
         """
         tag = f"global_step{self.global_steps}" if tag is None else tag
 
         def check() -> str:
-            zero.check_tag(tag)
+            name = zero.folder_name(tag)
             if not isinstance(client_state, Mapping | None):
                 raise ValueError(f"client_state is {client_state!r}; allowed: a dict, or None")
             _check_path("save_dir", save_dir)
             _check_flags(save_latest=save_latest, exclude_frozen_parameters=exclude_frozen_parameters)
-            return f"{save_dir} {tag}"
+            return f"{save_dir} {name} {save_latest} {exclude_frozen_parameters}"
 
         self.wait_for_save()
         self._say_same("save_checkpoint()", check)
-        target, failure = Path(save_dir) / tag, None
-        folder = target.with_name(f".{tag}.tmp")
-        if self.global_rank == 0:
-            try:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            except OSError as error:
-                failure = str(error)
-        self._agree_on(failure)
-        stored = _to_bytes(self._state(client_state or {}))
-        self._agree_on(stored if isinstance(stored, str) else None)
-        index = {"step": self.global_steps, "stage": self.config.zero_optimization.stage, "ranks": self.world_size,
-                 "parameters": zero.describe_parameters(self.zero, self.module, not exclude_frozen_parameters)}
-        shares = zero.shares_of(self.zero, not exclude_frozen_parameters)
-        write = partial(self._write_checkpoint, folder, target, stored, index, zero.scalars_of(self.zero), save_latest)
+        if self._inside_window() and self.global_rank == 0:
+            logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
+                           "resumed run goes on without them")
+        save = _Save(Path(save_dir) / zero.folder_name(tag), save_latest, self.config.checkpoint.keep_last)
+        every = _agreed(self._tell)
+        _agreed(lambda: self._fill(save, every, dict(client_state or {}), not exclude_frozen_parameters))
+        save.id = _on_rank_0(save.begin)
         if self.config.checkpoint.async_:
-            if self._saver is None:
-                self._saver = _Saver()
-            copies = [(name, key, start, t.detach().to("cpu", copy=True)) for name, key, start, t in shares]
-            self._saver.start(partial(write, copies))
+            self._saver = self._saver or _Saver(self.config.collective_timeout())
+            self._saver.start(save.write)
         else:
-            write(shares, None)
+            save.write(None)
         return True
 
     def wait_for_save(self) -> None:
@@ -1182,113 +1204,138 @@ class Engine(nn.Module):
         if self._saver is not None:
             self._saver.wait()
 
-    def _state(self, client_state: dict[str, Any]) -> dict[str, Any]:
-        """All but parameters and optimizer state: what all ranks have in common from rank 0, the rest of every rank."""
-        buffers = _persistent_buffers(self.module)
-        every = _all_gather((_random_state(), buffers))
-        return {
+    def _tell(self) -> tuple[dict, dict, dict]:
+        """What the other ranks have to know for a save: generators, buffers, and state that is no value per element."""
+        scalars = zero.scalars_of(self.zero)
+        _to_bytes({"optimizer_state": scalars})  # what can't be sent is refused here
+        return _random_state(), _copies(_persistent_buffers(self.module)), scalars
+
+    def _fill(self, save: "_Save", every: list[tuple], client_state: dict[str, Any], with_frozen: bool) -> None:
+        """Give ``save`` what it will write; ``every`` is what all ranks told of their generators, buffers and state."""
+        first = every[0][1]
+        save.stored = _to_bytes({
             "training": {key: getattr(self, key) for key in
                          ("global_steps", "global_samples", "micro_steps", "skipped_steps")},
             "optimizer": type(self.optimizer).__name__, "scaler": self.scaler.state_dict(),
             "groups": [{key: value for key, value in group.items() if key != "params"}
                        for group in (self.optimizer.param_groups if self.optimizer else ())],
             "schedule": self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None,
-            "data": self.loader.state_dict() if self.loader else None, "client_state": client_state,
-            "random": [generators for generators, _ in every], "buffers": every[0][1],
-            "rank_buffers": [_differing(mine, every[0][1]) for _, mine in every]}
-
-    def _write_checkpoint(self, folder: Path, target: Path, stored: bytes, index: dict[str, Any],
-                          scalars: dict[str, dict], save_latest: bool, shares: Iterable, group: Any) -> None:
-        """Write this rank's file; rank 0 adds the index and puts the folder in its place. Talks only to ``group``."""
-        pieces, failure = None, None
-        try:
-            pieces = zero.write_pieces(shares, folder, self.global_rank)
-        except OSError as error:
-            failure = f"{error.strerror}: {error.filename or folder}"
-        every = _all_gather((pieces, scalars), group)
-        try:
-            if self.global_rank == 0 and all(theirs is not None for theirs, _ in every):
-                index["pieces"] = [piece for theirs, _ in every for piece in theirs]
-                index["scalars"] = {name: numbers for _, theirs in every for name, numbers in theirs.items()}
-                _complete_checkpoint(folder, target, stored, index)
-                if save_latest:
-                    _write_synced(target.parent / ".latest.tmp", target.name.encode())
-                    os.rename(target.parent / ".latest.tmp", target.parent / "latest")
-                    _sync_folder(target.parent)
-                self._remove_old(target.parent)
-        except OSError as error:
-            failure = f"{error.strerror}: {error.filename or folder}"
-        self._agree_on(failure, group)
-
-    def _remove_old(self, save_dir: Path) -> None:
-        """Keep the last ``keep_last`` checkpoints, by when they were written."""
-        if self.config.checkpoint.keep_last is not None:
-            folders = [path.parent for path in save_dir.glob("[!.]*/meta.json")]
-            folders.sort(key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
-            for folder in folders[:-self.config.checkpoint.keep_last]:
-                shutil.rmtree(folder)
+            "scheduler": type(self.lr_scheduler).__name__,
+            "data": None if self.loader is None else self.loader.state_dict(), "client_state": client_state,
+            "random": [generators for generators, *_ in every], "buffers": first,
+            "rank_buffers": [_differing(mine, first) for _, mine, _ in every],
+            "optimizer_state": zero.merge_scalars([scalars for *_, scalars in every])})
+        save.index = {"step": self.global_steps, "time": time.time_ns(), "ranks": self.world_size,
+                      "stage": self.config.zero_optimization.stage,
+                      "parameters": zero.describe_parameters(self.zero, self.module, with_frozen)}
+        save.shares = zero.shares_of(self.zero, with_frozen)
+        if self.config.checkpoint.async_:
+            save.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in save.shares]
 
     def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
-                        load_module_only: bool = False) -> tuple[str | None, dict[str, Any]]:
+                        load_module_only: bool = False) -> tuple[str | None, dict[str, Any] | None]:
         """Go on where save_checkpoint() was called, at any stage, number of ranks or precision; all ranks must call it.
 
         tag                        which; default: the one that the file ``latest`` names
-        load_module_strict         False: parameters that the model or the checkpoint lacks are left alone
+        load_module_strict         False: parameters and buffers that the model or the checkpoint lacks are left alone
         load_optimizer_states      False: the optimizer starts anew, from the loaded weights
         load_lr_scheduler_states   False: the schedule goes on where it is
         load_module_only           the weights and buffers alone
 
-        Returns the folder and the saved ``client_state``; ``(None, {})``, with a warning, where nothing was saved.
-        Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model.
+        Returns the folder and the saved ``client_state``; ``(None, None)``, with a warning, where nothing was saved.
+        Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model,
+        optimizer or schedule. The next accumulation window begins without gradients. A loop over the engine's loader
+        goes on at the loaded place; without one, the next loop does.
         """
         def check() -> str:
             _check_path("load_dir", load_dir)
             _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
                          load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
-            return str(zero.checkpoint_folder(load_dir, tag))
+            return (f"{load_dir} {tag if tag is None else zero.folder_name(tag)} {load_module_strict} "
+                    f"{load_optimizer_states} {load_lr_scheduler_states} {load_module_only}")
 
         self.wait_for_save()
         self._say_same("load_checkpoint()", check)
-        folder = zero.checkpoint_folder(load_dir, tag)
+        folder = _on_rank_0(lambda: zero.checkpoint_folder(load_dir, tag))
         if folder is None:
             if self.global_rank == 0:
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
-            return None, {}
-        failure = None
+            return None, None
         self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
-        try:
-            reader = zero.CheckpointReader(folder)
-            state = reader.state()
-            zero.check_fits(self.zero, reader, load_module_strict, with_optimizer)
-            if with_optimizer and state["optimizer"] != type(self.optimizer).__name__:
-                raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's "
-                                           f"optimizer is {type(self.optimizer).__name__}; load it with "
-                                           "load_optimizer_states=False")
-        except (zero.CheckpointError, OSError) as error:
-            failure = str(error)
-        self._agree_on(failure)
-        zero.load_pieces(self.zero, reader, with_optimizer)
-        own = dict(self.module.named_buffers())
-        mine = state["rank_buffers"][self.global_rank] if len(state["rank_buffers"]) == self.world_size else {}
-        for name, buffer in (state["buffers"] | mine).items():
+        with_schedule = load_lr_scheduler_states and not load_module_only and self.lr_scheduler is not None
+        reader, state = self._open_checkpoint(folder, load_module_strict, with_optimizer, with_schedule)
+        with closing(reader):
+            zero.load_pieces(self.zero, reader, state["optimizer_state"] if with_optimizer else None)
+        own = _persistent_buffers(self.module)
+        for name, buffer in self._saved_buffers(state).items():
             if name in own:
                 own[name].copy_(buffer)
+        self.zero_grad()
+        self._window = 0
         if not load_module_only:
-            self._load_training(state, with_optimizer, load_lr_scheduler_states)
+            self._load_training(state, with_optimizer, with_schedule)
+        self._tell_boundary()
         return str(folder), state["client_state"]
+
+    def _open_checkpoint(self, folder: Path, strict: bool, with_optimizer: bool,
+                         with_schedule: bool) -> tuple[zero.CheckpointReader, dict[str, Any]]:
+        """The same checkpoint on every rank, with its plain data; CheckpointError unless it fits this engine."""
+        reader = state = None
+
+        def look() -> int:
+            nonlocal reader, state
+            reader = zero.CheckpointReader(folder)
+            state = reader.state()
+            zero.check_fits(self.zero, reader, strict, with_optimizer)
+            self._check_fits(folder, state, strict, with_optimizer, with_schedule)
+            return reader.meta["checksum"]
+
+        if len(set(_agreed(look))) > 1:
+            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
+        return reader, state
+
+    def _saved_buffers(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""
+        mine = state["rank_buffers"][self.global_rank] if len(state["rank_buffers"]) == self.world_size else {}
+        return state["buffers"] | mine
+
+    def _check_fits(self, folder: Path, state: dict[str, Any], strict: bool, with_optimizer: bool,
+                    with_schedule: bool) -> None:
+        """Raise CheckpointError unless buffers, optimizer, param groups and schedule are such as the checkpoint has."""
+        saved, own = self._saved_buffers(state), _persistent_buffers(self.module)
+        missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        if strict and (missing or extra):
+            raise zero.CheckpointError(f"{folder} is of another model: it lacks the buffers {missing or 'none'}, and "
+                                       f"has beside {extra or 'none'}; load it with load_module_strict=False")
+        for name in own.keys() & saved.keys():
+            there, here = saved[name], own[name]
+            if there.shape != here.shape or not torch.can_cast(there.dtype, here.dtype):
+                raise zero.CheckpointError(
+                    f"{folder}: the buffer {name} is {tuple(there.shape)}, {there.dtype}, and in this model "
+                    f"{tuple(here.shape)}, {here.dtype}; give it that shape and dtype before loading")
+        if with_optimizer and state["optimizer"] != type(self.optimizer).__name__:
+            raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's optimizer "
+                                       f"is {type(self.optimizer).__name__}; load it with load_optimizer_states=False")
+        groups, now = len(state["groups"]), len(self.optimizer.param_groups) if self.optimizer else 0
+        if (with_optimizer or with_schedule and state["schedule"] is not None) and groups != now:
+            raise zero.CheckpointError(f"{folder} was saved with {groups} param groups, and this engine's optimizer "
+                                       f"has {now}; load it with load_optimizer_states=False and "
+                                       "load_lr_scheduler_states=False")
+        scheduler = type(self.lr_scheduler).__name__
+        if with_schedule and state["schedule"] is not None and state.get("scheduler", scheduler) != scheduler:
+            raise zero.CheckpointError(f"{folder} holds the state of {state['scheduler']}, and this engine's scheduler "
+                                       f"is {scheduler}; load it with load_lr_scheduler_states=False")
 
     def _load_training(self, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
         """Counters, rates, schedule, loss scale, random state, and the place in the data."""
         for key, value in state["training"].items():
             setattr(self, key, value)
-        self._window = 0
-        self._tell_boundary()
         if with_optimizer:
-            for group, saved in zip(self.optimizer.param_groups, state["groups"]):
+            for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
                 group.update(saved)
-        if with_schedule and self.lr_scheduler is not None and state["schedule"] is not None:
+        if with_schedule and state["schedule"] is not None:
             self.lr_scheduler.load_state_dict(state["schedule"])
         if state["scaler"].keys() == self.scaler.state_dict().keys():
             self.scaler.load_state_dict(state["scaler"])
@@ -1312,11 +1359,14 @@ class Engine(nn.Module):
 
         self._say_same("save_16bit_model()", check)
         whole = self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype))
-        if self.global_rank == 0:
+
+        def write() -> None:
             path = Path(save_dir) / save_filename
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(whole, path.with_name(f".{path.name}.tmp"))
             os.rename(path.with_name(f".{path.name}.tmp"), path)
+
+        _on_rank_0(write)
         return True
 
     def _whole_state_dict(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
@@ -1329,7 +1379,7 @@ class Engine(nn.Module):
         if self.global_rank != 0:
             return {}
         named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
-        return named | _persistent_buffers(self.module)
+        return named | _copies(_persistent_buffers(self.module))
 
     def _say_same(self, call: str, check: Callable[[], str]) -> None:
         """Make sure that all ranks make this call, and with the same arguments, of which ``check`` tells.
@@ -1353,13 +1403,6 @@ class Engine(nn.Module):
             raise ValueError(f"{call}: ranks were given different arguments: {said}")
         if failure:
             raise failure
-
-    def _agree_on(self, failure: str | None, group: Any = None) -> None:
-        """Raise CheckpointError on every rank if any has a failure to tell."""
-        failures = {rank: text for rank, text in enumerate(_all_gather(failure, group)) if text is not None}
-        if failures:
-            rank, text = next(iter(failures.items()))
-            raise zero.CheckpointError(f"rank {rank}: {text}")
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
@@ -1395,17 +1438,23 @@ class Engine(nn.Module):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where communication fails inside, say what the ranks were at."""
+        """Where communication fails inside, say what the ranks were at; where two dtypes meet, what to do."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if "support saved tensor hooks" in str(error):
-                raise RuntimeError("torch.func.grad, vjp and what is made of them can't be used inside the model at stage "
-                                   "3, or where blocks are recomputed, as both change what autograd saves; use "
-                                   "torch.autograd.grad(create_graph=True), or stage 2 without it") from error
+                raise RuntimeError(zero.NO_TRANSFORMS) from error
+            advice = self.precision.advice(error)
+            if advice:
+                raise type(error)(f"{error}{advice}") from error
             if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
                 raise
             raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
+
+    def _enter(self) -> None:
+        """This rank begins what the other ranks take part in."""
+        if self._roll_call:
+            self._roll_call.enter(self.micro_steps + 1)
 
     def _timed(self, phase: str) -> Any:
         return self._clock.phase(phase) if self._clock else nullcontext()
@@ -1482,8 +1531,8 @@ class _RollCall:
 class _Saver:
     """Writes checkpoints in a thread of its own, and speaks to the other ranks' in a process group of its own."""
 
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+    def __init__(self, timeout: timedelta | None) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -1493,7 +1542,8 @@ class _Saver:
             try:
                 write(self.group)
             except BaseException as error:
-                self.failure = error
+                self.failure = error  # said at once, since no wait() may follow
+                logger.error("%s", error)
 
         self.thread = threading.Thread(target=run, name="checkpoint")  # no daemon: the program's end waits for it
         self.thread.start()
@@ -1525,34 +1575,199 @@ def _all_gather(value: Any, group: Any = None) -> list[Any]:
     return gathered
 
 
-def _to_bytes(state: dict[str, Any]) -> bytes | str:
-    """``state`` as the contents of a file that loads safely, or why that can't be."""
-    stored = io.BytesIO()
+def _agreed(work: Callable[[], Any], group: Any = None) -> list[Any]:
+    """What ``work()`` gives on each rank. Where it raises on any of them, CheckpointError on every rank."""
+    result = failure = cause = None
     try:
-        torch.save(state, stored)
-        torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
-        return ("client_state (or the schedule's state) holds what can't be loaded safely; allowed: numbers, text, "
-                f"tensors and containers of these ({str(error).splitlines()[0]})")
+        result = work()
+    except Exception as error:
+        cause, failure = error, f"{type(error).__name__}: {error}"
+        if isinstance(error, zero.CheckpointError):
+            failure = str(error)
+        elif isinstance(error, OSError) and error.strerror:
+            failure = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    every = _all_gather((failure, result), group)
+    for rank, (failure, _) in enumerate(every):
+        if failure is not None:
+            raise zero.CheckpointError(f"rank {rank}: {failure}") from cause
+    return [result for _, result in every]
+
+
+def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
+    """What ``work()`` gives on rank 0, on every rank."""
+    return _agreed(work if dist.get_rank() == 0 else lambda: None, group)[0]
+
+
+def _to_bytes(state: dict[str, Any]) -> bytes:
+    """``state`` as the contents of a file that loads safely; CheckpointError names what can't be there."""
+    state = _without_numpy(state)
+    if _load_error(state) is not None:
+        where = next(filter(None, (_find_unsafe(value, key) for key, value in state.items())), "the state")
+        raise zero.CheckpointError(f"{where} can't be saved so that it loads safely; allowed: numbers, text, tensors "
+                                   "and containers of these")
+    stored = io.BytesIO()
+    torch.save(state, stored)
     return stored.getvalue()
 
 
-def _complete_checkpoint(folder: Path, target: Path, stored: bytes, index: dict[str, Any]) -> None:
-    """Add what is small to the ranks' files in ``folder``, and give it the name of ``target``."""
-    _write_synced(folder / "state.pt", stored)
-    index["files"] = {path.name: {"size": path.stat().st_size} for path in sorted(folder.iterdir())}
-    index["files"]["state.pt"]["checksum"] = zlib.crc32(stored)
-    content = json.dumps(index, sort_keys=True)
-    _write_synced(folder / "meta.json",
-                  f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
-    _sync_folder(folder)
-    aside = target.with_name(f".{target.name}.old")
-    if target.exists():  # a folder can't take another's place at once; zero.checkpoint_folder knows of this moment
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-    os.rename(folder, target)
-    _sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+def _without_numpy(value: Any) -> Any:
+    """``value`` with Python's numbers in the place of numpy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, OrderedDict):
+        return type(value)((_without_numpy(key), _without_numpy(item)) for key, item in value.items())
+    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
+
+
+def _load_error(value: Any) -> Exception | None:
+    """Why ``value`` can't be saved, or loaded safely."""
+    stored = io.BytesIO()
+    try:
+        torch.save(value, stored)
+        torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
+    except Exception as error:
+        return error
+    return None
+
+
+def _find_unsafe(value: Any, place: str) -> str | None:
+    """Where in ``value``, which lies at ``place``, is something that weights_only=True does not load, and what."""
+    error = _load_error(value)
+    if error is None:
+        return None
+    items = list(value.items() if isinstance(value, dict) else
+                 enumerate(value) if isinstance(value, (list, tuple)) else ())
+    deeper = [_find_unsafe(item, f"{place}[{key!r}]") for key, item in items]
+    return next(filter(None, deeper), f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}),")
+
+
+class _Save:
+    """A checkpoint on its way to the disk.
+
+    Its files have an id in their names that no other save has. Before they are written, rank 0 lists them in a claim,
+    the file ``save_dir/.checkpoint-ID.claim``, on which it has a lock as long as the save lives. What a newer save
+    replaces, or ``keep_last`` lets go, is put into a claim too. ``_sweep`` removes the files of claims that nobody
+    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes
+    stays.
+
+    index, stored, shares   what it will write: the index as far as it is known, the plain data, this rank's numbers
+    """
+
+    index: dict[str, Any]
+    stored: bytes
+    shares: Iterable
+
+    def __init__(self, folder: Path, save_latest: bool, keep_last: int | None):
+        self.folder, self.save_latest, self.keep_last, self.id, self.claim = folder, save_latest, keep_last, "", None
+
+    def begin(self) -> str:
+        """On rank 0: make the folder and the claim; returns the id."""
+        if self.folder.is_symlink():
+            raise zero.CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag "
+                                       "whose folder is none")
+        if (self.folder / "meta.json").exists():
+            try:
+                zero.read_index(self.folder)
+            except zero.CheckpointError:
+                raise zero.CheckpointError(f"{self.folder / 'meta.json'} is there, and is no index of a checkpoint "
+                                           "that this program can read; move it away, or save under another tag"
+                                           ) from None
+        _sweep(self.folder.parent)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.id = secrets.token_hex(8)
+        ranks = range(dist.get_world_size())
+        self.claim = _claim(self.folder, self.id, map(self._file, [*ranks, "state", "meta", "latest"]))
+        return self.id
+
+    def _file(self, what: int | str) -> str:
+        """The name of a rank's file, or of another one."""
+        return f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}"
+
+    def write(self, group: Any) -> None:
+        """Write this rank's file; rank 0 adds the rest and puts the index in its place. Talks only to ``group``."""
+        failure = None
+        try:
+            pieces = _agreed(lambda: zero.write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
+            _on_rank_0(lambda: self._complete(pieces), group)
+        except zero.CheckpointError as error:  # on every rank
+            failure = error
+        finally:  # as the system does where the process dies
+            if self.claim is not None:
+                _let_go(self.claim)
+        _on_rank_0(lambda: _sweep(self.folder.parent), group)
+        if failure is not None:
+            raise zero.CheckpointError(f"{self.folder} was not saved: {failure}") from failure
+
+    def _complete(self, pieces: list[list[dict]]) -> None:
+        """Add the plain data and the index to the ranks' files; then one rename makes them the checkpoint."""
+        folder, state = self.folder, self._file("state")
+        zero.write_synced(folder / state, self.stored)
+        names = map(self._file, [*range(len(pieces)), "state"])
+        files = {name: {"size": (folder / name).stat().st_size} for name in names}
+        files[state]["checksum"] = zlib.crc32(self.stored)
+        zero.write_index(folder / self._file("meta"), self.index | {
+            "files": files, "state": state, "pieces": [piece for theirs in pieces for piece in theirs]})
+        zero.write_synced(folder / self._file("latest"), folder.name.encode())
+        _sync_folder(folder)
+        if (folder / "meta.json").exists():
+            _let_go(_claim(folder, secrets.token_hex(8), zero.read_index(folder)["files"]))
+        os.rename(folder / self._file("meta"), folder / "meta.json")
+        _sync_folder(folder)
+        if self.save_latest:
+            os.rename(folder / self._file("latest"), folder.parent / "latest")
+        _sync_folder(folder.parent)
+        for old in [] if self.keep_last is None else _outdated(folder, self.keep_last):
+            _let_go(_claim(old, secrets.token_hex(8), zero.read_index(old)["files"]))
+            (old / "meta.json").unlink()
+
+
+def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
+    """A new claim on ``files`` of ``folder``, see _Save: its file, open and locked."""
+    file = open(folder.parent / f".checkpoint-{name}.claim", "x")
+    with suppress(OSError):  # a file system without locks: _sweep can't lock it either, and leaves it
+        fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump({"folder": folder.name, "files": list(files)}, file)
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def _let_go(claim: Any) -> None:
+    with suppress(OSError):
+        fcntl.flock(claim, fcntl.LOCK_UN)  # close() would not do where the process was forked since
+    claim.close()
+
+
+def _sweep(save_dir: Path) -> None:
+    """Remove the files of claims that nobody holds, see _Save. What can't be removed or read stays."""
+    for path in save_dir.glob(".checkpoint-*.claim"):
+        with suppress(OSError, ValueError, zero.CheckpointError), open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claim = json.load(file)
+            folder = save_dir / zero.folder_name(claim["folder"])
+            kept = zero.read_index(folder)["files"] if (folder / "meta.json").exists() else ()
+            for name in set(claim["files"]) - {"meta.json", *kept}:
+                (folder / Path(name).name).unlink(missing_ok=True)
+            with suppress(OSError):  # others' files are in it, or the checkpoint is
+                folder.rmdir()
+            path.unlink()
+
+
+def _outdated(newest: Path, keep_last: int) -> list[Path]:
+    """The checkpoints of the earliest steps beside ``newest``, so that ``keep_last`` stay.
+
+    Not what ``latest`` or a link names, and no folder that holds no checkpoint.
+    """
+    save_dir, found = newest.parent, []
+    kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
+    with suppress(zero.CheckpointError, OSError):  # latest is damaged
+        kept.add((zero.checkpoint_folder(save_dir) or newest).resolve())
+    for folder in {path.parent for path in save_dir.glob("[!.]*/meta.json")} - {newest}:
+        with suppress(zero.CheckpointError):
+            index = zero.read_index(folder)
+            found += [] if folder.is_symlink() else [(index["step"], index.get("time", 0), folder)]
+    old = [folder for *_, folder in sorted(found)][:max(0, len(found) - keep_last + 1)]
+    return [folder for folder in old if folder.resolve() not in kept]
 
 
 def _random_state() -> dict[str, Any]:
@@ -1571,22 +1786,20 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, copied to the CPU."""
-    return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach().cpu().clone()
+    """The buffers that a state dict holds."""
+    return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach()
             for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set}
+
+
+def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    return {name: buffer.cpu().clone() for name, buffer in buffers.items()}
 
 
 def _differing(buffers: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of ``buffers`` that are not the same in ``others``, such as a rank's own running means."""
     return {name: buffer for name, buffer in buffers.items() if not torch.equal(buffer, others[name])}
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -1789,8 +2002,8 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
-    buffers: dict[int, Tensor] = {}  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-    for module in model.modules():
+    buffers: dict[int, Tensor] = {}
+    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))

@@ -124,7 +124,7 @@ def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
 class Schedule(LRScheduler):
     """A schedule in closed form: a subclass checks its parameters, calls this constructor, and defines ``rate``.
 
-    ``last_batch_iteration`` is DeepSpeed's: -1 starts afresh, n starts as if n + 1 steps had been taken.
+    ``last_batch_iteration`` is DeepSpeed's position: -1 at the start, n after n + 1 steps: PyTorch's ``last_epoch`` - 1.
     """
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1):
@@ -145,9 +145,25 @@ class Schedule(LRScheduler):
         """The rates at the current position, one per param group."""
         return [self.rate(self.last_epoch, group) for group in range(len(self.base_lrs))]
 
-    def step(self, epoch: int | None = None) -> None:
-        """Go on by one step, and put its rates, and momenta if it has any, in force."""
-        super().step(epoch)
+    @property
+    def last_batch_iteration(self) -> int:
+        """The position as DeepSpeed counts it."""
+        return self.last_epoch - 1
+
+    @last_batch_iteration.setter
+    def last_batch_iteration(self, position: int) -> None:
+        self.last_epoch = 1 + _number("last_batch_iteration", position, low=-1, whole=True)
+
+    def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
+        """Go on by one step, or to a position, and put its rates, and momenta if it has any, in force.
+
+        The position is DeepSpeed's, and has two names there.
+        """
+        position = last_batch_iteration if batch_iteration is None else batch_iteration
+        if position is not None:
+            self.last_batch_iteration = position
+            self.last_epoch -= 1  # from where PyTorch's step() goes on by one
+        super().step()
         for index, group in enumerate(self.optimizer.param_groups[:len(self.base_lrs)]):
             momentum = self.momentum(self.last_epoch, index)
             if momentum is not None and "betas" in group:
@@ -157,18 +173,19 @@ class Schedule(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the rates the optimizer had; everything else comes from the constructor."""
-        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
+        return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position, and put its rates in force at once."""
-        if len(state_dict["base_lrs"]) != len(self.base_lrs):
-            raise ValueError(f"the saved schedule has {len(state_dict['base_lrs'])} param group(s), "
-                             f"this one {len(self.base_lrs)}")
-        self.base_lrs = list(state_dict["base_lrs"])
-        self.last_epoch = self._step_count = state_dict["last_epoch"] - 1
+        """Go to a saved position, and put its rates in force at once; DeepSpeed's states hold the position alone."""
+        base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
+        if len(base_lrs) != len(self.base_lrs):
+            raise ValueError(f"the saved schedule has {len(base_lrs)} param group(s), this one {len(self.base_lrs)}")
+        self.last_batch_iteration = state_dict["last_epoch"] - 1 if "last_epoch" in state_dict \
+            else state_dict["last_batch_iteration"]
+        self.base_lrs, self._step_count = base_lrs, self.last_epoch
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch misses an optimizer step before this one
-            self.step()
+            self.step(self.last_batch_iteration)
 
 
 # --- DeepSpeed's five -------------------------------------------------------------------------------------------------
@@ -325,6 +342,12 @@ class OneCycle(Schedule):
             return high - (high - low) * self.height(t) if t else low
         return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},",
                        high * (1 + self.decay_mom_rate * decay), high=math.nextafter(1.0, 0.0))
+
+    def get_mom(self) -> list[Any] | None:
+        """Each param group's momentum in force, or Adam's ``betas``; None where momentum is not cycled."""
+        if not any(self.moves_momentum):
+            return None
+        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
 
 
 class LRRangeTest(Schedule):

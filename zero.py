@@ -41,9 +41,11 @@ it. With one process there is nothing to share out: no collective runs at any st
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import logging
 import math
@@ -64,6 +66,7 @@ from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1013,8 +1016,8 @@ class Bucket:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
         for slot in self.slots:
             if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage 3), "
-                                   "and that is lost; write inside forward, or inside zero.GatheredParameters")
+                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
+                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
@@ -1022,7 +1025,7 @@ class Bucket:
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory, but not from under a view of somebody else's; each rank keeps its shard.
+        """Release the whole parameters' memory, unless somebody else holds a view of it; each rank keeps its shard.
 
         What autograd saves is no such view, see _pack.
         """
@@ -1204,8 +1207,17 @@ def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))  # NaN is like NaN
 
 
 # --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
@@ -1662,6 +1674,12 @@ ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim
                torch.optim.ASGD}
 
 
+NO_TRANSFORMS = (
+    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
+    "3, nor where blocks are recomputed, as both change what autograd saves; use "
+    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
+
+
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
 
@@ -1912,8 +1930,9 @@ class Zero(Holder):
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            self.saving = call, _saving()
-            self.saving[1].__enter__()
+            hooks = _saving()
+            hooks.__enter__()
+            self.saving = call, hooks
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
         # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
         # before the rest of the call: so the call is given a view of it, which keeps the order.
@@ -1943,7 +1962,7 @@ class Zero(Holder):
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
-            for bucket in needed.buckets:
+            for bucket in needed.buckets if needed.state is UnitState.WHOLE else ():  # else the gather has failed
                 bucket.keep_writes()
         self._release(unit, call)
 
@@ -1960,8 +1979,8 @@ class Zero(Holder):
     def _start_gather(self, unit: Unit) -> None:
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
-            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, whose "
-                               "weights are sharded (stage 3), and it can't see them come and go; use "
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, "
+                               "whose weights are sharded (stage 3), and it can't see them come and go; use "
                                "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         unit.start_gather()
         if unit.buckets:
@@ -2682,7 +2701,7 @@ class GatheredParameters:
         self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
         self.saving.__enter__()
 
-    def __exit__(self, error: Any, *rest: Any) -> None:
+    def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
         self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
@@ -2692,6 +2711,8 @@ class GatheredParameters:
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:
                 zero.let_go(bucket.unit, self)
+        if value is not None and "support saved tensor hooks" in str(value):
+            raise RuntimeError(NO_TRANSFORMS) from value
         if lost:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
                              "modifier_rank, and are lost; give the rank whose changes shall be kept")
@@ -2829,6 +2850,10 @@ def _check_shape(slot: Slot, value: Any) -> None:
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+VERSION = 2       # of the files' format; version 1, which had no such number, is still read
+CHUNK = 2**20     # bytes that are read at a time to check them
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read; the message names the file, the parameter and what to do."""
 
@@ -2856,14 +2881,14 @@ class Piece:
 Share = tuple[str, str, int, Tensor]  # a parameter's name, a key as in Piece, the first element, and the values
 
 
-def write_pieces(shares: Iterable[Share], folder: Path, rank: int) -> list[dict]:
+def write_pieces(shares: Iterable[Share], path: Path) -> list[dict]:
     """Write a rank's shares into a file of its own, and see them on the disk; returns the pieces of the index."""
-    name, offset, pieces = f"rank_{rank:05d}.bin", 0, []
-    with open(folder / name, "wb") as file:
+    offset, pieces = 0, []
+    with open(path, "wb") as file:
         for parameter, key, start, tensor in shares:
             data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
-            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], name,
+            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name,
                                        offset, len(data), zlib.crc32(data), shape)))
             file.write(data)
             offset += len(data)
@@ -2882,15 +2907,13 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
-        for slot in bucket.slots:
+        for slot in bucket.slots if bucket.trained else ():
             for key, value in zero.optimizer.state.get(slot.piece, {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue  # see scalars_of
                 if _is_like(key, value, slot.piece.shape):
                     flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
                     yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
-                elif bucket.sharded.optimizer or zero.communicator.rank == 0:
-                    yield slot.name, key, 0, value.view(1, *value.shape)  # the leading 1 tells it from a stretch
+                elif _is_in_own_shape(slot, value) and (bucket.sharded.optimizer or zero.communicator.rank == 0):
+                    yield slot.name, key, 0, value[None]  # the leading 1 tells it from a stretch
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
@@ -2900,20 +2923,42 @@ def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) 
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
-def scalars_of(zero: Zero) -> dict[str, dict]:
-    """The optimizer state that is one number for a parameter, such as its step count, by the parameter's name."""
+def _is_in_own_shape(slot: Slot, value: Any) -> bool:
+    """Whether state that is not an element's is a tensor for a parameter of which this rank has all."""
+    return isinstance(value, Tensor) and value.dim() > 0 and slot.piece.numel() == slot.shape.numel()
+
+
+def scalars_of(zero: Zero) -> dict[str, dict[str, tuple]]:
+    """The optimizer state that is no value per element, such as a step count, by the parameter's name.
+
+    An entry is a pair: a number and its tensor's dtype, or else what the optimizer keeps, of any kind, and None.
+    """
     found: dict[str, dict] = {}
     for bucket in zero.trained:
         for slot in bucket.slots:
             state = zero.optimizer.state.get(slot.piece, {})
             if state:
-                found[slot.name] = {key: float(value) for key, value in state.items()
-                                    if value is not None and (not isinstance(value, Tensor) or value.dim() == 0)}
+                found[slot.name] = {
+                    key: (value.item(), str(value.dtype)[6:]) if isinstance(value, Tensor) and value.dim() == 0
+                    else (value, None) for key, value in state.items()
+                    if not (_is_like(key, value, slot.piece.shape) or _is_in_own_shape(slot, value))}
     return found
 
 
+def merge_scalars(every: Sequence[dict[str, dict[str, tuple]]]) -> dict[str, dict[str, tuple]]:
+    """What all ranks' ``scalars_of`` say together; CheckpointError where they differ on a parameter."""
+    merged: dict[str, dict] = {}
+    for name, entries in (item for found in every for item in found.items()):
+        known = merged.setdefault(name, entries)
+        for key in (known.keys() | entries.keys()) if known is not entries else ():
+            if not _same(known.get(key), entries.get(key)):
+                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
+                                      "holds a part of the parameter; it can be saved at stage 0")
+    return merged
+
+
 def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
-    """Name, shape, layout and dtype of every parameter, and the other names under which it is known (tied weights)."""
+    """Name, shape, layout, dtype and param group of every parameter, and its other names (tied weights)."""
     zero.check_model()
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
@@ -2922,102 +2967,155 @@ def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) 
         if not (bucket.trained or with_frozen):
             continue
         described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
-                           "dtype": str(bucket.dtypes.compute)[6:], "aliases": []}
+                           "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": []}
     for alias, p in model.named_parameters(remove_duplicate=False):
         if alias != names[id(p)] and names[id(p)] in described:
             described[names[id(p)]]["aliases"].append(alias)
     return described
 
 
+def write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write an index with its checksum, and see it on the disk."""
+    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
+    write_synced(path, f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    path = folder / "meta.json"
+    try:
+        wrapped = json.loads(path.read_text())
+        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
+                              ) from None
+    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+    if version not in (1, VERSION):
+        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads versions 1 to "
+                              f"{VERSION}; load another tag, or with the program that wrote it")
+    return index | {"checksum": checksum}
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and see it on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class CheckpointReader:
     """An opened checkpoint folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
 
-    meta   what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
+
+    meta     what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
+    pieces   by parameter and by key
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            wrapped = json.loads((folder / "meta.json").read_text())
-            self.meta = wrapped["content"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'meta.json'} can't be read ({error}): this is no complete checkpoint; "
-                                  "load another tag") from None
-        if wrapped.get("checksum") != zlib.crc32(json.dumps(self.meta, sort_keys=True).encode()):
-            raise CheckpointError(f"{folder / 'meta.json'} is damaged: its checksum does not match; load another tag")
-        self.files: dict[str, Tensor] = {}
-        self.pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        self.folder, self.meta = folder, read_index(folder)
+        self.files: dict[str, Any] = {}
+        self.pieces: dict[str, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
         for raw in self.meta["pieces"]:
-            piece = Piece(**raw)
-            self.pieces[piece.name, piece.key].append(piece)
+            self.pieces[raw["name"]][raw["key"]].append(Piece(**raw))
         for name, facts in self.meta["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != facts["size"] or Path(name).name != name:
                 raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the "
-                                      f"checkpoint has {facts['size']}: it is not complete; load another tag")
+                                      f"checkpoint has {facts['size']}: it is not complete, or is being saved anew; "
+                                      "load another tag")
 
     def keys(self, name: str) -> list[str]:
         """The optimizer state that is there for a parameter, value by value."""
-        return [key for owner, key in self.pieces if owner == name and key]
+        return [key for key in self.pieces[name] if key]
 
     def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
-        """Raise CheckpointError unless a parameter, or its state, is there without a gap, undamaged from start to end.
+        """Raise CheckpointError unless a parameter, or its state, is there once, undamaged from start to end.
 
         Every piece is checked by a rank that reads it.
         """
         size = math.prod(self.meta["parameters"][name]["shape"])
         end = size if end is None else end
-        covered = 0
-        for piece in sorted(self.pieces[name, key], key=lambda p: p.start):
-            if piece.start == covered or piece.shape is not None:
-                covered = size if piece.shape is not None else piece.end
-            if piece.shape is None and (piece.start >= end or piece.end <= start):
+        covered, pieces, what = 0, sorted(self.pieces[name][key], key=lambda p: p.start), key or "the values"
+        for piece in pieces:
+            alone = piece.shape is not None and len(pieces) == 1 and piece.end == math.prod(piece.shape)
+            stretch = piece.shape is None and (piece.start < piece.end or not size)
+            if piece.start != covered or not (alone or stretch) or (
+                    piece.size != (piece.end - piece.start) * getattr(torch, piece.dtype).itemsize):
+                raise CheckpointError(f"{self.folder}: the pieces of {what} of {name} overlap, or leave gaps, or have "
+                                      "another size than their values; load another tag")
+            covered = size if alone else piece.end
+            if not alone and (piece.start >= end or piece.end <= start):
                 continue
-            if zlib.crc32(memoryview(self._bytes(piece).numpy())) != piece.checksum:
+            if self._checksum(piece) != piece.checksum:
                 raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
-                                      f"{key or 'the values'} of {name} does not match; load another tag")
+                                      f"{what} of {name} does not match; load another tag")
         if covered != size:
-            raise CheckpointError(f"{self.folder} lacks a part of {key or 'the values'} of {name}; load another tag")
+            raise CheckpointError(f"{self.folder} lacks a part of {what} of {name}; load another tag")
 
     def read(self, name: str, key: str, start: int, out: Tensor) -> None:
         """The elements of a parameter from ``start`` on, as it lies in memory, into the 1-D ``out``."""
-        for piece in self.pieces[name, key]:
+        for piece in self.pieces[name][key]:
             low, high = max(start, piece.start), min(start + out.numel(), piece.end)
             if low < high:
-                values = self._bytes(piece).view(getattr(torch, piece.dtype))
-                out[low - start:high - start] = values[low - piece.start:high - piece.start]
+                out[low - start:high - start] = self._values(piece, low - piece.start, high - piece.start)
 
     def whole(self, name: str, key: str = "") -> Tensor:
         """A parameter, or state of it, in its shape."""
-        pieces, facts = self.pieces[name, key], self.meta["parameters"][name]
-        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        pieces, facts = self.pieces[name][key], self.meta["parameters"][name]
         if pieces and pieces[0].shape is not None:
-            return self._bytes(pieces[0]).view(dtype).view(pieces[0].shape[1:]).clone()
-        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
+            return self._values(pieces[0], 0, pieces[0].end).view(pieces[0].shape[1:])
+        flat = torch.empty(math.prod(facts["shape"]), dtype=getattr(torch, (pieces[0].dtype if pieces else
+                                                                            facts["dtype"])))
         self.read(name, key, 0, flat)
         return flat.as_strided(facts["shape"], facts["stride"])
 
     def state(self) -> dict[str, Any]:
-        """Counters, schedule, buffers and the like: the file ``state.pt``."""
-        path = self.folder / "state.pt"
-        if zlib.crc32(path.read_bytes()) != self.meta["files"]["state.pt"]["checksum"]:
-            raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+        """Counters, schedule, buffers and the like: the one file of plain data."""
+        name = self.meta.get("state", "state.pt")
+        data = (self.folder / name).read_bytes()
+        if zlib.crc32(data) != self.meta["files"][name]["checksum"]:
+            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except pickle.UnpicklingError:
-            raise CheckpointError(f"{path} holds something else than plain data, which weights_only=True refuses to "
-                                  "unpickle: it was not written by save_checkpoint(); load another tag") from None
+            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
+                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
+                                  ) from None
+        if "scalars" in self.meta:  # version 1
+            state["optimizer_state"] = {owner: {key: (value, "float32") for key, value in numbers.items()}
+                                        for owner, numbers in self.meta["scalars"].items()}
+        return state
 
-    def let_go(self) -> None:
-        """Unmap the files: what was read of them counts as this process's memory as long as they are mapped."""
+    def close(self) -> None:
+        """Close the files. What is read after it opens them anew."""
+        for file in self.files.values():
+            file.close()
         self.files.clear()
 
-    def _bytes(self, piece: Piece) -> Tensor:
+    def _open(self, piece: Piece, start: int) -> Any:
+        """The file with a piece, at the piece's byte ``start``."""
         if piece.file not in self.files:
-            size = self.meta["files"][piece.file]["size"]
-            self.files[piece.file] = torch.from_file(str(self.folder / piece.file), size=size, dtype=torch.uint8)
-        return self.files[piece.file][piece.offset:piece.offset + piece.size]
+            self.files[piece.file] = open(self.folder / piece.file, "rb")
+        self.files[piece.file].seek(piece.offset + start)
+        return self.files[piece.file]
+
+    def _checksum(self, piece: Piece) -> int:
+        file, checksum = self._open(piece, 0), 0
+        for start in range(0, piece.size, CHUNK):
+            checksum = zlib.crc32(file.read(min(CHUNK, piece.size - start)), checksum)
+        return checksum
+
+    def _values(self, piece: Piece, low: int, high: int) -> Tensor:
+        """Its elements from ``low`` to ``high``."""
+        values = torch.empty(high - low, dtype=getattr(torch, piece.dtype))
+        room = memoryview(values.view(torch.uint8).numpy())
+        if self._open(piece, low * values.itemsize).readinto(room) != len(room):
+            raise CheckpointError(f"{self.folder / piece.file} ends too early; load another tag")
+        return values
 
 
 def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_states: bool) -> None:
@@ -3035,23 +3133,28 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
             if facts["shape"] != list(slot.shape):
                 raise CheckpointError(f"{reader.folder}: {slot.name} has the shape {facts['shape']}, and in this model "
                                       f"{list(slot.shape)}")
+            group = facts.get("group")
+            if optimizer_states and None not in (group, bucket.group) and group != bucket.group:
+                raise CheckpointError(f"{reader.folder}: {slot.name} was in the optimizer's param group {group}, and "
+                                      f"is in {bucket.group} now; load it with load_optimizer_states=False")
             mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
             for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
                 reader.verify(slot.name, key, *mine)
-        reader.let_go()
 
 
 @torch.no_grad()
-def load_pieces(zero: Zero, reader: CheckpointReader, optimizer_states: bool) -> None:
-    """Take over parameters and optimizer state, each rank the stretches that it holds. All ranks must call it."""
+def load_pieces(zero: Zero, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]] | None) -> None:
+    """Take over parameters and, where ``scalars`` are given, optimizer state, each rank the stretches that it holds.
+
+    All ranks must call it.
+    """
     for bucket in zero.buckets:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots:
             if slot.name in reader.meta["parameters"]:
                 _read_slot(reader, slot, "", held, start)
-        if bucket.trained and optimizer_states:
-            _load_state(zero, bucket, reader)
-        reader.let_go()
+        if bucket.trained and scalars is not None:
+            _load_state(zero, bucket, reader, scalars)
         if bucket.held is not None:
             bucket.publish()
             bucket.gather.wait()
@@ -3073,19 +3176,22 @@ def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, sta
         out.copy_(flat[low - slot.offset:high - slot.offset])
 
 
-def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader) -> None:
+def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]]) -> None:
     """The optimizer state of a bucket; of a parameter that was never updated, the optimizer begins anew."""
-    scalars, state, group = reader.meta["scalars"], zero.optimizer.state, zero.optimizer.param_groups[bucket.group]
-    place = bucket.master.device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
+    state, group, device = zero.optimizer.state, zero.optimizer.param_groups[bucket.group], bucket.master.device
+    place = device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
     for slot in bucket.slots:
         before = state.pop(slot.piece, {})
         if slot.piece is None or slot.name not in scalars:
             continue
-        entry: dict[str, Any] = {key: torch.tensor(value, device=place) for key, value in scalars[slot.name].items()}
+        entry: dict[str, Any] = {
+            key: torch.tensor(value, dtype=getattr(torch, dtype), device=place) if dtype else
+            value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, (value, dtype) in scalars[slot.name].items()}
         for key in reader.keys(slot.name):
-            piece = reader.pieces[slot.name, key][0]
+            piece = reader.pieces[slot.name][key][0]
             if piece.shape is not None:
-                entry[key] = reader.whole(slot.name, key).to(bucket.master.device)
+                entry[key] = reader.whole(slot.name, key).to(device)
                 continue
             dtype = getattr(torch, piece.dtype)
             fits = key in before and before[key].shape == slot.piece.shape and before[key].dtype == dtype
@@ -3107,30 +3213,30 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Ten
         tensor = reader.whole(name)
         whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         whole |= dict.fromkeys(facts["aliases"], whole[name])
-        reader.let_go()
     return whole | reader.state()["buffers"]
 
 
-def checkpoint_folder(directory: str | os.PathLike, tag: str | None) -> Path | None:
+def checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
     """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
-    directory = Path(directory)
-    if tag is None:
-        if not (directory / "latest").is_file():
-            return None
-        tag = (directory / "latest").read_text().strip()
-    check_tag(tag)
-    # A save that replaces a tag moves the old folder aside for a moment; if it died in that moment, that one counts.
-    for folder in (directory / tag, directory / f".{tag}.old"):
-        if folder.is_dir():
-            return folder
-    return directory / tag
+    if tag is not None:
+        return Path(directory) / folder_name(tag)
+    latest = Path(directory) / "latest"
+    try:
+        return Path(directory) / folder_name(latest.read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
+                              "one into it, or load by a tag") from None
 
 
-def check_tag(tag: Any) -> None:
-    """Refuse a tag that is no plain folder name."""
-    if (not isinstance(tag, str) or not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest"
-            or "\0" in tag):
-        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100'")
+def folder_name(tag: Any) -> str:
+    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
+    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
+            or name.startswith((".", " ")) or name.endswith((".", " "))):
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
+    return name
 
 
 def _main(argv: list[str] | None = None) -> int:
@@ -3177,7 +3283,7 @@ def _inspection(reader: CheckpointReader) -> str:
     meta = reader.meta
     rows = [f"{reader.folder}: step {meta['step']}, saved at stage {meta['stage']} by {meta['ranks']} rank(s)"]
     for name, facts in meta["parameters"].items():
-        size = sum(piece.size for (owner, _), pieces in reader.pieces.items() if owner == name for piece in pieces)
+        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
         state = ", ".join(reader.keys(name)) or "no optimizer state"
         rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
     rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
@@ -3287,7 +3393,7 @@ class Terms(NamedTuple):
     """What a config says that counts here."""
     config: ZeroConfig
     dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
-    half: torch.dtype | None                 # that of parameters and buffers in mixed precision
+    buffers: torch.dtype | None              # that of floating-point buffers; none: each as the model has it
     updates: str     # the place of masters, optimizer state and gradient shards
     parameters: str  # the place of stage 3's shards
 
@@ -3321,7 +3427,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int],
     if is_model:
         ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
         lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
-        buffers = sum(b.numel() * (terms.half if terms.half and b.is_floating_point() else b.dtype).itemsize
+        buffers = sum(b.numel() * (terms.buffers if terms.buffers and b.is_floating_point() else b.dtype).itemsize
                       for b in model_or_counts.buffers())
     else:
         total, unit = _checked_counts(model_or_counts)
@@ -3370,8 +3476,7 @@ def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) ->
     else:
         offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
     updates, parameters = (_place(key, said) for key, said in offload.items())
-    given_dtypes, half = _dtypes_said(whole)
-    return Terms(config, given_dtypes, half, updates, parameters)
+    return Terms(config, *_dtypes_said(whole), updates, parameters)
 
 
 def _read_config(path: str | os.PathLike) -> Any:
@@ -3390,26 +3495,28 @@ def _place(key: str, said: Any) -> str:
 
 
 def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
-    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and of mixed precision."""
+    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and that of buffers."""
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
     enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
     half = names[enabled[0]] if enabled else None
     masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
-    wanted = {"data_types.grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype"),
-              "communication_data_type": config.get("communication_data_type")}
+    said = config.get("data_types", {})
+    wanted = {f"data_types.{key}": said.get(key) for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
+    wanted["communication_data_type"] = config.get("communication_data_type")
     for key, name in wanted.items():
         if name not in names:
             raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
-    accumulation, reduction = (names[name] for name in wanted.values())
+    accumulation, parameters, buffers, reduction = (names[name] for name in wanted.values())
 
     def dtypes(given: torch.dtype) -> Dtypes:
         if not given.is_floating_point:
             return Dtypes(given, given, given, given)
-        master = (half if masters_too else torch.float32) if half else given
+        compute = half or parameters or given
+        master = torch.float32 if half and not masters_too else compute
         gradient = accumulation or master
-        return Dtypes(half or given, master, gradient, reduction or gradient)
+        return Dtypes(compute, master, gradient, reduction or gradient)
 
-    return dtypes, half
+    return dtypes, buffers
 
 
 def _checked_counts(counts: Any) -> tuple[int, int]:

@@ -7,6 +7,7 @@ The processes are started once per test session, and each stays for all the test
 server that has PyTorch loaded already, since loading it takes longer than most tests.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -57,6 +58,7 @@ def _serve(rank: int, connection: Any, store_path: str, folders: list[str]) -> N
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
     group = None  # (world size, how many groups came before)
     while True:
         wanted, function, args = pickle.loads(connection.recv_bytes())

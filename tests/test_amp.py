@@ -23,7 +23,7 @@ from test_zero import model_state_bytes, train_wide
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 HALF = {"fp16": {"fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8}},
-        "bf16": {"bf16": {"enabled": True}}}
+        "bf16": {"bf16": {"enabled": True, "auto_cast": True}}}
 
 
 class Net(nn.Module):
@@ -114,7 +114,8 @@ def tiny_sums(data_types: dict, stage: int):
     model = nn.Linear(1, 1, bias=False)
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1024, "optimizer": ADAM,
-        "bf16": {"enabled": True}, "data_types": data_types, "zero_optimization": {"stage": stage}})
+        "bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types,
+        "zero_optimization": {"stage": stage}})
     for i in range(513):
         engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 512), scale_wrt_gas=False)
         engine.step()
@@ -128,9 +129,10 @@ def test_many_small_bf16_gradients_add_up_to_their_fp32_sum(run_ranks):
 
 
 def half_bytes(stage: int, data_types: dict):
-    engine = train_wide(stage, precision={"bf16": {"enabled": True}, "data_types": data_types})
+    engine = train_wide(stage, precision={"bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types})
     count = sum(b.numel for b in engine.zero.buckets)
-    return model_state_bytes(engine) / count
+    padding = count // (engine.world_size if stage else 1) - sum(p.numel() for b in engine.zero.buckets for p in b.pieces)
+    return (model_state_bytes(engine) + 8 * padding) / count  # padding has no optimizer state
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -146,7 +148,7 @@ def test_bytes_per_rank_are_those_of_the_table_in_bf16(run_ranks, stage, world_s
 
 
 def reductions(precision: dict):
-    """Bytes per element sent by reductions, and whether the result is right."""
+    """Bytes per element sent by reductions, the gradient, its norm, and what was divided by before the sum."""
     torch.manual_seed(0)
     model = Net()
     engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
@@ -156,17 +158,19 @@ def reductions(precision: dict):
     sent = engine.zero.communicator.traffic["reduce-scatter"]
     gradient = zero.safe_get_full_grad(model.head.weight)
     engine.step()
-    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm()
+    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm(), engine.zero.trained[0].predivide
 
 
 def test_gradients_are_sent_in_the_dtype_that_the_config_says(run_ranks):
-    (_, exact, norm), *_ = run_ranks(reductions, 2, {})
-    for precision, size in (({}, 4), ({"communication_data_type": "bf16"}, 2), ({"communication_data_type": "fp16"}, 2),
-                            ({"prescale_gradients": True}, 4),
-                            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4),
-                            ({"bf16": {"enabled": True}}, 4)):
-        for per_element, gradient, their_norm in run_ranks(reductions, 2, precision):
-            assert per_element == size, precision
+    (_, exact, norm, _), *_ = run_ranks(reductions, 2, {})
+    for precision, size, divided in (
+            ({}, 4, 1), ({"communication_data_type": "bf16"}, 2, 1), ({"communication_data_type": "fp16"}, 2, 2),
+            ({"prescale_gradients": True}, 4, 2), ({"gradient_predivide_factor": 4.0}, 4, 4),
+            ({"gradient_predivide_factor": 0.7, "communication_data_type": "fp16"}, 2, 0.7),
+            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4, 2),
+            ({"bf16": {"enabled": True, "auto_cast": True}}, 4, 1)):
+        for per_element, gradient, their_norm, predivide in run_ranks(reductions, 2, precision):
+            assert (per_element, predivide) == (size, divided), precision
             assert torch.allclose(gradient, exact, atol=0.02 * float(exact.abs().max())), precision
             assert their_norm == pytest.approx(norm, rel=0.01), precision
 
@@ -267,7 +271,7 @@ def warnings_of_a_skip():
 
 
 def test_bf16_takes_such_a_step_when_told_to(run_ranks):
-    precision = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    precision = {"bf16": {"enabled": True, "auto_cast": True, "check_grad_overflow": False}}
     ((same, skipped, *_), _), _ = run_ranks(overflowing, 2, precision, 1)
     assert (same, skipped) == (False, 0)
 
@@ -374,14 +378,91 @@ def kept_in_fp32(name: str):
     engine.backward(out.float().mean())
     engine.step()
     return str(inside[0][0]), [str(p.dtype) for p in model.blocks[0].parameters()], str(model.head.weight.dtype), \
-        str(out.dtype), str(model.scale.dtype), engine.skipped_steps
+        str(out.dtype), engine.skipped_steps
 
 
 @pytest.mark.parametrize("name, dtype", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
 def test_chosen_modules_stay_in_fp32(run_ranks, name, dtype):
-    (inside, block, head, out, buffer, skipped), = run_ranks(kept_in_fp32, 1, name)
+    (inside, block, head, out, skipped), = run_ranks(kept_in_fp32, 1, name)
     assert inside == "torch.float32" and block == [dtype] * 2 + ["torch.float32"] * 2 and head == "torch.float32"
-    assert out == buffer == dtype and skipped == 0
+    assert out == dtype and skipped == 0
+
+
+def kept_twice(stage: int):
+    """What leaves a block and the norm in it, where a pattern names both."""
+    model, dtypes = Net(), []
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "optimizer": ADAM, "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True, "keep_fp32": ["blocks.*"]}})
+    for module in (model.blocks[1][1], model.blocks[1]):
+        module.register_forward_hook(lambda _, args, out: dtypes.append(out.dtype))
+    engine.backward(engine(torch.ones(2, 16, dtype=torch.bfloat16)).float().mean())
+    engine.step()
+    return dtypes, engine.was_step_applied()
+
+
+def test_a_module_kept_in_fp32_inside_of_another_meets_fp32(run_ranks):
+    for stage in (0, 3):
+        for dtypes, applied in run_ranks(kept_twice, 2, stage):
+            assert dtypes == [torch.float32, torch.bfloat16] and applied, f"stage {stage}"
+
+
+class Timed(nn.Module):
+    """A model of time steps, with frequencies in a buffer, as of rotary embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("frequencies", torch.tensor([1 / 3, 1.001, 999.0]))
+
+    def forward(self, x, times):
+        self.seen = x, times, self.frequencies
+        return self.linear(x.to(self.linear.weight.dtype))
+
+
+def seen_by_the_model(precision: dict):
+    model = Timed()
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM, **precision})
+    engine(torch.full((3, 4), 1 / 3), times=torch.tensor([999.0, 257.0, 501.0]))
+    seen, engine.module.seen = model.seen, None
+    estimate = zero.estimate(Timed(), {key: precision.get(key, {}) for key in ("fp16", "bf16", "data_types")})
+    return seen, model.linear.weight.dtype, sum(b.nbytes for b in model.buffers()) - estimate.buffers.bytes
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_inputs_and_buffers_are_left_alone_unless_the_config_says_otherwise(run_ranks, name):
+    plain = (torch.full((3, 4), 1 / 3), torch.tensor([999.0, 257.0, 501.0]), torch.tensor([1 / 3, 1.001, 999.0]))
+    half = amp.NAMES[name]
+    for more, inputs, buffers in (({}, torch.float32, torch.float32), ({"auto_cast": True}, half, torch.float32),
+                                  ({"data_types": {"buffer_dtype": name, "param_dtype": name}}, torch.float32, half)):
+        precision = {name: {"enabled": True, "auto_cast": more.get("auto_cast", False)},
+                     "data_types": more.get("data_types", {})}
+        (seen, compute, off), = run_ranks(seen_by_the_model, 1, precision)
+        assert compute == half and off == 0, f"the estimate of buffers is off by {off} bytes with {more}"
+        for got, given, dtype in zip(seen, plain, (inputs, inputs, buffers), strict=True):
+            assert got.dtype == dtype and torch.equal(got, given.to(dtype)), f"{more}: {got} for {given}"
+
+
+def mixed_up(name: str, module: str):
+    """What PyTorch says when fp32 inputs meet 16-bit weights, or 16-bit inputs an fp32 buffer."""
+    model = {"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "conv": nn.Conv1d(2, 4, 1), "rnn": nn.RNN(4, 4),
+             "batchnorm": nn.BatchNorm1d(4)}[module]
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "optimizer": ADAM, name: {"enabled": True}})
+    x = torch.ones((2, 2, 4) if module in ("conv", "rnn") else (2, 4))
+    try:
+        engine(x.to(amp.NAMES[name]) if module == "batchnorm" else x)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_where_two_dtypes_meet_the_error_says_what_to_do(run_ranks, name):
+    for module in ("linear", "norm", "conv", "rnn", "batchnorm"):
+        (said,) = run_ranks(mixed_up, 1, name, module)
+        for way_out in (f"{name}.auto_cast", "data_types.buffer_dtype", f"{name}.keep_fp32"):
+            assert way_out in said, f"{module}: {said}"
 
 
 def own_backward(stage: int, own: bool):
@@ -457,6 +538,10 @@ def test_autocast_beside_16_bit_weights_is_both(kind):
 
 @pytest.mark.parametrize("change, told", [
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; allowed: one of them"),
+    ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}},
+     "data_types.param_dtype is 'fp16'; allowed: bf16"),
+    ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype is 'bf16'; allowed: fp32"),
+    ({"data_types": {"buffer_dtype": "int8"}}, "data_types.buffer_dtype is 'int8'; allowed: fp32, fp16, bf16 or null"),
     ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1, but bf16 has the range of fp32"),
     ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale is -1.0; allowed: 0 .dynamic., or a number"),
     ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0"),
@@ -470,7 +555,6 @@ def test_autocast_beside_16_bit_weights_is_both(kind):
     ({"torch_autocast": {"dtype": "int8"}}, "torch_autocast.dtype is 'int8'; allowed: bfloat16 or float16"),
     ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype is 'fp8'; allowed: fp32, fp16, bf16"),
     ({"communication_data_type": "half"}, "communication_data_type is 'half'"),
-    ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which prescale_gradients switches on"),
     ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op is 'max'; allowed: mean or sum"),
     ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}},
      "bf16.keep_fp32 holds 'Norm', but the model has no such module"),

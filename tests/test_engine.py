@@ -5,6 +5,7 @@
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+import amp
 import engine as deepspeed
 from engine import ConfigError
 
@@ -299,9 +301,79 @@ def test_ranks_share_the_data_out_in_a_new_order_every_epoch(run_ranks, samples,
     assert shares == run_ranks(epochs_seen, 2, samples, drop_last), "the seed decides"
 
 
+def loaders(monkeypatch, ranks: int, batch_size: int, samples: int = 24):
+    """The loaders of so many ranks, in this one process."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "broadcast", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, "initial_seed", lambda: 5)
+    return [deepspeed.ShardedLoader(torch.arange(samples), batch_size, torch.device("cpu"), None, False)
+            for _ in range(ranks)]
+
+
+def give(monkeypatch, loaders: list, batches: int | None = None) -> list:
+    """The samples of the next loop's first micro-batches, in the order in which they are given out."""
+    shares = []
+    for rank, loader in enumerate(loaders):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        shares.append([batch.tolist() for _, batch in zip(range(10**6 if batches is None else batches), loader)])
+    return [v for together in zip(*shares) for v in sum(together, [])]
+
+
+def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sample_seen_once(monkeypatch):
+    sizes = [(ranks, batch_size) for ranks in (1, 2, 3) for batch_size in (1, 3, 8)]
+    for (ranks, batch_size), (new_ranks, new_size), done in itertools.product(sizes, sizes, (1, 2)):
+        case = (ranks, batch_size, new_ranks, new_size, done)
+        if ranks * batch_size * done >= 24:
+            continue
+        before = loaders(monkeypatch, ranks, batch_size)
+        seen = give(monkeypatch, before, done)
+        state = before[0].state_dict()
+        after = loaders(monkeypatch, new_ranks, new_size)
+        for loader in after:
+            loader.load_state_dict(state)
+        rest = give(monkeypatch, after)
+        spare = -(24 - len(seen)) % new_ranks  # given twice, where the ranks do not divide what is left
+        assert len(seen + rest) == 24 + spare and set(seen + rest) == set(range(24)), case
+        if (ranks, batch_size) == (new_ranks, new_size):
+            assert seen + rest == give(monkeypatch, loaders(monkeypatch, ranks, batch_size)), case
+        assert {loader.state_dict()["samples"] for loader in after} == {0}
+        assert sorted(set(give(monkeypatch, after))) == list(range(24)) and after[0].epoch == 2, case
+
+
+def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch):
+    (loader,), (other,) = loaders(monkeypatch, 1, 2), loaders(monkeypatch, 1, 2)
+    whole = give(monkeypatch, [other])
+    seen, state = [], None
+    for i, batch in enumerate(loader):
+        seen += batch.tolist()
+        if i == 2:
+            state = loader.state_dict()
+        if i == 5:
+            loader.load_state_dict(state)
+    assert seen == whole[:12] + whole[6:] and len(list(loader)) == 12 and loader.epoch == 2
+    for i, batch in enumerate(loader):
+        if i == 3:
+            loader.load_state_dict(state)
+            break
+    assert give(monkeypatch, [loader]) == whole[6:]
+    assert len(loader) == 12 and loader.epoch == 1
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(torch.arange(4.0))
+
+
+def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path):
+    for kind in (Stream, type("Sized", (Stream,), {"__len__": lambda self: 4})):
+        for size, rest in ((1, [[1.0], [2.0], [3.0]]), (2, [[1.0, 2.0], [3.0]])):
+            engine, _, loader, _ = alone({"train_batch_size": 1}, training_data=kind())
+            next(iter(loader))
+            engine.save_checkpoint(tmp_path, 1)
+            engine, _, loader, _ = alone({"train_batch_size": size}, training_data=kind())
+            engine.load_checkpoint(tmp_path)
+            assert [batch.tolist() for batch in loader] == rest
+            assert sum(batch.numel() for batch in loader) == 4
 
 
 def stream_on_ranks():
@@ -575,3 +647,54 @@ def test_half_of_a_launchers_variables_is_an_error_not_a_hang(monkeypatch):
 def test_scheduler_without_optimizer_is_refused(alone):
     with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
         alone({"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
+
+
+class Batch(dict):
+    """Items that are attributes as well."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
+def test_a_batch_keeps_its_class(alone):
+    engine, _, loader, _ = deepspeed.initialize(
+        model=nn.Linear(1, 1), training_data=[torch.ones(1)] * 4, collate_fn=lambda rows: Batch(x=torch.stack(rows)),
+        config={"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    batch = next(iter(loader))
+    assert type(batch) is Batch and torch.equal(batch.x, torch.ones(2, 1)) and batch.x is batch["x"]
+    moved = deepspeed._to_device(batch, torch.device("meta"))
+    assert type(moved) is Batch and moved.x.is_meta and moved["x"] is moved.x and not batch.x.is_meta
+    assert amp.cast(batch, torch.float16).x.dtype == torch.float16 and batch.x.dtype == torch.float32
+
+
+class Expanded(nn.Module):
+    """Buffers whose elements share memory, and one buffer that two modules have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(2, 2), nn.Module()
+        self.register_buffer("mask", torch.full((1, 2), float(dist.get_rank())).expand(3, 2))
+        self.other.register_buffer("mask", self.mask)
+
+    def forward(self, x):
+        return self.layer(x) + self.mask[:1]
+
+
+def expanded_buffers(folder: str) -> None:
+    for precision in ({}, {"bf16": {"enabled": True}}):
+        engine, *_ = deepspeed.initialize(model=Expanded(), config={
+            "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, **precision})
+        assert torch.equal(engine.module.mask, torch.zeros(3, 2)) and engine.module.mask.is_contiguous()
+        engine.module.mask.fill_(5)
+        engine.save_checkpoint(folder, "a")
+        engine.module.mask.zero_()
+        engine.load_checkpoint(folder)
+        assert torch.equal(engine.module.mask.float(), torch.full((3, 2), 5.0))
+        assert precision or engine.module.other.mask is engine.module.mask
+        engine.destroy()
+
+
+def test_expanded_buffers_are_broadcast_saved_and_loaded(run_ranks, tmp_path):
+    run_ranks(expanded_buffers, 1, str(tmp_path / "1"))
+    run_ranks(expanded_buffers, 2, str(tmp_path / "2"))

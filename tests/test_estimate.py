@@ -102,7 +102,7 @@ class Odd(nn.Module):
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.gpt(ids, targets)  # first: so gradients come in the reverse order of registration
-        x = self.second(self.scale[:8].expand(2, 8))
+        x = self.second(self.scale[:8].expand(2, 8).to(self.second.weight.dtype))
         return loss + x.sum() + self.first(x[:, :7]).sum()
 
 

@@ -96,6 +96,30 @@ def test_debug_names_the_rank_that_does_not_come_and_what_it_did_last(run_ranks)
     assert "for 0.5 seconds it has waited for rank 1, whose last was 9: all-gather of first.0.weight" in told, told
 
 
+def last_look_at_a_loss() -> str:
+    """Rank 0 has one forward pass more, and ends later than rank 1 waits for it."""
+    engine = start(1, debug=False)
+    train(engine, expert=0)
+    patience, deepspeed._RollCall.PATIENCE = deepspeed._RollCall.PATIENCE, 0.01
+    try:
+        if dist.get_rank() == 0:
+            engine(torch.ones(2, 4), 0)
+            dist.barrier()
+            dist.barrier()
+            engine.destroy()
+        else:
+            dist.barrier()
+            engine.destroy()
+            dist.barrier()
+    finally:
+        deepspeed._RollCall.PATIENCE = patience
+    return "no error"
+
+
+def test_a_forward_pass_without_backward_is_no_micro_batch(run_ranks):
+    assert run_ranks(last_look_at_a_loss, 2) == ["no error"] * 2
+
+
 def uneven(stage: int) -> str:
     """Rank 1 runs out of data one step early."""
     rank = dist.get_rank()

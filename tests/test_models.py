@@ -6,6 +6,8 @@ Every rank has its own rows of a batch; the reference is the same model in plain
 """
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -680,3 +682,189 @@ def buffers_alive(stage: int):
 def test_a_module_that_is_never_used_holds_no_gradients_up(run_ranks):
     for most, buckets in run_ranks(buffers_alive, RANKS, 2):
         assert buckets > 6 and max(most[1:]) <= 3, f"stage 2: {most} of {buckets} gradient buffers alive, by step"
+
+
+class Picky(nn.Module):
+    """A block whose call says which of its two layers it uses beside the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.first, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, picks):
+        x = x + torch.tanh(self.always(x))
+        for pick in picks:
+            x = x + torch.tanh((self.second if pick else self.first)(x))
+        return x
+
+
+class Experts(nn.Module):
+    """Each rank uses layers of its own, within blocks that all ranks go through."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Picky() for _ in range(8))
+
+    def forward(self, x, picks):
+        for block, chosen in zip(self.blocks, picks):
+            x = block(x, chosen)
+        return x
+
+
+def of_rank(step: int, rank: int):
+    """Both layers of all blocks at first; then the last block uses another on each rank, or one block none at all."""
+    return [[0, 1]] * 7 + [[[0, 1], [rank], [], [0], [1 - rank]][step]]
+
+
+def experts(stage: int):
+    """By step: buckets launched within the backward, full gradients that wait at its end, and how many buckets are."""
+    model, reference = twins(Experts)
+    engine, optimizer = start(model, stage), sgd(reference.parameters())
+    finish, launched, held = engine.zero.finish_backward, [], []
+
+    def look_and_finish():
+        launched.append(sum(bucket.launched for bucket in engine.zero.trained))
+        held.append(sum(bucket.grad is not None and not bucket.launched for bucket in engine.zero.trained))
+        finish()
+
+    engine.zero.finish_backward = look_and_finish
+    for step in range(5):
+        engine.backward(engine(mine(batches(step)), of_rank(step, dist.get_rank())).square().mean())
+        engine.step()
+        plain_backward(reference(x, of_rank(step, rank)).square().mean() for rank, x in enumerate(batches(step)))
+        plain_step(optimizer)
+    assert_same(model, reference, f"stage {stage}")
+    return launched, held, len(engine.zero.trained)
+
+
+def test_ranks_use_other_parameters_and_neither_wait_nor_pile_up(run_ranks):
+    for stage in STAGES:
+        for launched, held, buckets in run_ranks(experts, RANKS, stage):
+            assert buckets >= 8 and min(launched[1:]) >= buckets - 2, f"stage {stage}: {launched} of {buckets} launched"
+            assert stage < 2 or max(held) <= 2, f"stage {stage}: {held} of {buckets} full gradients wait"
+
+
+def taken_inside(stage: int):
+    """What GatheredParameters showed stays, whoever holds it, and goes with its holder."""
+    model, reference = twins(Mlp)
+    engine = start(model, stage)
+    with zero.GatheredParameters(model.parameters()):
+        taken = model.state_dict()
+        views = [p.detach().t() for p in model.parameters()]
+        array = model.blocks[0][0].weight.detach().numpy()
+    file = io.BytesIO()
+    torch.save(taken, file)
+    file.seek(0)
+    for name, value in torch.load(file).items():
+        assert_close(value, reference.state_dict()[name], f"stage {stage}: {name} in the file")
+    for view, p in zip(views, reference.parameters(), strict=True):
+        assert_close(view.t(), p, f"stage {stage}: a view")
+    assert_close(torch.from_numpy(array), reference.blocks[0][0].weight, f"stage {stage}: an array")
+    for step in range(2):
+        engine.backward(loss_of(engine, mine(batches(step))))
+        engine.step()
+        taken = views = view = array = None
+    with torch.no_grad():
+        engine(mine(batches(0)))
+    if stage == 3:
+        assert not any(bucket.has_memory for bucket in engine.zero.buckets)
+
+
+def test_what_was_taken_inside_gathered_parameters_can_be_read_after_it(run_ranks):
+    for stage in STAGES:
+        run_ranks(taken_inside, RANKS, stage)
+
+
+def pickled_whole(stage: int):
+    model, reference = twins(Mlp)
+    engine = start(model, stage)
+    with zero.GatheredParameters(model.parameters()):
+        text = pickle.dumps(model)
+    copied = pickle.loads(text)
+    x = mine(batches(0))
+    assert_close(copied(x), reference(x), f"stage {stage}: the output of the copy")
+    loss_of(copied, x).backward()
+    loss_of(reference, x).backward()
+    for p, q in zip(copied.parameters(), reference.parameters(), strict=True):
+        assert_close(p.grad, q.grad, f"stage {stage}: a gradient of the copy")
+    engine.backward(loss_of(engine, x))
+    engine.step()
+
+
+def test_a_whole_model_is_pickled_without_its_engine(run_ranks):
+    for stage in STAGES:
+        run_ranks(pickled_whole, RANKS, stage)
+
+
+class Transformed(Mlp):
+    def forward(self, x, transform=None):
+        if transform is None:
+            return self.blocks(x)
+        return transform(lambda x: self.blocks(x).square().mean(), x)
+
+
+def transformed():
+    model, _ = twins(Transformed)
+    engine = start(model, 3)
+    x = mine(batches(0))
+    forms = {"grad": lambda f, x: torch.func.grad(f)(x), "vjp": lambda f, x: torch.func.vjp(f, x),
+             "jvp goes through blocks.0": lambda f, x: torch.func.jvp(f, (x,), (x,))}
+    for told, transform in forms.items():
+        with pytest.raises(RuntimeError, match=f"{told}.*torch.autograd.grad"):
+            engine(x, transform)
+    with pytest.raises(RuntimeError, match="inside the model or zero.GatheredParameters"), \
+            zero.GatheredParameters(model.parameters()):
+        torch.func.grad(lambda x: model(x).mean())(x)
+    with pytest.raises(RuntimeError, match="grad goes through blocks.0"):
+        torch.func.grad(lambda x: model.blocks[0](x).mean())(x)
+    assert_close(engine(x, lambda f, x: torch.func.vmap(f)(x)), torch.stack([engine(row).square().mean() for row in x]),
+                 "vmap")
+    engine.backward(loss_of(engine, x))
+    engine.step()
+
+
+def test_transforms_of_functions_are_refused_at_stage_3(run_ranks):
+    run_ranks(transformed, RANKS)
+
+
+class Returning(Mlp):
+    """Gives back a parameter, and views of one."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.scale, self.table = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return self.blocks(x) * self.scale, self.scale, self.table[:LENGTH]
+
+
+def returned_parameter():
+    model, _ = twins(Returning)
+    engine = start(model, 3)
+    for step in range(3):
+        y, scale, table = engine(mine(batches(step)))
+        engine.backward((y + table).square().mean())
+        engine.step()
+    assert not scale._backward_hooks
+    with torch.no_grad():
+        table.mul_(2)
+    with pytest.raises(RuntimeError, match="a view of the parameter table was written to while it was sharded"):
+        engine(mine(batches(0)))
+
+
+def test_a_returned_parameter_collects_no_hooks_and_a_lost_write_is_told(run_ranks):
+    run_ranks(returned_parameter, RANKS)
+
+
+def outside_of_passes():
+    """A script's own operation on a sharded parameter, and what would be written to unseen, stay errors."""
+    model, _ = twins(Mlp)
+    model.clip = lambda: [p.data.clamp_(-1, 1) for p in model.parameters()]
+    start(model, 3)
+    for touch in (model.state_dict, model.clip, lambda: model.blocks[0][0].weight + 1):
+        with pytest.raises(RuntimeError, match="is sharded over 2 ranks"):
+            touch()
+
+
+def test_a_scripts_own_operation_on_a_sharded_parameter_is_refused(run_ranks):
+    run_ranks(outside_of_passes, RANKS)

@@ -125,7 +125,7 @@ def test_the_first_update_uses_the_schedules_first_rate_and_not_the_optimizers(r
     run_ranks(moved_by, 2)
 
 
-PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True, "auto_cast": True}},
               "fp16": {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "auto_cast": True}}}
 
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -14,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -125,7 +127,7 @@ def worst_of(a: dict, b: dict) -> tuple[float, str]:
     return max((float((a[k] - b[k]).abs().max()) if a[k].numel() else 0.0, k) for k in a)
 
 
-PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True, "auto_cast": True}},
               "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "auto_cast": True}}}
 
 
@@ -317,7 +319,8 @@ def damage(folder: Path, generator: random.Random) -> str:
     elif how == "remove":
         file.unlink()
     else:  # with the same file of another tag
-        shutil.copy(folder.parent / "other" / file.name, file)
+        first = file.name.split(".")[0]
+        shutil.copy(next(path for path in (folder.parent / "other").iterdir() if path.name.startswith(first)), file)
         if file.read_bytes() == data:
             file.unlink()
     return f"{how} {file.name}"
@@ -354,12 +357,12 @@ def test_a_pickle_that_would_run_code_is_refused(run_ranks, tmp_path):
     run_ranks(save_two, 2, str(tmp_path))
     meta = json.loads((tmp_path / "good" / "meta.json").read_text())
     evil = pickle.dumps(Bad(tmp_path / "ran-code"))
-    (tmp_path / "good" / "state.pt").write_bytes(evil)
-    meta["content"]["files"]["state.pt"] = {"size": len(evil), "checksum": zlib.crc32(evil)}
+    (tmp_path / "good" / meta["content"]["state"]).write_bytes(evil)
+    meta["content"]["files"][meta["content"]["state"]] = {"size": len(evil), "checksum": zlib.crc32(evil)}
     meta["checksum"] = zlib.crc32(json.dumps(meta["content"], sort_keys=True).encode())
     (tmp_path / "good" / "meta.json").write_text(json.dumps(meta))
     for told, _ in run_ranks(load_damaged, 2, str(tmp_path), 1):
-        assert "state.pt" in told and "weights_only" in told.lower() or "unsafe" in told.lower()
+        assert "/state." in told and "weights_only" in told.lower() or "unsafe" in told.lower()
     assert not (tmp_path / "ran-code").exists()
 
 
@@ -368,17 +371,17 @@ def other_model(folder: str):
     engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM})
     with pytest.raises(zero.CheckpointError, match="is of another model: it lacks .'bias', 'weight'."):
         engine.load_checkpoint(folder)
-    assert engine.load_checkpoint(folder + "/nothing here") == (None, {})
+    assert engine.load_checkpoint(folder + "/nothing here") == (None, None)
     sgd, *_ = deepspeed.initialize(model=Net(), config={"train_micro_batch_size_per_gpu": 2, "optimizer": {
         "type": "SGD", "params": {"lr": 0.1}}})
     with pytest.raises(zero.CheckpointError, match="holds the state of AdamW, and this engine's optimizer is SGD"):
         sgd.load_checkpoint(folder)
     assert sgd.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False)[0]
-    for tag in ("../x", "a/b", "", ".hidden", "latest", 3):
+    for tag in ("../x", "a/b", "", ".hidden", "latest", "a ", "a.", " a", "a\n", True, [3]):
         with pytest.raises(ValueError, match="allowed: a plain folder name"):
             engine.save_checkpoint(folder, tag)
-    with pytest.raises(zero.CheckpointError, match="client_state .* holds what can't be loaded safely"):
-        engine.save_checkpoint(folder, "unsafe", client_state={"model": object()})
+    with pytest.raises(zero.CheckpointError, match=r"client_state\['a'\]\[1\]\['model'\], a object .* can't be saved"):
+        engine.save_checkpoint(folder, "unsafe", client_state={"a": [1, {"model": object()}]})
     with pytest.raises(ValueError, match="ranks were given different arguments"):
         engine.save_checkpoint(folder, f"tag{dist.get_rank()}")
     with pytest.raises(zero.CheckpointError, match="rank 0: .*Not a directory"):
@@ -412,6 +415,394 @@ def test_the_section_is_checked(section, told):
         deepspeed.load_config({"train_batch_size": 1, "checkpoint": section})
 
 
+# --- What is not this engine's ----------------------------------------------------------------------------------------
+
+
+def unchanged_by(engine, error: type, told: str, call) -> None:
+    """``call`` raises, and no weight, state or counter has changed."""
+    before, counters = everything(engine), (engine.global_steps, engine.get_lr())
+    with pytest.raises(error, match=told):
+        call()
+    assert worst_of(before, everything(engine))[0] == 0 and counters == (engine.global_steps, engine.get_lr())
+
+
+def beside_others(folder: str):
+    engine, _ = make(1, {}, checkpoint={"keep_last": 2})
+    root, first = Path(folder), dist.get_rank() == 0
+    if first:
+        (root / "data").mkdir()
+        (root / "data" / "meta.json").write_text('{"fps": 30}')
+        (root / "step7").mkdir()
+        (root / "step7" / "tokenizer.json").write_text("{}")
+    for step in (3, 9, 5, 7, 7):
+        engine.global_steps = step
+        engine.save_checkpoint(folder, f"step{step}", save_latest=step == 9)
+        if first and step == 3:
+            os.symlink("step3", root / "best")
+        if first and step == 9:
+            os.utime(root / "step9" / "meta.json", (1, 1))  # where the clock was behind
+    left = sorted(os.listdir(folder)), sorted(os.listdir(root / "step7"))
+    dist.barrier()
+    if first:
+        (root / "step7" / "file").write_text("")
+    for save_dir, tag, told in ((folder, "best", "best is a link"), (folder + "/step7", "file", "File exists"),
+                                (folder, "data", "data/meta.json is there, and is no index")):
+        with pytest.raises(zero.CheckpointError, match=told):
+            engine.save_checkpoint(save_dir, tag)
+    assert sorted(os.listdir(folder)) == left[0] and len(os.listdir(root / "step7")) == len(left[1]) + 1
+    assert engine.load_checkpoint(folder)[0].endswith("step9") and engine.load_checkpoint(folder, "best")
+    return left
+
+
+def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_steps(run_ranks, tmp_path):
+    """Also what ``latest`` or a link names stays."""
+    for folders, files in run_ranks(beside_others, 2, str(tmp_path)):
+        assert folders == ["best", "data", "latest", "step3", "step7", "step9"]
+        assert [name.split(".")[0] for name in files] == ["meta", "rank_00000", "rank_00001", "state", "tokenizer"]
+
+
+def two_jobs(folder: str):
+    """A save inside another one's, to the same tag: by one that ends, and by one that dies."""
+    engine, batches = make(1, {})
+    engine.save_checkpoint(folder, "best")
+    train(engine, batches, 1)
+    other, _ = make(1, {}, seed="another")
+    write, ends = zero.write_pieces, []
+
+    def write_with_the_other(*args):
+        zero.write_pieces = write
+        pieces = write(*args)
+        if ends:
+            zero.write_pieces = write_then_die
+            with pytest.raises(Killed):
+                other.save_checkpoint(folder, "best")
+        else:
+            other.save_checkpoint(folder, "best")
+        return pieces
+
+    def write_then_die(*args):
+        write(*args)
+        raise Killed
+
+    for _ in range(2):
+        zero.write_pieces = write_with_the_other
+        engine.save_checkpoint(folder, "best")
+        zero.write_pieces = write
+        reader, _ = make(0, {}, seed="another")
+        reader.load_checkpoint(folder)
+        assert worst_of(everything(engine), everything(reader))[0] == 0
+        ends.append(0)
+    zero.write_pieces = write_then_die
+    with pytest.raises(Killed):
+        engine.save_checkpoint(folder, "dead")
+    zero.write_pieces = write
+    engine.save_checkpoint(folder, "best")
+    return sorted(os.listdir(folder)), len(os.listdir(folder + "/best"))
+
+
+def test_two_jobs_that_save_to_one_tag_never_mix_and_dead_saves_leave_nothing(run_ranks, tmp_path):
+    assert run_ranks(two_jobs, 1, str(tmp_path)) == [(["best", "latest"], 3)]
+
+
+def saved_while_loaded(folder: str):
+    """Another job saves the tag anew between a load's check and its reading; then ranks find different saves."""
+    engine, batches = make(2, {})
+    engine.save_checkpoint(folder, "a", client_state={"which": 1})
+    old = everything(engine)
+    train(engine, batches, 1)
+    new, check, read = everything(engine), zero.check_fits, zero.CheckpointReader
+
+    def check_then_save(*args):
+        check(*args)
+        zero.check_fits = check
+        engine.save_checkpoint(folder, "a", client_state={"which": 2})
+
+    loader, _ = make(1, {}, seed="another")
+    zero.check_fits = check_then_save
+    assert loader.load_checkpoint(folder)[1] == {"which": 1} and loader.global_steps == 0
+    assert worst_of(old, everything(loader))[0] == 0
+    assert loader.load_checkpoint(folder)[1] == {"which": 2} and worst_of(new, everything(loader))[0] == 0
+    engine.save_checkpoint(folder, "b")
+    if dist.get_rank() == 1:
+        zero.CheckpointReader = lambda path: read(path.parent / "a")
+    unchanged_by(loader, zero.CheckpointError, "b was saved anew while it was read",
+                 lambda: loader.load_checkpoint(folder))
+    zero.CheckpointReader = read
+    if dist.get_rank() == 1:
+        find, zero.checkpoint_folder = zero.checkpoint_folder, lambda *args: Path(folder, "a")
+    assert loader.load_checkpoint(folder)[0].endswith("/b")  # where rank 0 looked
+    if dist.get_rank() == 1:
+        zero.checkpoint_folder = find
+    return True
+
+
+def test_a_load_beside_a_save_gives_one_checkpoint_or_an_error(run_ranks, tmp_path):
+    assert run_ranks(saved_while_loaded, 2, str(tmp_path)) == [True, True]
+
+
+def fails_on_one_rank(folder: str):
+    engine, _ = make(1, {"timeout": 20}, checkpoint={"async": True})
+    rank, told, write, group = dist.get_rank(), [], zero.write_pieces, dist.new_group
+    deep = []
+    deep.append(deep)
+    with pytest.raises(zero.CheckpointError, match="rank 1: RecursionError"):
+        engine.save_checkpoint(folder, client_state={"deep": deep if rank else 0})
+    if rank == 0:
+        Path(folder, "file").write_text("")
+    with pytest.raises(zero.CheckpointError, match="rank 0: .*(Not a directory|File exists)"):
+        engine.save_16bit_model(folder + "/file")
+
+    def fail(*args):
+        raise MemoryError("none left")
+
+    handler, options = logging.Handler(), []
+    handler.emit = lambda record: told.append(record.getMessage())
+    deepspeed.logger.addHandler(handler)
+    zero.write_pieces, dist.new_group = fail if rank else write, lambda **more: options.append(more) or group(**more)
+    engine.save_checkpoint(folder, "a")
+    with pytest.raises(zero.CheckpointError, match="/a was not saved: rank 1: MemoryError: none left"):
+        engine.wait_for_save()
+    deepspeed.logger.removeHandler(handler)
+    zero.write_pieces, dist.new_group = write, group
+    return any("was not saved" in line for line in told), options[0]["timeout"].seconds, sorted(os.listdir(folder))
+
+
+def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_so_at_once(run_ranks, tmp_path):
+    assert run_ranks(fails_on_one_rank, 2, str(tmp_path)) == [(True, 20, ["file"])] * 2
+
+
+def test_an_engine_without_optimizer_is_saved_and_loaded(run_ranks, tmp_path):
+    assert run_ranks(without_optimizer, 2, str(tmp_path)) == [[1.0, 1.0]] * 2
+
+
+def without_optimizer(folder: str):
+    weights = []
+    for stage in (0, 3):
+        engine, *_ = deepspeed.initialize(model=nn.Linear(1, 1, bias=False), config={
+            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})
+        if stage == 0:
+            nn.init.ones_(engine.module.weight)
+            engine.save_checkpoint(folder)
+        engine.load_checkpoint(folder)
+        weights.append(float(zero.safe_get_full_fp32_param(engine.module.weight)))
+    return weights
+
+
+def names_and_numbers(folder: str):
+    engine, _ = make(0, {})
+    for tag in (0.125, 3, np.float64(0.5)):
+        engine.save_checkpoint(folder, tag, {"best": np.float32(0.5), "n": [np.int64(3), (np.bool_(True),)]})
+        folder_, state = engine.load_checkpoint(folder)
+        assert folder_ == f"{folder}/{tag}" == engine.load_checkpoint(folder, tag)[0]
+        assert state == {"best": 0.5, "n": [3, (True,)]} and type(state["best"]) is float
+    for data in (b"", b"\xff\xfe", b"../a"):
+        Path(folder, "latest").write_bytes(data)
+        unchanged_by(engine, zero.CheckpointError, "/latest is damaged", lambda: engine.load_checkpoint(folder))
+    return sorted(os.listdir(folder))
+
+
+def test_numbers_are_tags_and_numpy_numbers_are_client_state(run_ranks, tmp_path):
+    assert run_ranks(names_and_numbers, 1, str(tmp_path)) == [["0.125", "0.5", "3", "latest"]]
+
+
+# --- Everything is checked first --------------------------------------------------------------------------------------
+
+
+class Buffered(nn.Sequential):
+    def __init__(self, **buffers):
+        super().__init__(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1))
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+def buffered(stage: int, groups: int = 2, schedule: str = "WarmupLR", accumulate: int = 1, **buffers):
+    torch.manual_seed(0)
+    model = Buffered(**buffers)
+    parts = [list(part.parameters()) for part in model]
+    parts = {2: [parts[0], parts[1] + parts[2]], 3: parts, -2: [parts[0] + parts[1], parts[2]]}[groups]
+    return deepspeed.initialize(model=model, model_parameters=[{"params": part} for part in parts], config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulate, "optimizer": ADAM,
+        "scheduler": {"type": schedule, "params": {"total_num_steps": 2000} if schedule == "WarmupDecayLR" else {}},
+        "zero_optimization": {"stage": stage}})[0]
+
+
+def misfits(folder: str, stage: int):
+    engine = buffered(stage, mean=torch.ones(3))
+    engine.backward(engine(torch.ones(1, 3)).sum())
+    engine.step()
+    engine.save_checkpoint(folder)
+    for told, other in (("the buffer mean is .3,.*, and in this model .2,", {"mean": torch.zeros(2)}),
+                        ("the buffer mean is .3,.*, and in this model .1,", {"mean": torch.zeros(1)}),
+                        ("the buffer mean is .*int64", {"mean": torch.zeros(3, dtype=torch.int64)}),
+                        ("lacks the buffers .'more'.", {"mean": torch.zeros(3), "more": torch.zeros(1)}),
+                        ("has beside .'mean'.", {}),
+                        ("param group|2 param groups", {"mean": torch.zeros(3), "groups": 3}),
+                        ("was in the optimizer's param group 1, and is in 0", {"mean": torch.zeros(3), "groups": -2}),
+                        ("holds the state of WarmupLR", {"mean": torch.zeros(3), "schedule": "WarmupDecayLR"})):
+        loader = buffered(stage, **other)
+        before = {name: b.clone() for name, b in loader.module.named_buffers()}
+        weights = loader.consolidated_fp32_state_dict()
+        with pytest.raises(zero.CheckpointError, match=told):
+            loader.load_checkpoint(folder)
+        after = loader.consolidated_fp32_state_dict()
+        assert all(torch.equal(weights[name], after[name]) for name in weights) and loader.global_steps == 0
+        assert all(torch.equal(b, before[name]) for name, b in loader.module.named_buffers()), told
+    loader = buffered(stage, more=torch.zeros(1))
+    assert loader.load_checkpoint(folder, load_module_strict=False)[0] and loader.global_steps == 1
+    return True
+
+
+def test_buffers_param_groups_and_schedule_are_checked_before_anything_changes(run_ranks, tmp_path):
+    for stage in (0, 3):
+        assert run_ranks(misfits, 2, str(tmp_path / str(stage)), stage) == [True, True]
+
+
+def loaded_inside_a_window(folder: str):
+    """A window that is given up by load_checkpoint() leaves no gradient behind."""
+    worst, told, handler = [], [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    deepspeed.logger.addHandler(handler)
+    for stage in range(4):
+        engine, ends = buffered(stage, accumulate=3), []
+        engine.save_checkpoint(folder)
+        for bad in (False, True):
+            for only_weights in (False, True) if bad else (False,):
+                engine.load_checkpoint(folder)
+                if bad:
+                    engine.backward(engine(torch.full((1, 3), 50.0)).sum())
+                    engine.step()
+                    engine.load_checkpoint(folder, load_module_only=only_weights)
+                for i in range(3):
+                    engine.backward(engine(torch.ones(1, 3) * i).sum())
+                    engine.step()
+                ends.append({name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()})
+        worst += [worst_of(ends[0], end)[0] for end in ends]
+        engine.backward(engine(torch.ones(1, 3)).sum())
+        told.clear()
+        engine.save_checkpoint(folder)
+        assert dist.get_rank() or any("inside an accumulation window" in line for line in told)
+        engine.destroy()
+    deepspeed.logger.removeHandler(handler)
+    return worst
+
+
+def test_a_window_begins_empty_after_a_load_and_saving_inside_one_is_warned_of(run_ranks, tmp_path):
+    assert run_ranks(loaded_inside_a_window, 2, str(tmp_path)) == [[0.0] * 12] * 2
+
+
+def crafted(folder: str):
+    """Pieces that overlap or are too short, each with its right checksum."""
+    engine, _ = make(0, {})
+    engine.save_checkpoint(folder, "a")
+    path = Path(folder, "a", "meta.json")
+    kept, told = path.read_text(), []
+    for count in (None, 1, 2):
+        index = json.loads(kept)["content"]
+        piece = index["pieces"][0]
+        data = torch.full(((count or piece["end"] - piece["start"]),), 666.0).numpy().tobytes()
+        Path(folder, "a", "extra").write_bytes(data)
+        index["files"]["extra"] = {"size": len(data)}
+        new = {**piece, "file": "extra", "offset": 0, "size": len(data), "checksum": zlib.crc32(data)}
+        index["pieces"] = index["pieces"] + [new] if count is None else [new] + index["pieces"][1:]
+        if count == 2:
+            new["end"] = new["start"] + 2
+        zero.write_index(path, index)
+        unchanged_by(engine, zero.CheckpointError, "overlap|lacks a part", lambda: engine.load_checkpoint(folder, "a"))
+    index = json.loads(kept)["content"]
+    for version, told in ((3, "is of version 3 of the format"), (None, "")):
+        content = json.dumps({k: v for k, v in index.items() if k != "version"} | ({"version": 3} if version else {}),
+                             sort_keys=True)
+        path.write_text(f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}')
+        if version:
+            unchanged_by(engine, zero.CheckpointError, told, lambda: engine.load_checkpoint(folder, "a"))
+    assert engine.load_checkpoint(folder, "a")[0]  # what has no version is of the first
+    reader = zero.CheckpointReader(Path(folder, "a"))
+
+    class Once(dict):
+        def __iter__(self):
+            raise AssertionError("looks through all pieces for one parameter")
+        items = keys = values = __iter__
+
+    reader.pieces = Once(reader.pieces)
+    assert reader.keys("token.weight") == []
+    return True
+
+
+def test_pieces_that_overlap_or_are_short_and_newer_versions_are_refused(run_ranks, tmp_path):
+    assert run_ranks(crafted, 1, str(tmp_path)) == [True]
+
+
+# --- An optimizer's state of any kind ---------------------------------------------------------------------------------
+
+
+class Odd(torch.optim.Optimizer):
+    """Momentum, with all kinds of things in its state."""
+
+    def __init__(self, params, lr=0.1, extra=None):
+        super().__init__(params, {"lr": lr})
+        self.extra = extra
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state.update(calls=0, kind="odd", rates=[0.5, 0.25], nothing=None, on=True, pair=(1, "a"),
+                             weights=torch.tensor([0.5, 0.25, 0.25]), count=torch.tensor(0), mean=torch.zeros_like(p))
+            state["calls"] += 1
+            state["count"] += 1
+            state["weights"] = state["weights"].roll(1)
+            state["mean"].mul_(state["rates"][state["calls"] % 2]).add_(p.grad)
+            p.sub_(state["mean"] * state["weights"][0] * self.param_groups[0]["lr"])
+            if self.extra is not None:
+                state["extra"] = self.extra
+
+
+def odd(stage: int, extra=None):
+    torch.manual_seed(0)
+    return deepspeed.initialize(model=nn.Sequential(nn.Linear(3, 100), nn.Linear(100, 2)), config={
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage}}, optimizer=lambda parameters: Odd(parameters, extra=extra))[0]
+
+
+def odd_steps(engine, steps: range) -> dict:
+    for i in steps:
+        engine.backward(engine(torch.full((1, 3), 1.0 + i)).pow(2).mean())
+        engine.step()
+    return {name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+
+
+def odd_state(folder: str, saver: int, loader: int):
+    engine = odd(saver)
+    odd_steps(engine, range(3))
+    engine.save_checkpoint(folder, f"{saver}")
+    want = odd_steps(engine, range(3, 5))
+    resumed = odd(loader)
+    resumed.load_checkpoint(folder)
+    for state in resumed.optimizer.state.values():
+        assert (state["kind"], state["rates"], state["nothing"], state["on"], state["pair"]) == \
+            ("odd", [0.5, 0.25], None, True, (1, "a")) and type(state["calls"]) is int and state["on"] is True
+        assert state["count"].dtype == torch.int64 and state["weights"].shape == (3,)
+    return worst_of(want, odd_steps(resumed, range(3, 5)))[0]
+
+
+def odd_refused(folder: str):
+    for extra, told in ((lambda: 0, r"optimizer_state\['1.bias'\]\['extra'\].*, a function"),
+                        (f"of rank {dist.get_rank()}", "state 'extra' of .* differs from rank to rank")):
+        engine = odd(1, extra)
+        odd_steps(engine, range(1))
+        with pytest.raises(zero.CheckpointError, match=told):
+            engine.save_checkpoint(folder)
+    return os.listdir(folder)
+
+
+def test_state_of_any_kind_is_kept_as_it_is_or_refused_by_name(run_ranks, tmp_path):
+    for saver, loader in ((0, 2), (1, 0), (2, 3), (3, 1)):
+        assert max(run_ranks(odd_state, 2, str(tmp_path / "good"), saver, loader)) < 1e-6, (saver, loader)
+    (tmp_path / "bad").mkdir()
+    assert run_ranks(odd_refused, 2, str(tmp_path / "bad")) == [[], []]
+
+
 # --- Killed while saving ----------------------------------------------------------------------------------------------
 
 
@@ -422,7 +813,7 @@ class Killed(BaseException):
 def killed_at_every_call(folder: str, tag: str):
     """Ends a save before its n-th change of files, for every n; loads after each; returns how many there were."""
     (Path(folder) / tag).parent.mkdir(exist_ok=True)
-    calls = [(os, "fsync"), (os, "rename"), (shutil, "rmtree"), (zero, "write_pieces")]
+    calls = [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (zero, "write_pieces")]
     for n in range(1000):
         shutil.rmtree(folder)
         engine, batches = make(1, {})

@@ -52,6 +52,40 @@ def test_rates_and_momenta_equal_deepspeeds(trace):
         schedule.step()
 
 
+@pytest.mark.parametrize("trace", TRACES, ids=lambda t: f"{t['type']}-{TRACES.index(t)}")
+def test_a_step_to_a_position_and_a_state_from_deepspeed_go_there(trace):
+    last = len(trace["lr_before_step"]) - 2
+    for goes in (lambda s, n: s.step(n), lambda s, n: s.step(last_batch_iteration=n),
+                 lambda s, n: s.step(batch_iteration=n), lambda s, n: s.load_state_dict({"last_batch_iteration": n}),
+                 lambda s, n: (setattr(s, "last_batch_iteration", n - 1), s.step()),
+                 lambda s, n: s.load_state_dict({"last_epoch": n + 1, "base_lrs": s.base_lrs})):
+        optimizer = adam(trace["optimizer"]["lrs"], tuple(trace["optimizer"]["betas"]))
+        schedule = schedulers.build(optimizer, trace["type"], trace["params"])
+        for position in (min(4, last), 0, last):
+            optimizer.step()
+            goes(schedule, position)
+            assert schedule.last_batch_iteration == position == schedule.state_dict()["last_batch_iteration"]
+            for group, lr, beta in zip(optimizer.param_groups, trace["lr_before_step"][position + 1],
+                                       trace["beta1_before_step"][position + 1], strict=True):
+                assert group["lr"] == pytest.approx(lr, rel=1e-12, abs=0), f"position {position}: rate"
+                assert group["betas"][0] == pytest.approx(beta, rel=1e-12), f"position {position}: momentum"
+    with pytest.raises(ValueError, match="last_batch_iteration is -2; allowed: a whole number, at least -1"):
+        schedule.step(-2)
+    assert schedule.last_batch_iteration == position and optimizer.param_groups[0]["lr"] == pytest.approx(
+        trace["lr_before_step"][-1][0]), "a refused step changes nothing"
+
+
+def test_one_cycle_tells_its_momentum():
+    params = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1, "cycle_first_step_size": 4}
+    optimizer = adam()
+    schedule = schedulers.build(optimizer, "OneCycle", params)
+    assert schedule.get_mom() == [(0.8, 0.99)]
+    optimizer.step()
+    schedule.step(1)
+    assert schedule.get_mom() == [(pytest.approx(0.85), 0.99)]
+    assert schedulers.build(adam(), "OneCycle", params | {"cycle_momentum": False}).get_mom() is None
+
+
 def test_warmup_keeps_each_groups_own_rate_unless_told_otherwise():
     optimizer = adam((0.1, 0.2))
     schedule = schedulers.build(optimizer, "WarmupLR", {"warmup_num_steps": 3})

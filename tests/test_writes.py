@@ -59,8 +59,8 @@ def clamped(stage: int, options: dict) -> float:
     return max(float(zero.safe_get_full_fp32_param(p).abs().max()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": {"enabled": True}}, {"offload": {"device": "cpu"}}],
-                         ids=["fp32", "bf16", "offload"])
+@pytest.mark.parametrize("options", [{}, {"bf16": {"enabled": True, "auto_cast": True}},
+                                     {"offload": {"device": "cpu"}}], ids=["fp32", "bf16", "offload"])
 def test_what_a_script_writes_between_steps_is_not_undone_by_the_next(run_ranks, options):
     for stage in range(4):
         for largest in run_ranks(clamped, 2, stage, options):
@@ -71,7 +71,7 @@ def saved(stage: int, folder: str) -> float:
     """A write in place just before a save, in bf16: the largest difference from it after loading."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    engine = start(model, stage, bf16={"enabled": True})
+    engine = start(model, stage, bf16={"enabled": True, "auto_cast": True})
     engine.backward(engine(torch.ones(4, 4)).sum())
     engine.step()
     with torch.no_grad():
@@ -144,7 +144,7 @@ def thawed_and_resumed(stage: int, folder: str) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
         model[0].requires_grad_(False)
-        engine = start(model, stage, bf16={"enabled": True},
+        engine = start(model, stage, bf16={"enabled": True, "auto_cast": True},
                        optimizer={"type": "AdamW", "params": {"lr": 0.01}})
         model[0].requires_grad_(True)
         if resumed:
@@ -168,7 +168,7 @@ def loaded(stage: int) -> float:
     """Plain load_state_dict between steps, in bf16 with fp32 masters: the largest difference after a step at rate 0."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    engine = start(model, stage, bf16={"enabled": True})
+    engine = start(model, stage, bf16={"enabled": True, "auto_cast": True})
     engine.backward(engine(torch.ones(4, 4)).sum())
     engine.step()
     state = {name: torch.full_like(p, 0.5) for name, p in model.state_dict().items()}

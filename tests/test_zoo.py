@@ -12,7 +12,7 @@ models are in fp64, so that equal means equal. ``test_models.py`` has the loops 
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.utils.checkpoint import checkpoint
 
 import engine as deepspeed
 import zero
@@ -269,6 +271,192 @@ class GivesLoss(Mlp):
         return {"loss": self.blocks(x).square().mean()}
 
 
+class Loop(list):
+    """Contains itself."""
+
+
+@dataclass
+class Unset:
+    out: torch.Tensor
+    rest: Loop = field(init=False)  # never set
+
+
+class GivesCycles(Mlp):
+    def forward(self, x):
+        loop = Loop([Unset(self.blocks(x))])
+        loop.append(loop)
+        return loop
+
+
+# --- Memory of weights that goes further than the module that has them ------------------------------------------------
+
+VIEWS = {
+    "slice": lambda m, n: m.table[:n], "view": lambda m, n: m.table.view(-1)[8:8 + n * WIDTH].view(n, WIDTH),
+    "transpose": lambda m, n: m.table.t()[:n], "narrow": lambda m, n: m.table.narrow(0, 2, n),
+    "expand": lambda m, n: m.table[:1].expand(n, WIDTH), "unbind": lambda m, n: m.table.unbind(0)[1][None],
+    "detach": lambda m, n: m.table.detach()[:n], "data": lambda m, n: m.table.data[:n],
+    "tuple": lambda m, n: (m.table[:n], m.table), "dict": lambda m, n: {"a": [m.table[1:n + 1]]},
+    "numpy": lambda m, n: torch.from_numpy(m.table.detach().numpy())[:n],
+    "state dict": lambda m, n: m.state_dict()["table"][:n], "kept": lambda m, n: setattr(m, "kept", m.table[:n]),
+    "kept for ever": lambda m, n: m.__dict__.setdefault("cached", m.table.t()[:n]), "whole": lambda m, n: m.table,
+}
+
+
+class View(nn.Module):
+    def __init__(self, form: str):
+        super().__init__()
+        self.table, self.form = nn.Parameter(torch.randn(WIDTH, WIDTH)), form
+
+    def forward(self, length: int):
+        return VIEWS[self.form](self, length)
+
+
+class Views(nn.Module):
+    """Every module but the last gives a view of its weight, which its parent uses."""
+
+    def __init__(self, recompute: bool = False):
+        super().__init__()
+        self.views = nn.ModuleDict({form: View(form) for form in VIEWS})
+        self.last, self.recompute = nn.Linear(WIDTH, WIDTH, bias=False), recompute
+
+    def forward(self, x):
+        for view in self.views.values():
+            if self.recompute and view.form != "kept":
+                given = checkpoint(view, x.shape[1], use_reentrant=False)
+            else:
+                given = view(x.shape[1])
+            if view.form == "kept":
+                given = view.__dict__.pop("kept")
+            elif isinstance(given, (tuple, dict)):
+                given = given[0] + given[1][1:x.shape[1] + 1] if isinstance(given, tuple) else given["a"][0]
+            x = x + torch.tanh(given[:x.shape[1]]) if view.form != "whole" else x @ given
+        return self.last(x)
+
+
+class WritesData(Mlp):
+    """Changes its weights in forward in the way that PyTorch does not count."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        for p in [self.scale, self.blocks[1][0].weight]:
+            p.data.mul_(0.9)
+        with torch.no_grad():
+            self.blocks[0][0].weight.mul_(0.9)
+        return self.blocks(x * self.scale)
+
+
+# --- Other ways through a model than its forward ----------------------------------------------------------------------
+
+
+class Methods(Mlp):
+    def __init__(self):
+        super().__init__(2)
+        self.scale, self.table = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.randn(2 * LENGTH, WIDTH))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def encode(self, x):
+        return self.head(self.blocks(x * self.scale + self.table[:x.shape[1]])) @ self.head.weight
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class Weighted(torch.autograd.Function):
+    """x w^T, of which backward reads w as an attribute of a module."""
+
+    @staticmethod
+    def forward(ctx, x, w, module):
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return grad @ ctx.module.weight, grad.flatten(0, 1).t() @ x.flatten(0, 1), None
+
+
+class Coupling(torch.autograd.Function):
+    """Reversible: backward computes the inputs from the outputs, and runs two submodules anew."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        a, b = x.chunk(2, -1)
+        a = a + module.f(b)
+        b = b + module.g(a)
+        ctx.module = module
+        ctx.save_for_backward(a, b)
+        return torch.cat([a, b], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (a, b), (da, db) = ctx.saved_tensors, grad.chunk(2, -1)
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            g = ctx.module.g(a)
+            torch.autograd.backward(g, db)
+        da = da + a.grad
+        with torch.enable_grad():
+            b = (b - g.detach()).requires_grad_()
+            torch.autograd.backward(ctx.module.f(b), da)
+        return torch.cat([da, db + b.grad], -1), None
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(WIDTH // 2, WIDTH // 2), nn.Linear(WIDTH // 2, WIDTH // 2)
+
+    def forward(self, x):
+        return Coupling.apply(x, self)
+
+
+class Reversibles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Reversible() for _ in range(3))
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return Weighted.apply(x, self.last.weight, self.last) + self.last.bias
+
+    def run(self, x):
+        return self.forward(x)
+
+
+def encoded(model, x):
+    """By a method of the engine, by one of the model, and by parts of it."""
+    return (model.encode(x) + inside(model).encode(-x) + inside(model).head(model(x))).square().mean()
+
+
+def penalized(model, x):
+    """With penalties on gathered weights, the backward of which comes after the context."""
+    loss = square(model, x)
+    with zero.GatheredParameters(model.parameters()):
+        loss = loss + sum(p.square().sum() + (p.t() @ p).square().mean() for p in model.parameters())
+    with torch.enable_grad(), zero.GatheredParameters(p := inside(model).blocks[0][0].weight):
+        grad, = torch.autograd.grad(p.pow(3).sum(), p, create_graph=True)
+    return loss + grad.square().mean()
+
+
+def hooked_by_the_caller(model, x):
+    def to_16_bits(tensor):
+        return tensor.to(torch.bfloat16)
+
+    loss = 0
+    for hooks in (save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t),
+                  saved_tensors_hooks(to_16_bits, torch.Tensor.double)):
+        with hooks:
+            loss = loss + square(model, x)
+    return loss
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +502,12 @@ CASES = {
     "objects": Case(GivesObjects, lambda model, x: model(x).value.square().mean()),
     "nothing returned": Case(GivesNothing, kept_loss), "a loss returned": Case(GivesLoss, lambda m, x: m(x)["loss"]),
     "two forwards": Case(partial(Mlp, 2), twice), "unrolled": Case(partial(Mlp, 2), unrolled),
+    "unset fields and cycles": Case(partial(GivesCycles, 2), lambda model, x: model(x)[0].out.square().mean()),
+    "views of weights": Case(Views), "views of weights, recomputed": Case(partial(Views, True)),
+    "written through .data": Case(WritesData, whole=True), "methods": Case(Methods, encoded),
+    "reversible": Case(Reversibles),
+    "reversible, in a method": Case(Reversibles, lambda model, x: model.run(x).square().mean()),
+    "penalties": Case(partial(Mlp, 2), penalized), "the caller's hooks": Case(partial(Mlp, 2), hooked_by_the_caller),
 }
 
 
