@@ -529,6 +529,7 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
      "cpu_offload is the former spelling of zero_optimization.offload_optimizer and says .* take .*cpu_offload out"),
     ({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "and says 1, but .* is 2"),
     ({"zero_optimization": {"cpu_offload": "perhaps"}}, "zero_optimization.cpu_offload is 'perhaps'; allowed: true"),
+    ({"overlap_comm": True}, "unknown key overlap_comm, set to True; its place is in zero_optimization"),
     ({"gradient_cliping": "auto"}, "unknown key gradient_cliping, set to 'auto'; did you mean"),
     ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),
     ({"train_batch_size": True}, "train_batch_size is True"),
