@@ -384,8 +384,8 @@ def _refuse_undecided(config: Config, autos: list[str]) -> None:
         undecided += [f"scheduler.params.{key}" for key, parameter in taken.items()
                       if f"scheduler.params.{key}" in autos and parameter.default is parameter.empty]
     if undecided:
-        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s Trainer '
-                          "and Accelerate fill them in from their own arguments before DeepSpeed reads the config")
+        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
+                          "Trainer and Accelerate fill them in before DeepSpeed reads the config")
 
 
 def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
@@ -425,7 +425,10 @@ def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> 
     if path in NOT_HERE:
         raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
     if path not in NOT_NEEDED:
-        raise ConfigError(f"unknown key {path}, set to {value!r}{_nearest(key, known)} (known: {', '.join(known)})")
+        sections = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
+        homes = [name for name, section in sections.items() if path in vars(section())]
+        hint = f"; its place is in {homes[0]}" if len(homes) == 1 else _nearest(key, known)
+        raise ConfigError(f"unknown key {path}, set to {value!r}{hint} (known: {', '.join(known)})")
     if not _is_off(value) or path in ALWAYS_ON and value is not None:
         remarks.without_effect.append(f"{path} ({NOT_NEEDED[path]})")
 

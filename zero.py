@@ -2945,7 +2945,7 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
         held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
-        for slot in bucket.slots:
+        for slot in bucket.slots if bucket.trained else ():
             for key, value in zero.optimizer.state.get(slot.piece, {}).items():
                 if _is_like(key, value, slot.piece.shape):
                     flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)

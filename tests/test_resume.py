@@ -602,6 +602,23 @@ def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_
     assert run_ranks(fails_on_one_rank, 2, str(tmp_path)) == [(True, 20, ["file"])] * 2
 
 
+def test_an_engine_without_optimizer_is_saved_and_loaded(run_ranks, tmp_path):
+    assert run_ranks(without_optimizer, 2, str(tmp_path)) == [[1.0, 1.0]] * 2
+
+
+def without_optimizer(folder: str):
+    weights = []
+    for stage in (0, 3):
+        engine, *_ = deepspeed.initialize(model=nn.Linear(1, 1, bias=False), config={
+            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})
+        if stage == 0:
+            nn.init.ones_(engine.module.weight)
+            engine.save_checkpoint(folder)
+        engine.load_checkpoint(folder)
+        weights.append(float(zero.safe_get_full_fp32_param(engine.module.weight)))
+    return weights
+
+
 def names_and_numbers(folder: str):
     engine, _ = make(0, {})
     for tag in (0.125, 3, np.float64(0.5)):
@@ -774,7 +791,7 @@ class Odd(torch.optim.Optimizer):
 
 def odd(stage: int, extra=None):
     torch.manual_seed(0)
-    return deepspeed.initialize(model=nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), config={
+    return deepspeed.initialize(model=nn.Sequential(nn.Linear(3, 100), nn.Linear(100, 2)), config={
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage}}, optimizer=lambda parameters: Odd(parameters, extra=extra))[0]
 

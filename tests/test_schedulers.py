@@ -94,6 +94,13 @@ def test_warmup_keeps_each_groups_own_rate_unless_told_otherwise():
         schedulers.build(adam((0.1, 0.2)), "WarmupLR", {"warmup_max_lr": 0.05})
 
 
+def test_a_fraction_of_a_step_counts_as_in_deepspeed():
+    schedule = schedulers.build(adam(), "WarmupDecayLR", {"total_num_steps": 10.5, "warmup_num_steps": 2,
+                                                          "warmup_max_lr": 0.1, "warmup_type": "linear"})
+    assert [row[0] for row in schedulers.preview(schedule, 12)][3:] == pytest.approx(
+        [0.1 * max(0.0, (10.5 - step) / 8.5) for step in range(2, 11)])
+
+
 # --- Properties on drawn configurations -------------------------------------------------------------------------------
 
 RATE = st.floats(1e-6, 1.0)

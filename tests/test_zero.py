@@ -537,6 +537,31 @@ def test_units_are_found_named_and_shared():
         zero.find_units(model, zero.LeafModules(classes=["Blok"]))
 
 
+def test_marked_modules_are_units_without_units_inside():
+    class Expert(nn.Sequential):
+        pass
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.experts = nn.Linear(4, 4), nn.ModuleList(Expert(nn.Linear(4, 4)) for _ in range(3))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(2)), "norm": nn.LayerNorm(4)})
+    plain, lists = list(zero.find_units(model, None)), [layer.experts for layer in model["layers"]]
+    assert deepspeed.utils.set_z3_leaf_modules(model, ["ModuleList"]) == [model["layers"], *lists]
+    assert list(zero.find_units(model, None)) == ["layers"], "the outermost that is marked"
+    deepspeed.utils.unset_z3_leaf_modules(model, [nn.ModuleList])
+    assert list(zero.find_units(model, None)) == plain != ["layers"]
+    assert len(zero.set_z3_leaf_modules(model, [Expert, nn.LayerNorm])) == 7 == len(zero.get_z3_leaf_modules(model))
+    assert set(zero.find_units(model, zero.LeafModules(classes=["Layer"]))) == {
+        "layers.0", "layers.1", "norm", *(f"layers.{i}.experts.{j}" for i in range(2) for j in range(3))}
+    with pytest.raises(ValueError, match="the model has no module of .'Blok'."):
+        zero.set_z3_leaf_modules(model, ["Blok"])
+    assert zero.set_z3_leaf_modules(model, ["Blok"], raise_if_not_found=False) == []
+    with pytest.raises(ValueError, match=r"leaf_module_classes is \[3\]; allowed: a list of classes or class names"):
+        zero.set_z3_leaf_modules(model, [3])
+
+
 class Lars(torch.optim.Optimizer):
     """A client's optimizer, about which nothing is known: its rate goes by the norms of a whole parameter."""
 
@@ -874,11 +899,15 @@ def two_engines_for_one_model():
     first, *_ = deepspeed.initialize(model=model, config=config)
     with pytest.raises(ValueError, match="another engine already trains this model; call its destroy"):
         deepspeed.initialize(model=model, config=config)
+    with pytest.raises(RuntimeError, match="mark leaf modules before initialize"):
+        zero.set_z3_leaf_modules(model, [nn.Linear])
     first.destroy()
-    second, *_ = deepspeed.initialize(model=model, config=config)
-    second.backward(second(torch.ones(1, 2)).sum())
-    second.step()
-    return second.global_steps
+    for _ in range(2):  # the second time nobody destroys the engine before, but nobody refers to it either
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+        steps, engine = engine.global_steps, None
+    return steps
 
 
 def test_a_model_belongs_to_one_engine_until_it_is_destroyed(run_ranks):
