@@ -1461,10 +1461,11 @@ class Engine(nn.Module):
         Not in it: activations, and gaps between tensors that the allocator keeps.
         """
         estimate = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
-                                 dtypes=self.precision.path, device=self.device,
-                                 state_tensors=zero.state_tensors(self.optimizer))
-        return zero.MemoryReport(zero.measure(self.zero, self.module), {
-            (name, held.place): held.bytes for name, held in estimate.categories().items()})
+                                 dtypes=self.precision.path, device=self.device, rank=self.global_rank,
+                                 state_tensors=zero.state_tensors(self.optimizer),
+                                 micro_batches=self.gradient_accumulation_steps(),
+                                 groups=self.zero.parameters_by_group(), whole=self.zero.whole)
+        return zero.MemoryReport(zero.measure(self.zero, self.module), estimate.by_place())
 
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more.

@@ -313,20 +313,26 @@ class Communicator:
     numbers = count()  # tell the messages of several engines apart; rank 0's count
     starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
+    number, lockstep, reductions, gathers = 0, None, None, None
+
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
-        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self.seconds = 0.0
+        gloo = dist.get_backend() == "gloo" and device.type == "cpu"
+        self._prepare(dist.get_rank(), dist.get_world_size(), device, direct=gloo)
         number = torch.tensor([next(Communicator.numbers)], device=device)
         self.broadcast(number, source=0)
         self.number = int(number)
-        self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
-        self.direct = dist.get_backend() == "gloo" and device.type == "cpu"
-        self.spare = SpareBuffers(device)
-        self.lockstep = Lockstep(self.number, timeout or 1800.0) if debug and self.world_size > 1 else None
+        if debug and self.world_size > 1:
+            self.lockstep = Lockstep(self.number, timeout or 1800.0)
         self.reductions = self.gathers = dist.group.WORLD
         if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
             self.reductions = dist.new_group()
+
+    def _prepare(self, rank: int, world_size: int, device: torch.device, direct: bool) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.seconds = 0.0
+        self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
+        self.direct, self.spare = direct, SpareBuffers(device)
 
     def shard_of(self, flat: Tensor, rank: int | None = None) -> Tensor:
         """The slice of ``flat`` that belongs to ``rank`` (default: this one)."""
@@ -407,9 +413,52 @@ class Communicator:
 
     def table(self) -> str:
         """The traffic so far, as text."""
-        rows = [f"{'collective':<16}{'calls':>8}{'elements sent':>18}{'MiB sent':>12}"]
-        rows += [f"{kind:<16}{t.calls:>8}{t.elements:>18,}{t.bytes / 2**20:>12.2f}" for kind, t in self.traffic.items()]
-        return "\n".join(rows)
+        return _traffic_table(self.traffic)
+
+
+def _traffic_table(traffic: Mapping[str, Traffic]) -> str:
+    rows = [f"{'collective':<16}{'calls':>8}{'elements sent':>18}{'MiB sent':>12}"]
+    rows += [f"{kind:<16}{t.calls:>8}{t.elements:>18,}{t.bytes / 2**20:>12.2f}" for kind, t in traffic.items()]
+    return "\n".join(rows)
+
+
+class Rehearsal(Communicator):
+    """A rank of ``world_size`` on the meta device, without the others: it counts what it would send, and sends nothing.
+
+    direct   with gloo, it also takes buffers for what it would receive
+    """
+
+    def __init__(self, world_size: int, rank: int = 0, direct: bool = False):
+        self._prepare(rank, world_size, torch.device("meta"), direct)
+
+    def all_gather(self, flat: Tensor, what: Callable[[], str] = str) -> Handle:
+        """Count it."""
+        return self._count("all-gather", flat, 1)
+
+    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str) -> Handle:
+        """Count it. With many ranks, the buffers for what they send are one."""
+        size, others = flat.numel() // self.world_size, self.world_size - 1 if self.direct else 0
+        parts = [self.spare.take(size * others, flat.dtype)] if others > 7 else [
+            self.spare.take(size, flat.dtype) for _ in range(others)]
+
+        def finish() -> None:
+            for part in parts:
+                self.spare.give_back(part)
+
+        return self._count("reduce-scatter", flat, 1, finish)
+
+    def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
+                   what: Callable[[], str] = str) -> Handle:
+        """Count it."""
+        return self._count(kind, tensor, 2, finish)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Nothing: a model's parameters are broadcast once, and traffic is a step's."""
+
+    def _count(self, kind: str, tensor: Tensor, times: int, finish: Callable[[], None] | None = None) -> Handle:
+        if self.world_size > 1:
+            self._begin(kind, tensor, times, str)
+        return Handle(self, finish=finish)
 
 
 class Lockstep:
@@ -504,15 +553,16 @@ class Host:
 
     def __init__(self, device: torch.device, folder: str | None, pin_memory: bool):
         self.folder = folder
+        self.place = torch.device("meta" if device.type == "meta" else "cpu")
         self.pinned = pin_memory and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.landed: list[tuple[Tensor, Tensor]] = []  # sums on their way down, and what they will be added to
         self.seconds = 0.0  # time that this rank has spent copying and waiting for copies
 
-    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A tensor here with any contents. Raises OSError where the disk has no room."""
-        if self.folder is None or numel == 0:
-            return torch.empty(numel, dtype=dtype, pin_memory=self.pinned)
+    def empty(self, numel: int, dtype: torch.dtype, in_memory: bool = False) -> Tensor:
+        """A tensor here, or in host memory, with any contents. Raises OSError where the disk has no room."""
+        if self.folder is None or numel == 0 or in_memory or self.place.type == "meta":
+            return torch.empty(numel, dtype=dtype, device=self.place, pin_memory=self.pinned)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="zero_") as file:  # gone at the end, but for the map
             if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end the process by a signal
                 os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
@@ -520,7 +570,7 @@ class Host:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor with these values here; ``tensor`` itself where it lives here."""
-        if tensor.device.type == "cpu" and (self.folder is None or tensor.untyped_storage().filename is not None):
+        if tensor.device == self.place and (self.folder is None or tensor.untyped_storage().filename is not None):
             return tensor
         return self.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
@@ -837,8 +887,7 @@ class Bucket:
         own = slice(*self.own)
         if self.grad_shard is None:
             if self.host is not None:
-                self.grad_shard = torch.empty(own.stop - own.start, dtype=self.dtypes.gradient,
-                                              pin_memory=self.host.pinned)
+                self.grad_shard = self.host.empty(own.stop - own.start, self.dtypes.gradient, in_memory=True)
             else:
                 self.grad_shard = torch.empty_like(self.grad[own]) if self.sharded.gradients else self.grad[own]
         self.landing = self.grad_shard if self.host is None else torch.empty_like(self.grad[own])
@@ -1713,9 +1762,10 @@ class Zero(Holder):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
-                 predivide: float | None = None, debug: bool = False, timeout: float | None = None):
+                 predivide: float | None = None, debug: bool = False, timeout: float | None = None,
+                 communicator: Communicator | None = None):
         self.optimizer, self.config, self.device, self.predivide = optimizer, config, device, predivide
-        self.communicator = Communicator(device, debug, timeout)
+        self.communicator = communicator or Communicator(device, debug, timeout)
         if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.whole = self._groups_of_whole_parameters(allow_untested)
@@ -1865,6 +1915,14 @@ class Zero(Holder):
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for bucket in self.trained:
             groups[bucket.group] += bucket.pieces
+        return groups
+
+    def parameters_by_group(self) -> list[list[nn.Parameter]]:
+        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
+        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
+        for bucket in self.buckets:
+            if bucket.group is not None:
+                groups[bucket.group] += [slot.parameter for slot in bucket.slots]
         return groups
 
     def _take_over(self, optimizer: Optimizer) -> None:
@@ -3332,24 +3390,32 @@ def _inspection(reader: CheckpointReader) -> str:
 
 
 # --- What it will take ------------------------------------------------------------------------------------------------
+#
+# An estimate is a rehearsal: the code above takes two steps on the meta device, where tensors have no memory, under a
+# communicator that sends nothing; and ``measure`` reads what it holds, as it does for an engine.
 
 
-PLACES = {"none": "device", "cpu": "cpu", "nvme": "nvme"}  # what an offload section's device means
 ADAM_STATE = 2  # tensors of an element each that Adam keeps: the averages of the gradient and of its square
 
 
 class Held(NamedTuple):
-    """Some of a rank's bytes, and where they are."""
-    bytes: int
-    place: str = "device"  # the GPU's memory; or "cpu", the host's; or "nvme", on a disk
+    """Some of a rank's bytes, by where they are."""
+    device: int = 0  # in the memory that the model computes in
+    cpu: int = 0     # offloaded to the host's memory
+    nvme: int = 0    # offloaded to files
+
+    @property
+    def bytes(self) -> int:
+        """In all places."""
+        return sum(self)
 
 
 @dataclass
 class Estimate:
-    """What one rank holds.
+    """What one rank holds, and what it sends in one optimizer step.
 
     Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
-    temporary tensors), and the allocator's gaps.
+    temporary tensors), the allocator's gaps, and the step's scalars.
     """
     stage: int
     world_size: int
@@ -3360,31 +3426,39 @@ class Estimate:
     buffers: Held          # the model's: running means and the like
     live: Held             # gathered units (stage 3), and the buffers that gradients pass through; more of these where
                            # gradients come in another order than the reverse of registration, as buckets wait then
+    traffic: dict[str, Traffic]  # by kind of collective
 
-    # An offload_optimizer.ratio below 1 is counted as 1.
+    def categories(self) -> dict[str, Held]:
+        """The bytes by category."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Held}
+
+    def by_place(self) -> dict[tuple[str, str], int]:
+        """The bytes by category and place, as ``measure`` has them."""
+        return {(name, place): size for name, held in self.categories().items()
+                for place, size in held._asdict().items() if size or place == "device"}
 
     def total(self, place: str = "device") -> int:
         """Bytes of all categories in ``place``: "device", "cpu" or "nvme"."""
-        if place not in PLACES.values():
-            raise ValueError(f"place is {place!r}; allowed: {', '.join(PLACES.values())}")
-        return sum(held.bytes for held in self.categories().values() if held.place == place)
-
-    def categories(self) -> dict[str, Held]:
-        """The categories by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Held}
+        if place not in Held._fields:
+            raise ValueError(f"place is {place!r}; allowed: {', '.join(Held._fields)}")
+        return sum(getattr(held, place) for held in self.categories().values())
 
     def table(self) -> str:
         """All of it, as text."""
         rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
-        rows += [f"{name.replace('_', ' '):<18}{held.place:<8}{held.bytes:>22,}{held.bytes / 1e9:>12.3f}"
-                 for name, held in self.categories().items()]
-        totals = {place: self.total(place) for place in PLACES.values()}
-        rows += [f"{'total':<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}" for place, size in totals.items() if size]
-        return "\n".join(rows)
+        sizes = self.by_place() | {("total", place): self.total(place) for place in Held._fields if self.total(place)}
+        rows += [f"{name.replace('_', ' '):<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}"
+                 for (name, place), size in sizes.items()]
+        return "\n".join([*rows, "one optimizer step:", _traffic_table(self.traffic)])
 
 
 def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
     """The bytes that this rank holds now, by category and place as in Estimate; each storage is counted once."""
+    buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
+    return _measure(zero, zero.buckets) | {("buffers", "device"): sum(buffers.values())}
+
+
+def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> Counter[tuple[str, str]]:
     seen: set[int] = set()
     found: Counter[tuple[str, str]] = Counter()
 
@@ -3395,21 +3469,20 @@ def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
                 seen.add(storage._cdata)
                 found[category, place] += storage.nbytes()
 
-    for bucket in zero.buckets:
+    for bucket in buckets:
         entries = [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
         state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
         add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
         add("masters", bucket.host, [bucket.master])
         add("gradients", bucket.host, [bucket.grad if bucket.keeps_buffer else bucket.grad_shard], in_memory=True)
         add("optimizer_state", bucket.host, state)
-    add("buffers", None, model.buffers())
-    add("live", None, (t for b in zero.buckets for t in (b.flat, b.grad, b.sent, b.landing)))
+    add("live", None, (t for b in buckets for t in (b.flat, b.grad, b.sent, b.landing)))
     add("live", None, zero.communicator.spare.free)
     return found
 
 
 class MemoryReport(NamedTuple):
-    """What a rank holds beside what was estimated: bytes by category and place, see Estimate. ``str()`` is a table."""
+    """What a rank holds and what was estimated: bytes by category and place, see Estimate. ``str()`` is a table."""
     measured: dict[tuple[str, str], int]
     estimated: dict[tuple[str, str], int]
 
@@ -3421,117 +3494,253 @@ class MemoryReport(NamedTuple):
         return "\n".join([*rows, "live is what comes and goes: measured now, estimated at its most"])
 
 
-class Lot(NamedTuple):
-    """Parameters that share one fate: a bucket-to-be, or all of a model of which only the size is known."""
-    elements: int          # padding included
-    dtypes: Dtypes
-    trained: bool = True
-    stays: bool = False    # whole even at stage 3
+class RehearsedZero(Zero):
+    """``Zero`` under a ``Rehearsal``, with a model on the meta device.
+
+    It needs no folder for offload, and counts the norm of gradients as 0, since they have no values.
+
+    most   the bytes that come and go ("live"), at their most so far; with more than 128 buckets, every third (fifth,
+           ...) change is looked at: odd numbers, so that each phase of a repeated block is seen
+    """
+
+    most = looks = 0
+
+    def _check_room(self, model: nn.Module) -> None:
+        pass
+
+    def _agree(self) -> float:
+        return 0.0
+
+    def _start_gather(self, unit: Unit) -> None:
+        super()._start_gather(unit)
+        self.watch()
+
+    def _launch(self, bucket: Bucket) -> None:
+        self.watch()  # one bucket is full, and the one before is on its way
+        super()._launch(bucket)
+        self.watch()
+
+    def watch(self) -> None:
+        """Note what comes and goes now."""
+        self.looks += 1
+        if self.looks % (len(self.buckets) // 64 | 1):
+            return
+        busy = [b for b in self.buckets if b.sent is not None or b.grad is not None and not b.keeps_buffer
+                or b.unit is not None and b.unit.state is not UnitState.SHARDED]
+        self.most = max(self.most, _measure(self, busy)["live", "device"])
 
 
-class Terms(NamedTuple):
-    """What a config says that counts here."""
-    config: ZeroConfig
-    dtypes: Callable[[torch.dtype], Dtypes]  # of a parameter that was given in some dtype
-    buffers: torch.dtype | None              # that of floating-point buffers; none: each as the model has it
-    updates: str     # the place of masters, optimizer state and gradient shards
-    parameters: str  # the place of stage 3's shards
+class Use(torch.autograd.Function):
+    """What autograd sees of a parameter's use: a result that depends on it, and its gradient; nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: nn.Parameter) -> Tensor:
+        """The result."""
+        ctx.parameter = p
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of both."""
+        p = ctx.parameter
+        return grad, torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+
+
+class StandIn(nn.Module):
+    """A module's parameters, buffers and submodules on the meta device, by name; no code and no data of it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, memo: dict[int, Any]):
+        """``memo`` gets what stands for each module and tensor, by id; ``dtype``: that of buffers, None: their own."""
+        super().__init__()
+        memo[id(module)] = self
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"),
+                                           p.requires_grad)
+            self._parameters[name] = None if p is None else memo[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None and id(b) not in memo:
+                memo[id(b)] = torch.empty(b.shape, dtype=dtype if dtype and b.is_floating_point() else b.dtype,
+                                          device="meta")
+            self._buffers[name] = None if b is None else memo[id(b)]
+        for name, child in module._modules.items():  # set like this, no hook of zero.Init sees it
+            self._modules[name] = None if child is None else memo.get(id(child)) or StandIn(child, dtype, memo)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Use each trained parameter once, in the order of registration."""
+        for p in self._parameters.values():
+            if p is not None and p.requires_grad:
+                x = Use.apply(x, p)
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class StandInZero(RehearsedZero):
+    """The ``Zero`` of a stand-in, whose gradients come in the exact order of the buckets; a model's do not quite.
+
+    So below stage 3 a bucket is sent when the next one has a gradient already, as if its own last one came after that.
+    """
+
+    def _launch_ready(self) -> None:
+        if self.sharded.parameters:
+            super()._launch_ready()
+        elif (self.config.overlap_comm and self.reduces_now and len(self.queue) > 1 and self.queue[0].complete
+                and self.queue[1].fired):
+            self._launch(self.queue.popleft())
+
+
+class StandInOptimizer(Optimizer):
+    """Keeps ``tensors`` tensors per parameter, and updates nothing. It cuts no parameters of groups that are whole."""
+
+    def __init__(self, groups: list[dict[str, Any]], tensors: int):
+        super().__init__(groups, {"tensors": tensors})
+
+    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
+        """As Zero asks."""
+        return not group["whole"]
+
+    def step(self, closure: None = None) -> None:
+        """Make the state of what has a gradient."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p] = self.state[p] or {i: torch.empty_like(p) for i in range(group["tensors"])}
 
 
 def estimate(model_or_counts: nn.Module | int | tuple[int, int],
              config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None = None, world_size: int = 1, *,
              dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
-             state_tensors: int = ADAM_STATE, device: torch.device | str | None = None) -> Estimate:
-    """What each of ``world_size`` ranks will hold, in bytes, before anything is allocated.
+             state_tensors: int = ADAM_STATE, device: torch.device | str | None = None,
+             micro_batches: int | None = None, groups: Sequence[Iterable[nn.Parameter]] | None = None,
+             whole: Collection[int] = (), rank: int = 0) -> Estimate:
+    """What a rank of ``world_size`` will hold, in bytes, and send, before anything is allocated.
 
-    model_or_counts   a model, which may be on the meta device: then padding and the largest units are true. Or the
-                      number of parameters; or that and the largest unit's, without which stage 3 counts no live units
-    config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``
-                      and the dtypes of fp16, bf16, data_types and communication_data_type count; modules that
-                      ``keep_fp32`` names are counted like the others. None: stage 0
-    dtypes            of every parameter, or a function that tells. None: what the config says, else a model's own, fp32
+    model_or_counts   a model, which may be on the meta device; only its shapes and dtypes are read. Or the number of
+                      parameters, or that and the largest unit's: of these, a model of equal blocks is made, as large as
+                      the unit or else as a bucket, and 100 at most
+    config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``,
+                      the batch sizes and the dtypes of fp16, bf16, data_types and communication_data_type count;
+                      modules that ``keep_fp32`` names are counted like the others. None: stage 0
+    dtypes            of every parameter, or a function of the parameter. None: what the config says, else a model's own
     state_tensors     tensors with a value per element in the optimizer's state: Adam 2, SGD 0, with momentum 1
-    device            the ranks' kind of device, which the size of buckets goes by. None: the model's; meta is a GPU
+    device            the ranks' kind of device: it decides how large buckets are. None: the model's; meta is a GPU
+    micro_batches     per optimizer step, for the traffic. None: what the config says, else 1
+    groups            the parameters of each of the optimizer's param groups. None: all that require grad, in one
+    whole             the groups, by number, whose parameters the optimizer looks at as a whole, as Muon does
+    rank              which one; they differ by padding alone
 
     Raises ValueError, which names the argument or key, what was given and what is allowed.
     """
-    if not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size is {world_size!r}; allowed: a whole number from 1 up")
-    terms = _terms(config)
-    is_model = isinstance(model_or_counts, nn.Module)
-    if device is None:
-        device = next((p.device for p in model_or_counts.parameters()), "cpu") if is_model else "meta"
-    device = torch.device(device)
-    alone = world_size == 1 and terms.parameters == "device"
-    sharded = SHARDED[0 if alone else terms.config.stage]
-    if is_model:
-        ways = dtypes if callable(dtypes) else lambda p: dtypes or terms.dtypes(p.dtype)
-        lots, own, units = _lots(model_or_counts, terms.config, ways, sharded, world_size, device)
-        buffers = sum(b.numel() * (terms.buffers if terms.buffers and b.is_floating_point() else b.dtype).itemsize
-                      for b in model_or_counts.buffers())
-    else:
-        total, unit = _checked_counts(model_or_counts)
-        ways, buffers = dtypes or terms.dtypes(torch.float32), 0
-        size = unit if sharded.parameters else min(bucket_size(terms.config, total, device), total)
-        lots, own, units = [Lot(total, ways)], [], [[Lot(size, ways)] for _ in range(3)]
-    passing = sharded._replace(gradients=sharded.gradients or terms.updates != "device")
-    live = 0 if alone and not passing.gradients else _gradient_buffers(
-        own, units, passing, world_size, direct=device.type == "cpu")
-    if terms.updates != "device":  # where sums land before they go down; and, below stage 2, a window's gradients
-        largest = max((lot.elements * lot.dtypes.gradient.itemsize
-                       for unit in [own, *units] for lot in unit if lot.trained), default=0)
-        live += 2 * largest // (world_size if sharded.optimizer else 1)
-        if not sharded.gradients:
-            live += sum(lot.elements * lot.dtypes.gradient.itemsize for lot in lots if lot.trained)
-    if sharded.parameters:  # the model's own unit, the one in use, and the one gathered ahead
-        bytes_of = [sum(lot.elements * lot.dtypes.compute.itemsize for lot in unit if not lot.stays)
-                    for unit in [own, *units]]
-        live += bytes_of[0] + sum(sorted(bytes_of[1:])[-2:])
-    return _shared_out(lots, terms, sharded, world_size, state_tensors, Held(buffers), Held(live))
-
-
-def _terms(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None) -> Terms:
-    """What ``config`` says, in any of its forms."""
-    if isinstance(config, (str, os.PathLike)):
-        config = _read_config(config)
-    whole = {} if config is None or isinstance(config, ZeroConfig) else config
-    if not isinstance(whole, Mapping):
-        raise ValueError(f"the config is {whole!r}; allowed: an object, such as a dict")
-    for key in ("zero_optimization", "fp16", "bf16", "data_types"):
-        if not isinstance(whole.get(key, {}), Mapping):
-            raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
-    section = dict(whole.get("zero_optimization", {}))
-    offload = {key: section.pop(key, None) or {} for key in ("offload_optimizer", "offload_param")}
-    if not isinstance(config, ZeroConfig):
-        known = [f.name for f in fields(ZeroConfig)]
-        unknown = sorted(section.keys() - set(known))
-        if unknown:
-            raise ValueError(f"unknown key zero_optimization.{unknown[0]} (known: {', '.join(known)})")
+    config, said, buffers, steps = _read_config(config, world_size)
+    steps = steps if micro_batches is None else micro_batches
+    for name, value, least in (("world_size", world_size, 1), ("micro_batches", steps, 1),
+                               ("state_tensors", state_tensors, 0), ("rank", rank, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; allowed: a whole number from {least} up")
+    if rank >= world_size:
+        raise ValueError(f"rank is {rank}; allowed: less than world_size, which is {world_size}")
+    model = model_or_counts
+    if not isinstance(model, nn.Module):
+        model = _blocks(*_checked_counts(model), partial(bucket_size, config, device=torch.device(device or "meta")))
+    device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    with torch.inference_mode(False), torch.enable_grad():
+        zero = _stand_in_zero(
+            model, config, lambda p: dtypes(p) if callable(dtypes) else dtypes or said(p.dtype), buffers, device,
+            [[p for p in model.parameters() if p.requires_grad]] if groups is None else groups, whole, state_tensors,
+            Rehearsal(world_size, rank, direct=device.type == "cpu"))
         try:
-            if section.get("leaf_module"):
-                section["leaf_module"] = LeafModules(**section["leaf_module"])
-            config = ZeroConfig(**section)
-        except TypeError as error:
-            raise ValueError(f"zero_optimization: {error}") from None
-    else:
-        offload = {key: {"device": getattr(getattr(config, key, None), "device", "none")} for key in offload}
-    updates, parameters = (_place(key, said) for key, said in offload.items())
-    return Terms(config, *_dtypes_said(whole), updates, parameters)
+            return _rehearse(zero, steps)
+        finally:
+            zero.release()
 
 
-def _read_config(path: str | os.PathLike) -> Any:
+def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]],
+                   buffers: torch.dtype | None, device: torch.device, groups: Sequence[Iterable[nn.Parameter]],
+                   whole: Collection[int], state_tensors: int, communicator: Rehearsal) -> StandInZero:
+    """What is like the model's ``Zero`` on ``device``, and has no memory."""
+    stands_for: dict[int, Any] = {}
+    twin, config = StandIn(model, buffers, stands_for), copy.copy(config)
+    config.reduce_bucket_size = bucket_size(config, sum(p.numel() for p in model.parameters()), device)
+    if config.stage == 3:
+        names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
+        config.leaf_module = LeafModules(names=[n for n in find_units(model, config.leaf_module) if n in names])
+    ways = {id(stands_for[id(p)]): dtypes(p) for p in model.parameters()}
+    listed = [{"params": [stands_for[id(p)] for p in group], "whole": index in whole}
+              for index, group in enumerate(groups)]
+    optimizer = StandInOptimizer(listed, state_tensors) if any(group["params"] for group in listed) else None
+    return StandInZero(twin, optimizer, config, communicator.device, lambda p: ways[id(p)], communicator=communicator)
+
+
+def _rehearse(zero: RehearsedZero, micro_batches: int) -> Estimate:
+    """Take two steps, and read what the second one holds and sends; the first learns the order of the units."""
+    model, traffic = zero.root.module, zero.communicator.traffic
+    for _ in range(2):
+        traffic.clear()
+        for boundary in (False, True) if micro_batches > 1 else (True,):
+            zero.boundary = boundary
+            loss = model(torch.zeros((), device="meta"))
+            if loss.requires_grad:
+                loss.backward()
+            zero.finish_backward()
+            for record in traffic.values() if not boundary else ():  # this micro-batch stands for all but the last
+                record.calls *= micro_batches - 1
+                record.elements *= micro_batches - 1
+                record.bytes *= micro_batches - 1
+        found = measure(zero, model)
+        if zero.optimizer is not None:
+            zero.step()
+    found = {**found, ("live", "device"): zero.most}
+    held = {f.name: Held(*(found.get((f.name, place), 0) for place in Held._fields))
+            for f in fields(Estimate) if f.type is Held}
+    return Estimate(zero.config.stage, zero.communicator.world_size, traffic=dict(traffic), **held)
+
+
+def _blocks(total: int, unit: int, size_of_bucket: Callable[[int], int]) -> nn.Module:
+    """A model of so many parameters, in blocks."""
+    size = max(unit or size_of_bucket(total), -(-total // 100), 1)
+    sizes = [size] * (total // size) + [total % size] * (total % size > 0)
+    with torch.device("meta"):
+        return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])
+
+
+def _checked_counts(counts: Any) -> tuple[int, int]:
+    total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
+    for value in (total, unit):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"model_or_counts is {counts!r}; allowed: a model, a number of parameters, or a pair of "
+                             "that and the largest unit's")
+    if unit > total:
+        raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
+    return total, unit
+
+
+def _read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"the config file {path} is not JSON: {error}") from None
 
 
-def _place(key: str, said: Any) -> str:
-    device = said.get("device", "none") if isinstance(said, Mapping) else None
-    if device not in PLACES:
-        raise ValueError(f"zero_optimization.{key} is {said!r}; allowed: an object whose device is "
-                         f"{', '.join(PLACES)}")
-    return PLACES[device]
+def _read_config(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None, world_size: int
+                 ) -> tuple[ZeroConfig, Callable[[torch.dtype], Dtypes], torch.dtype | None, int]:
+    """What a config says: ZeRO's part, a parameter's dtypes by the one it has, that of buffers, micro-batches."""
+    config = _read_json(config) if isinstance(config, (str, os.PathLike)) else {} if config is None else config
+    whole = {} if isinstance(config, ZeroConfig) else config
+    if not isinstance(whole, Mapping):
+        raise ValueError(f"the config is {whole!r}; allowed: an object, such as a dict")
+    for key in ("zero_optimization", "fp16", "bf16", "data_types"):
+        if not isinstance(whole.get(key, {}), Mapping):
+            raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
+    if config is whole:
+        section = dict(whole.get("zero_optimization", {}))
+        for key, kind, defaults in (("leaf_module", LeafModules, {}), ("offload_param", OffloadParam, PLACE),
+                                    ("offload_optimizer", OffloadOptimizer, PLACE)):
+            section[key] = _made(kind, f"zero_optimization.{key}", section.get(key), defaults)
+        config = _made(ZeroConfig, "zero_optimization", {k: v for k, v in section.items() if v is not None})
+    steps, batch, one = (size if isinstance(size := whole.get(key), int) else 0 for key in (
+        "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"))
+    steps = steps or (batch // (one * world_size) if one and world_size else 0)
+    return config, *_dtypes_said(whole), max(1, steps)
 
 
 def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
@@ -3559,170 +3768,53 @@ def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dty
     return dtypes, buffers
 
 
-def _checked_counts(counts: Any) -> tuple[int, int]:
-    total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
-    for value in (total, unit):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"model_or_counts is {counts!r}; allowed: a model, a number of parameters, or a pair of "
-                             "that and the largest unit's")
-    if unit > total:
-        raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
-    return total, unit
+PLACE = {"nvme_path": os.curdir}  # for a config that does not say where: nothing is written
 
 
-def _lots(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]],
-          sharded: Sharded, world_size: int, device: torch.device) -> tuple[list[Lot], list[Lot], list[list[Lot]]]:
-    """A model's buckets-to-be; at stage 3 those of its own unit, and of each other one (else every bucket is one)."""
-    root = Unit("", model, 0)
-    owners = assign_units(root, config.leaf_module)[1] if sharded.parameters else {}
-    trained = {id(p): 0 for p in model.parameters() if p.requires_grad}
-    lots, units = [], defaultdict(list)
-    for plan in plan_buckets(model, config, device, dtypes, trained, owners):
-        elements = _round_up(plan.slots[-1].end, ALIGN * world_size)
-        lots.append(Lot(elements, plan.dtypes, plan.trained, plan.unit is None))
-        units[plan.unit or root].append(lots[-1])  # what stays whole at stage 3 is reduced last, like the model's own
-    if not sharded.parameters:
-        return lots, [], [[lot] for lot in lots]
-    return lots, units.pop(root, []), list(units.values())
+def _made(kind: type, path: str, said: Any, defaults: Mapping[str, Any] = {}) -> Any:
+    """A section of the config; None where there is none."""
+    if said is None:
+        return None
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{path} is {said!r}; allowed: an object, such as a dict")
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(said.keys() - set(known))
+    if unknown:
+        raise ValueError(f"unknown key {path}.{unknown[0]} (known: {', '.join(known)})")
+    try:
+        return kind(**{**defaults, **said})
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _gradient_buffers(own: list[Lot], units: list[list[Lot]], sharded: Sharded, world_size: int, direct: bool) -> int:
-    """Bytes of the buffers that backward passes take: one is gone through without memory, by ``Zero._launch``'s rules.
-
-    own      of the model's own unit, whose first gradient may come first and whose last comes last
-    direct   each rank receives all others' slices, as with gloo, see Communicator
-    """
-    spare, in_flight = SpareBuffers(torch.device("meta")), deque()
-
-    def fill(lot: Lot) -> list[Tensor]:
-        return [spare.take(lot.elements, lot.dtypes.gradient)] if sharded.gradients else []
-
-    def finish() -> None:
-        for buffer in in_flight.popleft():
-            spare.give_back(buffer)
-
-    def launch(lot: Lot, buffers: list[Tensor]) -> None:
-        while len(in_flight) > (0 if sharded.gradients else 1):
-            finish()
-        if lot.dtypes.reduction != lot.dtypes.gradient:
-            buffers.append(spare.take(lot.elements, lot.dtypes.reduction))
-        if direct and sharded.optimizer:
-            buffers += [spare.take(lot.elements // world_size, lot.dtypes.reduction) for _ in range(world_size - 1)]
-        in_flight.append(buffers)
-
-    last = [(lot, fill(lot)) for lot in own if lot.trained]
-    filling: deque[tuple[Lot, list[Tensor]]] = deque()
-    for lot in (lot for unit in units for lot in unit if lot.trained):
-        filling.append((lot, fill(lot)))
-        if len(filling) > (0 if sharded.parameters else 1):  # below stage 3 gradients come early for the next bucket
-            launch(*filling.popleft())
-    for lot, buffers in [*filling, *last]:
-        launch(lot, buffers)
-    while in_flight:
-        finish()
-    return sum(buffer.numel() for buffer in spare.free)
-
-
-def _shared_out(lots: list[Lot], terms: Terms, sharded: Sharded, world_size: int, state_tensors: int,
-                buffers: Held, live: Held) -> Estimate:
-    """The bytes of every category."""
-    parameters = gradients = masters = state = 0
-    offloaded = terms.updates != "device"
-    for lot in lots:
-        own = -(-lot.elements // world_size) if sharded.optimizer else lot.elements
-        is_shard = sharded.parameters and not lot.stays
-        # As Bucket._settle_in has it: a shard is the master, unless one of them is offloaded and they are not the same.
-        differ = lot.dtypes.compute != lot.dtypes.master
-        separate = (terms.updates != terms.parameters or offloaded and differ) if is_shard else offloaded or differ
-        parameters += (own if is_shard else lot.elements) * (
-            lot.dtypes.master if is_shard and lot.trained and not separate else lot.dtypes.compute).itemsize
-        if lot.trained:
-            masters += separate * own * lot.dtypes.master.itemsize
-            gradients += (own if sharded.gradients or offloaded else lot.elements) * lot.dtypes.gradient.itemsize
-            state += own * lot.dtypes.master.itemsize * state_tensors
-    return Estimate(
-        terms.config.stage, world_size,
-        parameters=Held(parameters, terms.parameters if sharded.parameters else "device"),
-        gradients=Held(gradients, "cpu" if offloaded else "device"),
-        masters=Held(masters, terms.updates), optimizer_state=Held(state, terms.updates), buffers=buffers, live=live)
-
-
-# DeepSpeed's documented functions, with its figures: they count what DeepSpeed holds, 2 bytes per parameter over the
-# number of ranks more than is held here: a 16-bit shard of the gradients (stage 2) or of the parameters (stage 3).
+# DeepSpeed's documented functions print this project's table, in 16 bits with gradients summed in 32: what is held
+# here, and not what DeepSpeed holds. ``additional_buffer_factor`` has no effect, as the figures need no allowance.
 
 
 def estimate_zero2_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a model takes at stage 2, see estimate_zero2_model_states_mem_needs_all_cold."""
-    total, _ = _sizes(model)
-    estimate_zero2_model_states_mem_needs_all_cold(total, num_gpus_per_node, num_nodes, additional_buffer_factor)
+    """Print what a rank holds and sends at each stage, for a model."""
+    print(_comparison(model, {"bf16": {"enabled": True}}, [num_gpus_per_node * num_nodes])[1])
 
 
 def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what DeepSpeed takes at stage 2 in mixed precision, per node's host and per GPU, with and without offload.
-
-    additional_buffer_factor   what host memory is multiplied by, for all that comes beside
-    The GPU's figure without offload is 2 + 18/N bytes per parameter, where ``estimate`` has 2 + 16/N, see above.
-    As in DeepSpeed, the host's figure with offload counts the optimizer's share of all nodes, not of one.
-    """
-    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
-    whole = 2 * total_params
-    _print_needs(total_params, None, num_gpus_per_node, num_nodes, {
-        "offload_optimizer=cpu": (max(4 * total_params, shards) * ranks * additional_buffer_factor, whole),
-        "offload_optimizer=none": (4 * total_params * num_gpus_per_node * additional_buffer_factor,
-                                   whole + shards + whole // ranks)})
+    """Print what a rank holds and sends at each stage, for so many parameters."""
+    estimate_zero3_model_states_mem_needs_all_cold(total_params, 0, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero3_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a model takes at stage 3, see estimate_zero3_model_states_mem_needs_all_cold."""
-    estimate_zero3_model_states_mem_needs_all_cold(*_sizes(model), num_gpus_per_node, num_nodes,
-                                                   additional_buffer_factor)
+    """The same as estimate_zero2_model_states_mem_needs_all_live."""
+    estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
                                                    num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what DeepSpeed takes at stage 3 in mixed precision, per node's host and per GPU, with and without offload.
-
-    largest_layer_params   of the one module that holds most by itself: it is whole for a time, with its gradients
-    The GPU's figure without offload is 18/N bytes per parameter beside it, where ``estimate`` has 16/N, see above.
-    ``zero_init=0``: every process first builds the whole model in fp32 in host memory; ``zero_init=1``: zero.Init.
-    """
-    ranks, shards = num_gpus_per_node * num_nodes, _shards(total_params, num_gpus_per_node * num_nodes)
-    layer, half = 4 * largest_layer_params, 2 * total_params // ranks
-    needs = {}
-    for parameters, updates in (("cpu", "cpu"), ("none", "cpu"), ("none", "none")):
-        device = layer + (parameters == "none") * half + (updates == "none") * shards
-        host = (parameters == "cpu") * half + (updates == "cpu") * shards
-        for init in (True, False):
-            built = 4 * total_params if not init else layer if updates == "none" else 0
-            needs[f"offload_param={parameters}, offload_optimizer={updates}, zero_init={init:d}"] = (
-                max(built, host) * num_gpus_per_node * additional_buffer_factor, device)
-    _print_needs(total_params, largest_layer_params, num_gpus_per_node, num_nodes, needs)
-
-
-def _shards(total: int, ranks: int) -> int:
-    """Bytes of one rank's gradients, masters and optimizer state in mixed precision, as ``estimate`` has them."""
-    held = estimate(int(total), {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, ranks)
-    return held.gradients.bytes + held.masters.bytes + held.optimizer_state.bytes
-
-
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, and of the module that directly holds most of them."""
-    return (sum(p.numel() for p in model.parameters()),
-            max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()))
-
-
-def _print_needs(total: int, layer: int | None, per_node: int, nodes: int,
-                 needs: Mapping[str, tuple[float, float]]) -> None:
-    largest = "" if layer is None else f", the largest layer {layer / 1e6:,.0f} million"
-    print(f"Parameters, gradients and optimizer state of {total / 1e6:,.0f} million parameters{largest},\n"
-          f"on {nodes} node(s) of {per_node} GPU(s); 1 GB = 2**30 bytes")
-    print("  per CPU  |  per GPU |   Options")
-    for options, (host, device) in needs.items():
-        print(f" {host / 2**30:7.2f}GB | {device / 2**30:6.2f}GB | {options}")
+    """Print what a rank holds and sends at each stage, for so many parameters and so many in the largest unit."""
+    counts = int(total_params), int(largest_layer_params)
+    print(_comparison(counts, {"bf16": {"enabled": True}}, [num_gpus_per_node * num_nodes])[1])
 
 
 # The command line's part. Without a config it speaks of the ZeRO paper's case: gradients stay in 16 bits.
@@ -3730,34 +3822,47 @@ PAPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
 
 
 def _estimate_command(options: argparse.Namespace) -> str:
-    """A table of stages 0 to 3 side by side, a row per number of ranks; drawn as well, with ``--plot``."""
-    total, unit = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
+    """A table of stages 0 to 3, a row per number of ranks; drawn as well, with ``--plot``."""
+    counts = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
     worlds = [_whole("--world", size, 1) for size in options.world]
-    config = _read_config(options.config) if options.config else PAPER
-    dtypes = _terms(config).dtypes(torch.float32)
-    rows = []
-    for size in worlds:
-        configs = [{**config, "zero_optimization": {**config.get("zero_optimization", {}), "stage": stage}}
-                   for stage in SHARDED]
-        rows.append([estimate((total, unit), each, size) for each in configs])
+    rows, text = _comparison(counts, _read_json(options.config) if options.config else PAPER, worlds)
     if options.plot:
         _draw_estimates(rows, options.plot)
+    return text
+
+
+def _comparison(model_or_counts: nn.Module | tuple[int, int], config: Mapping[str, Any], worlds: Sequence[int]
+                ) -> tuple[list[list[Estimate]], str]:
+    """Estimates for stages 0 to 3, a row per number of ranks; the same as text."""
+    dtypes = _read_config(config, 1)[1](torch.float32)
+    section, rows = config.get("zero_optimization", {}), []
+    for size in worlds:
+        parts = [{key: value for key, value in section.items() if key != "offload_param" or stage == 3}
+                 for stage in SHARDED]
+        rows.append([estimate(model_or_counts, {**config, "zero_optimization": {**part, "stage": stage}}, size)
+                     for stage, part in enumerate(parts)])
+    total = (sum(p.numel() for p in model_or_counts.parameters()) if isinstance(model_or_counts, nn.Module)
+             else model_or_counts[0])
     names = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
     text = [f"{total:,} parameters with Adam, {', '.join(names)}; GB (1e9 bytes) per rank, without live units"]
-    for place in PLACES.values():
+    for place in Held._fields:
         if any(each.total(place) for row in rows for each in row):
-            text += _table(f"ranks, {place}", rows,
-                           lambda each: each.total(place) - (each.live.bytes if place == each.live.place else 0))
-    text += _table("live units", rows, lambda each: each.live.bytes)
+            text += _table(f"ranks, {place}", rows, lambda each: (
+                f"{(each.total(place) - getattr(each.live, place)) / 1e9:.2f}"))
+    text += _table("live units", rows, lambda each: f"{each.live.bytes / 1e9:.2f}")
+    text.append("Sent per rank and step: 1e9 elements, and calls")
+    for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
+        text += _table(kind, rows, lambda each: (
+            f"{each.traffic[kind].elements / 1e9:.2f} {each.traffic[kind].calls:>6}" if kind in each.traffic else "-"))
     if dtypes.compute != dtypes.master:
         text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
                     f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
-    return "\n".join(text)
+    return rows, "\n".join(text)
 
 
-def _table(title: str, rows: list[list[Estimate]], of: Callable[[Estimate], int]) -> list[str]:
-    lines = [f"{title:<16}" + "".join(f"{f'stage {stage}':>12}" for stage in SHARDED)]
-    return lines + [f"{row[0].world_size:<16}" + "".join(f"{of(each) / 1e9:>12.2f}" for each in row) for row in rows]
+def _table(title: str, rows: list[list[Estimate]], of: Callable[[Estimate], str]) -> list[str]:
+    lines = [f"{title:<16}" + "".join(f"{f'stage {stage}':>14}" for stage in SHARDED)]
+    return lines + [f"{row[0].world_size:<16}" + "".join(f"{of(each):>14}" for each in row) for row in rows]
 
 
 def _draw_estimates(rows: list[list[Estimate]], output: str) -> None:

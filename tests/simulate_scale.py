@@ -5,18 +5,17 @@
     .venv/bin/python tests/simulate_scale.py --growth                                 only how the work grows
     .venv/bin/python tests/simulate_scale.py --sizes 7.5B --precision fp32         another column of TABLE
 
-Tensors are on PyTorch's ``meta`` device: they have a shape and a storage of so many bytes, but no memory. Collectives
-go to PyTorch's ``fake`` process group, which takes any call and does nothing. All else is real: the GPT of
-``tutorials/train_gpt.py`` goes through forward and backward, ``zero.Zero`` makes its buckets and units, its hooks start
-collectives, gather and free, and PyTorch's AdamW steps. So what the tables show was measured on live storages, counted
-at the collectives, and timed; it was not worked out with a formula. Two things are set right from outside, see
-``OneOfMany`` and ``MetaBucket``: scalars, which need values.
+It is the rehearsal of ``zero.estimate``, with a real model in the stand-in's place. Tensors are on PyTorch's ``meta``
+device: they have a shape and a storage of so many bytes, but no memory. ``zero.Rehearsal`` counts collectives and sends
+nothing. All else is real: the GPT of ``tutorials/train_gpt.py`` goes through forward and backward, ``zero.Zero`` makes
+its buckets and units, its hooks start collectives, gather and free, and PyTorch's AdamW steps. So what the tables show
+was measured on live storages, counted at the collectives, and timed; it was not worked out with a formula.
 
 *States* are parameters, gradients, masters and optimizer state. *Paper* is what the ZeRO paper (arXiv 1910.02054)
 counts for as many parameters, *table* what this code shall hold, see TABLE; the differences are padding, and at stage 3
 the 16-bit shard that the paper counts beside the masters and that this code has not. One rank has nothing to share out:
 all its stages are stage 0, and it is measured once. *Live* is the most of gathered units and of buckets of gradients at
-any collective, *update* the gradients in the masters' dtype while the optimizer steps. *Sent* is elements per rank and
+any time, *update* the gradients in the masters' dtype while the optimizer steps. *Sent* is elements per rank and
 step, divided by the parameters and by (N-1)/N. Seconds are of this process's CPU time: for set-up, and for one step, of
 which the model's own forward and backward on meta tensors take what stands in brackets.
 """
@@ -24,18 +23,13 @@ which the model's own forward and backward on meta tensors take what stands in b
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
@@ -70,53 +64,11 @@ PAPER: list[Callable[[int], float]] = [lambda n: 16, lambda n: 4 + 12 / n, lambd
 # --- One rank of many -------------------------------------------------------------------------------------------------
 
 
-class OneOfMany(zero.Communicator):
-    """The real communicator. Its scalars live on the CPU, where they have values; all ranks are taken to have the same.
-
-    watch   is called at every collective over tensors
-    """
-
-    def __init__(self, device: torch.device, *options: Any):
-        super().__init__(torch.device("cpu"), *options)
-        self.spare = zero.SpareBuffers(device)
-        self.watch: Callable[[], None] = lambda: None
-
-    def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
-                   what: Callable[[], str] = str) -> zero.Handle:
-        handle = super().all_reduce(tensor, kind, finish, what)
-        if kind == "scalars":
-            tensor.mul_(self.world_size)
-        return handle
-
-    def _begin(self, kind: str, tensor: Tensor, times: int, what: Callable[[], str]) -> None:
-        super()._begin(kind, tensor, times, what)
-        if kind != "scalars":
-            self.watch()
-
-
-class MetaBucket(zero.Bucket):
-    """The real bucket. The norm of its gradients is taken, and then counts as zero, as meta tensors have no values."""
-
-    def norm_part(self) -> Tensor:
-        super().norm_part()
-        return torch.zeros(())
-
-
-@contextmanager
-def group_of(world_size: int) -> Iterator[None]:
-    """A fake process group, of which this process is the rank in the middle."""
-    dist.init_process_group("fake", store=FakeStore(), rank=world_size // 2, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def shard(model: nn.Module, config: zero.ZeroConfig, dtypes: zero.Dtypes) -> zero.Zero:
-    """The model, which is on the meta device, under ZeRO with AdamW."""
+def shard(model: nn.Module, config: zero.ZeroConfig, dtypes: zero.Dtypes, world_size: int) -> zero.RehearsedZero:
+    """The model, which is on the meta device, under ZeRO with AdamW: the rank in the middle."""
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    with mock.patch.object(zero, "Communicator", OneOfMany), mock.patch.object(zero, "Bucket", MetaBucket):
-        return zero.Zero(model, optimizer, config, META, lambda parameter: dtypes)
+    return zero.RehearsedZero(model, optimizer, config, META, lambda parameter: dtypes,
+                              communicator=zero.Rehearsal(world_size, world_size // 2))
 
 
 def gpt(size: Size) -> train_gpt.GPT:
@@ -155,7 +107,7 @@ CATEGORIES = (*STATES, "buffers", "live")
 class Measured(NamedTuple):
     """One rank of one training."""
     parameters: int
-    bytes: dict[str, int]    # by category, the most at any collective (of large models: at every few) or update
+    bytes: dict[str, int]    # by category, the most
     calls: dict[str, int]    # collectives per step, by kind
     largest: int             # elements of the largest collective
     sent: int                # elements per step, scalars apart
@@ -170,39 +122,31 @@ class Measured(NamedTuple):
 
 def measure(size: Size, stage: int, world_size: int, dtypes: zero.Dtypes) -> Measured:
     """Set up, take a step that is watched and a step that is timed."""
-    with group_of(world_size):
-        model = gpt(size)
-        parameters = sum(p.numel() for p in model.parameters())
-        began = time.process_time()
-        state = shard(model, zero.ZeroConfig(stage=stage, reduce_bucket_size=BUCKET), dtypes)
-        setup = time.process_time() - began
-        most: dict[str, int] = {}
-        collectives = count()
-        stride = max(1, len(state.buckets) // 64) | 1  # odd: blocks repeat, and every phase of a block comes into view
+    model = gpt(size)
+    parameters = sum(p.numel() for p in model.parameters())
+    began = time.process_time()
+    state = shard(model, zero.ZeroConfig(stage=stage, reduce_bucket_size=BUCKET), dtypes, world_size)
+    setup = time.process_time() - began
+    most: dict[str, int] = {}
 
-        def watch_some() -> None:
-            if next(collectives) % stride == 0:
-                watch()
+    def watch(*_: Any) -> None:
+        for name, size_now in live_bytes(state, model).items():
+            most[name] = max(most.get(name, 0), size_now)
 
-        def watch(*_: Any) -> None:
-            for name, size_now in live_bytes(state, model).items():
-                most[name] = max(most.get(name, 0), size_now)
-
-        state.communicator.watch = watch_some
-        handle = state.optimizer.register_step_pre_hook(watch)
-        step(model, state)
-        watch()
-        handle.remove()
-        state.communicator.watch = lambda: None
-        state.communicator.traffic.clear()
-        began = time.process_time()
-        step(model, state)
-        seconds = time.process_time() - began
-        traffic = {kind: record for kind, record in state.communicator.traffic.items() if kind != "scalars"}
-        state.release()
-        return Measured(parameters, most, {kind: t.calls for kind, t in traffic.items()},
-                        max(bucket.numel for bucket in state.buckets), sum(t.elements for t in traffic.values()), setup,
-                        seconds)
+    handle = state.optimizer.register_step_pre_hook(watch)
+    step(model, state)
+    watch()
+    handle.remove()
+    traffic = state.communicator.traffic
+    traffic.clear()
+    began = time.process_time()
+    step(model, state)
+    seconds = time.process_time() - began
+    most["live"] = max(most["live"], state.most)
+    state.release()
+    return Measured(parameters, most, {kind: t.calls for kind, t in traffic.items()},
+                    max(bucket.numel for bucket in state.buckets), sum(t.elements for t in traffic.values()), setup,
+                    seconds)
 
 
 # --- How the work grows -----------------------------------------------------------------------------------------------
@@ -262,21 +206,21 @@ def work_of(layers: int, world_size: int, config: zero.ZeroConfig) -> Work:
     def set_up() -> None:
         with META:
             model = Chain(layers)
-        states.append((model, shard(model, config, PRECISIONS["bf16"])))
+        states.append((model, shard(model, config, PRECISIONS["bf16"], world_size)))
+        states[-1][1].watch = lambda: None  # no engine does that
 
     def one_step() -> None:
         step(*states[-1])
 
-    with group_of(world_size):
-        setup_s = timed(set_up)
-        one_step()
-        step_s = timed(one_step)
-        states.pop()[1].release()
-        setup = lines_run(set_up)
-        one_step()
-        work = Work(layers + 1, setup, lines_run(one_step), setup_s, step_s)
-        states.pop()[1].release()
-        return work
+    setup_s = timed(set_up)
+    one_step()
+    step_s = timed(one_step)
+    states.pop()[1].release()
+    setup = lines_run(set_up)
+    one_step()
+    work = Work(layers + 1, setup, lines_run(one_step), setup_s, step_s)
+    states.pop()[1].release()
+    return work
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
