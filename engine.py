@@ -58,6 +58,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only  # has no public name
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import amp
@@ -130,7 +131,7 @@ class Config:
     communication_data_type: str | None = None         # fp32, fp16 or bf16: what gradients are summed in over ranks
     gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
-    activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # its presence turns recomputation on
+    activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # there: recompute, see _says_off
     gradient_predivide_factor: float = 1.0             # divide by it before the sum, and by ranks / factor after
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -260,7 +261,8 @@ FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.{now}", lambda on: {
 # Where "auto" has no default that can be right: these name what the caller wants.
 UNDECIDED = ("*.type", "*.stage", "*.device", "*.nvme_path")
 # Of these texts, capital letters mean the same.
-CHOICES = {"gradient_allreduce_op", "communication_data_type", "grad_accum_dtype", "dtype", "device", "mode"}
+CHOICES = {"gradient_allreduce_op", "communication_data_type", "grad_accum_dtype", "param_dtype", "buffer_dtype",
+           "dtype", "device", "mode"}
 
 
 @dataclass
@@ -280,6 +282,8 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     remarks = _Remarks()
     warnings = _respell(raw) if isinstance(raw, dict) else []
     result = _parse(Config, raw, "", remarks)
+    if _says_off(raw.get("activation_checkpointing")):
+        result.activation_checkpointing = None
     _settle_params(result, remarks)
     _refuse_undecided(result, remarks.autos)
     if remarks.autos:
@@ -381,7 +385,7 @@ def _refuse_undecided(config: Config, autos: list[str]) -> None:
                       if f"scheduler.params.{key}" in autos and parameter.default is parameter.empty]
     if undecided:
         raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
-                          "Trainer and Accelerate fill them in from their own arguments before DeepSpeed reads the config")
+                          "Trainer and Accelerate fill them in before DeepSpeed reads the config")
 
 
 def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
@@ -421,9 +425,17 @@ def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> 
     if path in NOT_HERE:
         raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
     if path not in NOT_NEEDED:
-        raise ConfigError(f"unknown key {path}, set to {value!r}{_nearest(key, known)} (known: {', '.join(known)})")
+        sections = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
+        homes = [name for name, section in sections.items() if path in vars(section())]
+        hint = f"; its place is in {homes[0]}" if len(homes) == 1 else _nearest(key, known)
+        raise ConfigError(f"unknown key {path}, set to {value!r}{hint} (known: {', '.join(known)})")
     if not _is_off(value) or path in ALWAYS_ON and value is not None:
         remarks.without_effect.append(f"{path} ({NOT_NEEDED[path]})")
+
+
+def _says_off(section: Any) -> bool:
+    """Whether an ``activation_checkpointing`` section holds DeepSpeed's keys alone, and all of them say no."""
+    return bool(section) and not {"modules", "every", "mode"} & section.keys() and all(map(_is_off, section.values()))
 
 
 def _is_auto(value: Any) -> bool:
@@ -815,7 +827,7 @@ class Engine(nn.Module):
         self._saver: _Saver | None = None
         self._roll_call: _RollCall | None = None
         self.lr_scheduler: Any = None
-        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.global_steps = self.global_samples = self._micro_steps = self.skipped_steps = 0
         self.checkpointing: checkpointing.Checkpointing | None = None
         self._started_process_group = started_process_group
         self._in_no_sync = False
@@ -954,6 +966,16 @@ class Engine(nn.Module):
             return self._chosen_boundary
         return self.config.managed_gradient_accumulation and self._window + 1 >= self.gradient_accumulation_steps()
 
+    @property
+    def micro_steps(self) -> int:
+        """Calls of ``step()``. Set, as to 0 at an epoch's start, it also says how many of the window are done."""
+        return self._micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, count: int) -> None:
+        self._micro_steps, self._window = count, count % self.gradient_accumulation_steps()
+        self._tell_boundary()
+
     def was_step_applied(self) -> bool:
         """Whether the last ``step()`` updated the weights: it was at a boundary, and was not skipped."""
         return self._step_applied
@@ -1055,7 +1077,7 @@ class Engine(nn.Module):
             if self.zero.pending:  # the caller ran backward() on the loss itself
                 self.zero.finish_backward()
             self._window += 1
-        self.micro_steps += 1
+        self._micro_steps += 1
         self._tell_boundary()
 
     def flush(self, lr_kwargs: dict[str, Any] | None = None) -> bool:
@@ -1128,9 +1150,24 @@ class Engine(nn.Module):
         self.zero.divisor = float(ranks * steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the window so far."""
+        """Forget the gradients of the window so far, which begins anew."""
         self.zero.clear_gradients()
         super().zero_grad(set_to_none)
+        self._window = 0
+        self._tell_boundary()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Engine":
+        """What ``to()``, ``cpu()``, ``half()`` and the like call; at stage 3 only what changes nothing is possible."""
+        if not self.zero.sharded.parameters:
+            return super()._apply(fn, recurse)
+        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+            probe = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+            if fn(probe) is not probe:
+                raise RuntimeError(
+                    f"the model is sharded (stage 3): it stays on {self.device}, in the dtypes that fp16, bf16 and "
+                    "data_types in the config give it; consolidated_fp32_state_dict() gives a whole copy, and "
+                    "save_16bit_model() saves one")
+        return self
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -1346,16 +1383,27 @@ class Engine(nn.Module):
         """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
         return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).float())
 
-    def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin") -> bool:
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict | None:
+        """On rank 0 the whole state dict in the dtypes that the model computes in; elsewhere None. All must call it."""
+        return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype),
+                                      not exclude_frozen_parameters) or None
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Whether whole models can be saved at stage 3: always, here."""
+        return True
+
+    def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin",
+                         exclude_frozen_parameters: bool = False) -> bool:
         """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
         def check() -> str:
             _check_path("save_dir", save_dir)
+            _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
             if not isinstance(save_filename, str) or not save_filename:
                 raise ValueError(f"save_filename is {save_filename!r}; allowed: the name of a file")
-            return f"{save_dir} {save_filename}"
+            return f"{save_dir} {save_filename} {exclude_frozen_parameters}"
 
         self._say_same("save_16bit_model()", check)
-        whole = self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype))
+        whole = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
 
         def write() -> None:
             path = Path(save_dir) / save_filename
@@ -1366,16 +1414,19 @@ class Engine(nn.Module):
         _on_rank_0(write)
         return True
 
-    def _whole_state_dict(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    def _whole_state_dict(self, read: Callable[[nn.Parameter], Tensor], with_frozen: bool = True) -> dict[str, Tensor]:
         """Parameters, read one after the other, and buffers; tied ones are one tensor."""
         whole: dict[int, Tensor] = {}
         for p in self.module.parameters():
+            if not (with_frozen or p.requires_grad):
+                continue
             value = read(p)
             if self.global_rank == 0:
                 whole[id(p)] = value.cpu()
         if self.global_rank != 0:
             return {}
-        named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)
+                 if id(p) in whole}
         return named | _copies(_persistent_buffers(self.module))
 
     def _say_same(self, call: str, check: Callable[[], str]) -> None:
@@ -1828,13 +1879,14 @@ class _Progress:
         engine = self.engine
         if engine.global_steps % self.every:
             return
-        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)
+        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)  # of those backward() has had
         if engine.world_size > 1:
             dist.all_reduce(mean)
         now = time.perf_counter()
         if engine.global_rank == 0:
             rates = ", ".join(f"{rate:.4g}" for rate in engine.get_lr())
-            print(f"step {engine.global_steps}: loss {float(mean) / engine.world_size:.4f}, lr {rates}, "
+            loss = f"loss {float(mean) / engine.world_size:.4f}, " if self.losses else ""
+            print(f"step {engine.global_steps}: {loss}lr {rates}, "
                   f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s", flush=True)
             if engine.config.comms_logger.enabled:
                 print(engine.zero.communicator.table(), flush=True)
@@ -2147,8 +2199,8 @@ ABSENT = {
         "engine.get_type",
     "`utils.set_z3_leaf_modules()` and the key `leaf_module` of the config say this":
         "utils.*z3_leaf*",
-    "`python zero.py consolidate` and `zero.consolidate()` do this":
-        "utils.zero_to_fp32",
+    "`python zero.py consolidate` does this":
+        "utils.zero_to_fp32.convert_*",
     "`safe_get_full_*` and `safe_set_full_*` do this for whole parameters":
         "utils.safe_*_local_* utils.safe_update_* utils.tensor_fragment",
     "Python's `logging` does this, on `engine.global_rank` 0":
@@ -2158,7 +2210,7 @@ ABSENT = {
     "the key `comms_logger` prints this":
         "comm.log_summary comm.configure",
     "this part of DeepSpeed is not covered":
-        "autotuning checkpoint compile compression datastates monitor nebula profiling runtime.* git_* "
+        "autotuning checkpoint.* compile compression datastates monitor nebula profiling runtime.* git_* "
         "engine.autotuning_* engine.curriculum_* engine.*data_efficiency* engine.data_sampling_* engine.random_ltd_* "
         "engine.set_custom_curriculum_learning_schedule engine.flops_profiler_* engine.monitor engine.zenflow* "
         "engine.*compile* engine.get_autosp_backend engine.register_compile_pass engine.load_universal_checkpoint "
@@ -2205,6 +2257,29 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(_why_absent(name) or f"module {__name__!r} has no attribute {name!r}")
 
 
+def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
+    """``item`` with a copy of each tensor in it, whose file holds no more than the tensor: not the bucket around it."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), item)
+
+
+def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str | os.PathLike, tag: str | None = None,
+                                             exclude_frozen_parameters: bool = False,
+                                             lazy_mode: bool = False) -> dict[str, Tensor]:
+    """A checkpoint's whole state dict in fp32; ``tag`` as in load_checkpoint(). ``lazy_mode`` has no effect."""
+    folder = zero.checkpoint_folder(checkpoint_dir, tag)
+    if folder is None:
+        raise zero.CheckpointError(f"there is no checkpoint in {checkpoint_dir}, which has no file latest; give a tag")
+    return zero.consolidate(folder, torch.float32, not exclude_frozen_parameters)
+
+
+def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str | os.PathLike,
+                                         tag: str | None = None) -> nn.Module:
+    """``model``, which no engine holds, on the CPU with a checkpoint's weights."""
+    state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    model.cpu().load_state_dict(state, strict=False)
+    return model
+
+
 class _Names:
     """What DeepSpeed has under ``deepspeed.<path>``, for scripts that reach it as an attribute."""
 
@@ -2230,5 +2305,9 @@ utils = _Names("utils", {"logger": logger} | {
     name: getattr(zero, name) for name in (
         "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
         "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
-        "unset_z3_leaf_modules", "get_z3_leaf_modules")})
+        "unset_z3_leaf_modules", "get_z3_leaf_modules")} | {"zero_to_fp32": _Names("utils.zero_to_fp32", {
+            each.__name__: each for each in (
+                get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)})})
+checkpoint = _Names("checkpoint", {"utils": _Names("checkpoint.utils", {
+    "clone_tensors_for_torch_save": clone_tensors_for_torch_save})})
 runtime = _Names("runtime", {"lr_schedules": schedulers})

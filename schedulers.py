@@ -124,7 +124,7 @@ def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
 class Schedule(LRScheduler):
     """A schedule in closed form: a subclass checks its parameters, calls this constructor, and defines ``rate``.
 
-    ``last_batch_iteration`` is DeepSpeed's position: -1 at the start, n after n + 1 steps: PyTorch's ``last_epoch`` - 1.
+    ``last_batch_iteration`` is DeepSpeed's position, one less than PyTorch's ``last_epoch``: -1 at the start.
     """
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1):

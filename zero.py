@@ -973,9 +973,12 @@ class Bucket:
         low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
         return shard[low - self.own[0]:max(low, high) - self.own[0]] if low < self.own[1] else shard[:0]
 
-    def norm_part(self) -> Tensor:
-        """The 2-norm of this rank's slice of the summed gradients, a scalar."""
+    def norm_part(self, exact: bool = False) -> Tensor:
+        """The 2-norm of this rank's slice of the summed gradients, a scalar; exact also where squares leave float32."""
         part = self.grad_shard if self.sharded.optimizer else self.communicator.shard_of(self.grad_shard)
+        if exact:  # in pieces, as each becomes a copy in float64
+            pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in part.split(2**20)]
+            return torch.linalg.vector_norm(torch.stack(pieces))
         wide = torch.float32 if part.dtype in (torch.float16, torch.bfloat16) else None
         return torch.linalg.vector_norm(part, dtype=wide)
 
@@ -1546,7 +1549,7 @@ class Holder:
         """A sharded parameter's values are wanted by ``operation``; see ShardedParameter."""
         raise NotImplementedError
 
-    def end_use(self, slot: Slot, user: Any) -> None:
+    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
         """The operation, whose begin_use returned ``user``, is over."""
 
 
@@ -1573,12 +1576,14 @@ class ShardedParameter(nn.Parameter):
                                            "zero.GatheredParameters")
                     holder, _, slot = _find(tensor)
                     uses.append((holder, slot, holder.begin_use(slot, name)))
+        result = None
         try:
             with torch._C.DisableTorchFunctionSubclass(), _saving() if uses else nullcontext():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+                return result
         finally:
             for holder, slot, user in uses:
-                holder.end_use(slot, user)
+                holder.end_use(slot, user, result)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         """A whole copy, which no engine holds. All ranks must make it."""
@@ -2119,7 +2124,7 @@ class Zero(Holder):
                                f"zero.safe_get_full_fp32_param")
         return None
 
-    def end_use(self, slot: Slot, user: Any) -> None:
+    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
         """Keep what the operation wrote."""
         if user is not None:
             unit = self.places[id(slot.parameter)][0].unit
@@ -2356,10 +2361,10 @@ class Zero(Holder):
             self.finish_backward()
             self.boundary = boundary
 
-    def _agree(self) -> float:
+    def _agree(self, exact: bool = False) -> float:
         """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""
         slots = [slot for bucket in self.trained for slot in bucket.slots]
-        square = sum((b.norm_part().double().square() * b.predivide ** 2 for b in self.trained),
+        square = sum((b.norm_part(exact).double().square() * b.predivide ** 2 for b in self.trained),
                      torch.zeros((), dtype=torch.float64, device=self.communicator.device))
         flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
         for digest in (self.gathered, self.dropped):
@@ -2380,6 +2385,8 @@ class Zero(Holder):
                 bucket.reduce_late()
             self._settle()
             return self._agree()
+        if not (exact or math.isfinite(square)):  # perhaps gradients are finite, and their squares are not
+            return self._agree(exact=True)
         for slot, flag in zip(slots, flags):
             slot.used = flag > 0
         self._check_used(slots)
@@ -2418,8 +2425,9 @@ class Zero(Holder):
         hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
         waves = [self.trained] if hooked else self._waves()
         # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
-        fused = not hooked and factor != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
-            b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained)
+        fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not hold 1 / factor
+            b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained
+        ) and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         if hooked:
             self._arm(waves[0], factor)
         self.updating = True
@@ -2429,8 +2437,8 @@ class Zero(Holder):
             self.updating = False
             for bucket in self.trained:
                 bucket.disarm()
-            if fused:
-                del self.optimizer.grad_scale, self.optimizer.found_inf
+            for name in ("grad_scale", "found_inf"):
+                vars(self.optimizer).pop(name, None)
         self.optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
 
     def _waves(self) -> list[list[Bucket]]:
@@ -2483,8 +2491,8 @@ class Init(Holder):
 
     A rank holds its shards and the module being built. A module counts as built when its parent takes it in; what the
     model itself holds, at the end of the context. Operations on parameters of finished modules work, and so does
-    ``GatheredParameters``; a module whose parameter was read as a view (``p.data``) stays whole until the next
-    operation is over. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which
+    ``GatheredParameters``; a module whose parameter was read as a view (``p.data``, ``state_dict()``) stays whole until
+    the view is gone. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which
     makes the weights those of a model that rank 0 builds without this.
 
     module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
@@ -2645,18 +2653,45 @@ class Init(Holder):
         self.hold(bucket.unit, user)
         return bucket, user, _holders(bucket.flat)
 
-    def end_use(self, slot: Slot, user: Any) -> None:
+    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
         """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
         self.uses.append(user)
         self._settle()
+        if user in self.uses:
+            self.let_go(user[0].unit, None)
+            for tensor in tensors_in(result):
+                weakref.finalize(tensor, self._settle, user[0]).atexit = False
+
+    def hold(self, unit: Unit, user: Any) -> None:
+        """Have it whole for ``user``; what views keep whole is gathered anew, as ranks may keep different views."""
+        if unit.state is UnitState.WHOLE and not self._is_open(unit):
+            for bucket in unit.buckets:
+                bucket.keep_changes()
+                for slot in bucket.slots:
+                    slot.version = slot.parameter._version
+            unit.start_gather()
+        super().hold(unit, user)
+
+    def let_go(self, unit: Unit, user: Any) -> None:
+        """``user`` is done; what views keep whole tells of its next use."""
+        super().let_go(unit, user)
+        if not self._is_open(unit):
+            for slot in (slot for bucket in unit.buckets for slot in bucket.slots):
+                slot.parameter.__class__ = ShardedParameter
+
+    def _is_open(self, unit: Unit) -> bool:
+        return any(isinstance(user, GatheredParameters) for user in unit.users)
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Let go of what was used, but for what a view that is still there may write to."""
-        for use in [use for use in self.uses if _holders(use[0].flat) <= use[2]]:
-            self.uses.remove(use)
-            use[0].keep_changes()
-            self.let_go(use[0].unit, use[1])
+    def _settle(self, dying: Bucket | None = None) -> None:
+        """Let go of what was used, but for what a view that is still there may write to; one of ``dying`` goes now."""
+        for bucket, user, holders in list(self.uses):
+            if _holders(bucket.flat) - (bucket is dying) <= holders:
+                self.uses = [use for use in self.uses if use[1] is not user]
+                bucket.keep_changes()
+                self.let_go(bucket.unit, user)
+                if bucket is dying and not bucket.unit.users:  # Bucket.free() has taken the view for one that stays
+                    bucket.flat.untyped_storage().resize_(0)
 
     def surrender(self, parameter: nn.Parameter) -> None:
         """An engine has the parameter now."""
@@ -2849,11 +2884,14 @@ def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     slot.used = True
 
 
-def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor:
+def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
     """The optimizer's state ``key`` (such as "exp_avg") of a parameter: whole in its shape, or a scalar such as "step".
 
-    Raises ValueError where the optimizer keeps no such state, or keeps none before the first update.
+    None for a parameter that is not trained. Raises ValueError where the optimizer keeps no such state, or keeps none
+    before the first update.
     """
+    if not _find(parameter)[1].trained:
+        return None
     bucket, slot, value, scalar = _state_of(parameter, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
@@ -3260,13 +3298,15 @@ def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader, scalars: d
     bucket.keep_state(zero.optimizer)
 
 
-def consolidate(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
     """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
 
     dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
     """
     reader, whole = CheckpointReader(folder), {}
     for name, facts in reader.meta["parameters"].items():
+        if not (with_frozen or facts["trained"]):
+            continue
         reader.verify(name, "")
         tensor = reader.whole(name)
         whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

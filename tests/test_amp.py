@@ -276,6 +276,41 @@ def test_bf16_takes_such_a_step_when_told_to(run_ranks):
     assert (same, skipped) == (False, 0)
 
 
+def steps_with(scale: float, stage: int, optimizer: dict, precision: dict):
+    """Whether a step is taken whose gradients are ``scale``, its norm, and what clipping at 1.0 made of the weights."""
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": stage}, **precision})
+    engine.backward(engine(torch.full((1, 4), scale, dtype=model.weight.dtype)).sum())
+    engine.step()
+    return engine.was_step_applied(), engine.get_global_grad_norm(), zero.safe_get_full_fp32_param(model.weight)
+
+
+@pytest.mark.parametrize("kind", [{"type": "SGD", "params": {"lr": 0.1}}, {"type": "SGD", "params": {
+    "lr": 0.1, "momentum": 0.9}}])
+def test_a_finite_gradient_is_no_overflow_however_large_its_square_is(run_ranks, kind):
+    for stage in (0, 1, 3):
+        for scale in (3e19, 1.6e38):  # the sum of the last has a norm that float32 does not hold
+            for applied, norm, weight in run_ranks(steps_with, 2, scale, stage, kind, {}):
+                assert applied and norm == pytest.approx(2 * scale, rel=1e-6), f"stage {stage}, {scale}: norm {norm}"
+                assert torch.allclose(weight, torch.full((1, 4), -0.05), rtol=1e-3), f"stage {stage}, {scale}: {weight}"
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop"])
+def test_an_infinite_norm_is_clipped_as_by_pytorch_where_such_a_step_is_taken(run_ranks, kind):
+    weight = nn.Parameter(torch.zeros(1, 4))
+    optimizer = getattr(torch.optim, kind)([weight], lr=0.1)
+    weight.grad = torch.full((1, 4), torch.inf)
+    nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.step()
+    precision = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    for stage in (0, 3):
+        for applied, norm, ours in run_ranks(steps_with, 2, torch.inf, stage, {"type": kind, "params": {"lr": 0.1}},
+                                             precision):
+            assert applied and norm == torch.inf and torch.equal(ours.isnan(), weight.isnan()), f"stage {stage}: {ours}"
+
+
 # --- The dynamic loss scale -------------------------------------------------------------------------------------------
 
 

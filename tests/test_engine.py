@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import amp
 import engine as deepspeed
+import zero
 from engine import ConfigError
 
 BATCH = 18  # divisible by every ranks * accumulation below
@@ -274,6 +275,67 @@ def test_a_progress_line_every_so_many_steps(alone, capsys):
     assert all("loss 3.0000, lr 0.25, " in line and line.endswith(" samples/s") for line in lines)
 
 
+def test_a_progress_line_has_no_loss_where_the_caller_runs_backward(alone, capsys):
+    engine, *_ = alone({"train_batch_size": 1, "steps_per_print": 1, "optimizer": {"type": "SGD"}}, model=nn.Linear(1, 1))
+    engine.scale(engine(torch.ones(1, 1)).sum() + 5).backward()
+    engine.step()
+    assert capsys.readouterr().out.startswith("step 1: lr 0.001, ")
+
+
+def windows(stage: int, reset: str) -> list[bool]:
+    """Which steps update, with windows of 3 and something that begins the window anew after 4 micro-batches."""
+    model = nn.Linear(5, 1)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 3, "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_optimization": {"stage": stage}})
+    seen, kept = [], 0
+    before = zero.safe_get_full_fp32_param(model.bias)
+    for step in range(8):
+        if step == 4:
+            if reset == "zero_grad":
+                engine.zero_grad()
+                kept = 0
+            else:
+                engine.micro_steps = {"epoch": 0, "two": 2}[reset]
+        engine.backward(engine(torch.ones(1, 5)).sum())
+        kept += 1
+        engine.step()
+        seen.append(engine.was_step_applied())
+        if seen[-1]:  # the gradient of the bias is 1 for each micro-batch
+            assert float(before - zero.safe_get_full_fp32_param(model.bias)) == pytest.approx(kept / 3, rel=1e-5)
+            before, kept = zero.safe_get_full_fp32_param(model.bias), 0
+    assert engine.micro_steps == {"epoch": 4, "two": 6, "zero_grad": 8}[reset]
+    return [step for step, applied in enumerate(seen) if applied]
+
+
+def test_a_window_begins_anew_with_the_count_of_micro_batches_and_with_zero_grad(run_ranks):
+    for stage in range(4):  # as in plain PyTorch, a count that is set drops no gradients
+        for reset, updates in (("epoch", [2, 6]), ("two", [2, 4, 7]), ("zero_grad", [2, 6])):
+            assert run_ranks(windows, 2, stage, reset) == [updates] * 2, f"stage {stage}, {reset}"
+
+
+def moved() -> None:
+    """At stage 3 moves and casts that change nothing do nothing; others say what to do, and change nothing."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": 3}})
+    for call in (lambda: engine.to(engine.device), lambda: engine.to("cpu"), engine.cpu, engine.float,
+                 lambda: engine.to(torch.float32), lambda: engine.to(torch.zeros(1))):
+        assert call() is engine
+    for call in (engine.half, engine.bfloat16, engine.double, lambda: engine.to("meta"),
+                 lambda: engine.to(torch.float16), lambda: engine.to(memory_format=torch.channels_last)):
+        with pytest.raises(RuntimeError, match=r"sharded \(stage 3\): it stays on cpu.*consolidated_fp32_state_dict"):
+            call()
+    engine.backward(engine(torch.ones(2, 2, 3, 3)).square().sum())
+    engine.step()
+    assert engine.was_step_applied() and all(t.dtype == torch.float32 for t in [*model.parameters()])
+
+
+def test_a_sharded_model_stays_where_and_what_it_is(run_ranks):
+    run_ranks(moved, 2)
+
+
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +529,7 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
      "cpu_offload is the former spelling of zero_optimization.offload_optimizer and says .* take .*cpu_offload out"),
     ({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "and says 1, but .* is 2"),
     ({"zero_optimization": {"cpu_offload": "perhaps"}}, "zero_optimization.cpu_offload is 'perhaps'; allowed: true"),
+    ({"overlap_comm": True}, "unknown key overlap_comm, set to True; its place is in zero_optimization"),
     ({"gradient_cliping": "auto"}, "unknown key gradient_cliping, set to 'auto'; did you mean"),
     ({"train_batch_size": 8.5}, "train_batch_size is 8.5"),
     ({"train_batch_size": True}, "train_batch_size is True"),
@@ -562,6 +625,13 @@ Z, MICRO = "zero_optimization", '"train_micro_batch_size_per_gpu": 2'
      {"optimizer.params": {"eps": 1e-6}, "scheduler.params": {"warmup_max_lr": None, "total_num_steps": 9.5}}),
     ('{"activation_checkpointing": {"partition_activations": true}}',
      {"activation_checkpointing.partition_activations": True}),
+    ('{"activation_checkpointing": {"partition_activations": false, "cpu_checkpointing": "false", "profile": 0,'
+     '"number_checkpoints": null}}', {"activation_checkpointing": None}),
+    ('{"activation_checkpointing": {}}', {"activation_checkpointing.mode": "full"}),
+    ('{"activation_checkpointing": {"profile": false, "modules": null}}', {"activation_checkpointing.mode": "full"}),
+    ('{"activation_checkpointing": {"profile": false, "every": 1}}', {"activation_checkpointing.every": 1}),
+    ('{"activation_checkpointing": {"cpu_checkpointing": true, "profile": false}}',
+     {"activation_checkpointing.cpu_checkpointing": True}),
     ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', {"bf16.enabled": True}),
 ])
 def test_configs_that_people_have_are_read_as_they_are_meant(tmp_path, text, holds):

@@ -176,6 +176,37 @@ def test_initialising_finished_modules_gathers_one_at_a_time(run_ranks):
             assert 0 < most <= units * largest, f"{name}: {most} bytes, the largest module has {largest}"
 
 
+def read_as_views(name: str) -> None:
+    """state_dict() and ``p.data``, on one rank for longer: values, writes, and no memory once the views are gone."""
+    torch.manual_seed(0)
+    usual = KINDS[name]()
+    torch.manual_seed(0)
+    with zero.Init() as init:
+        model = KINDS[name]()
+    state = model.state_dict()
+    for key, value in usual.state_dict().items():
+        assert torch.equal(state[key], value), key
+    if dist.get_rank() == 1:
+        del state  # and rank 0 keeps its views
+    for key, value in model.state_dict().items():
+        value.mul_(2)  # a write through a view
+        usual.state_dict()[key].mul_(2)
+    state = value = None
+    for p in model.parameters():
+        p.data.add_(1)
+    for p in usual.parameters():
+        p.data.add_(1)
+    for bucket in {id(b): b for b, _ in init.places.values()}.values():
+        assert not bucket.has_memory and not bucket.unit.users, f"{bucket.slots[0].name} is whole"
+    assert all(type(p) is zero.ShardedParameter for p in model.parameters()) and not init.uses
+    assert_same(whole(model), dict(usual.named_parameters()), name)
+
+
+def test_views_of_a_model_in_shards_keep_it_whole_only_as_long_as_they_are_there(run_ranks):
+    for name in ("Plain", "Applied", "Copies"):
+        run_ranks(read_as_views, 2, name)
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 

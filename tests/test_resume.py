@@ -127,8 +127,10 @@ def worst_of(a: dict, b: dict) -> tuple[float, str]:
     return max((float((a[k] - b[k]).abs().max()) if a[k].numel() else 0.0, k) for k in a)
 
 
-PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True, "auto_cast": True}},
-              "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "auto_cast": True}}}
+PRECISIONS = {  # on the CPU, PyTorch's batch norm takes no 16-bit weights beside running means in fp32
+    "fp32": {}, "bf16": {"bf16": {"enabled": True, "auto_cast": True}, "data_types": {"buffer_dtype": "bf16"}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "auto_cast": True},
+             "data_types": {"buffer_dtype": "fp16"}}}
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
@@ -225,8 +227,14 @@ def exported(folder: str, stage: int):
     engine, batches = make(stage, PRECISIONS["bf16"])
     train(engine, batches, 1)
     engine.save_16bit_model(folder, "half.bin")
+    engine.save_16bit_model(folder, "thawed.bin", exclude_frozen_parameters=True)
+    engine.save_checkpoint(folder, "whole")
     engine.save_checkpoint(folder, "thawed", exclude_frozen_parameters=True)
-    fp32 = engine.consolidated_fp32_state_dict()
+    fp32, half = engine.consolidated_fp32_state_dict(), engine._zero3_consolidated_16bit_state_dict()
+    assert (half is None) == (dist.get_rank() == 1) and engine.zero_gather_16bit_weights_on_model_save()
+    if half is not None:
+        saved = torch.load(Path(folder) / "half.bin", weights_only=True)
+        assert saved.keys() == half.keys() and all(torch.equal(saved[name], value) for name, value in half.items())
     with pytest.raises(zero.CheckpointError, match="is of another model: it lacks .'blocks.0.0.weight'."):
         engine.load_checkpoint(folder, "thawed")
     engine.load_checkpoint(folder, "thawed", load_module_strict=False)
@@ -237,12 +245,35 @@ def test_exports_in_16_bits_and_in_fp32_are_whole_and_tied(run_ranks, tmp_path):
     for stage in (1, 3):
         (fp32, masters), (nothing, _) = run_ranks(exported, 2, str(tmp_path), stage)
         half = torch.load(tmp_path / "half.bin", weights_only=True)
+        thawed = torch.load(tmp_path / "thawed.bin", weights_only=True)
+        frozen = half.keys() - thawed.keys()
+        from_checkpoint = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
+        assert frozen and from_checkpoint(tmp_path, "whole", True).keys() == thawed.keys()
+        found, model = from_checkpoint(tmp_path, "whole"), Net()
+        assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in fp32.items())
+        deepspeed.utils.zero_to_fp32.load_state_dict_from_zero_checkpoint(model, tmp_path, "whole")
+        assert all(torch.equal(value, fp32[name]) for name, value in model.state_dict().items())
+        with pytest.raises(zero.CheckpointError, match="there is no checkpoint in .*none, which has no file latest"):
+            from_checkpoint(tmp_path / "none")
         model = Net()
         assert fp32.keys() == half.keys() == model.state_dict().keys() and nothing == {}
         model.load_state_dict(fp32, strict=True)
         for name, value in masters.items():
             assert torch.equal(fp32[name], value.float()) and torch.equal(half[name], value.to(half[name].dtype)), name
         assert half["turned"].dtype == torch.bfloat16 and fp32["head.weight"] is fp32["token.weight"]
+
+
+def cloned() -> None:
+    engine, _ = make(2, {})
+    clone = deepspeed.checkpoint.utils.clone_tensors_for_torch_save
+    for name, value in engine.module.state_dict().items():
+        copy = clone({"a": [value, 3], "b": (value,)})
+        assert torch.equal(copy["a"][0], value) and torch.equal(copy["b"][0], value) and copy["a"][1] == 3, name
+        assert copy["a"][0].untyped_storage().nbytes() == value.nbytes and not copy["a"][0].requires_grad
+
+
+def test_a_copy_for_torch_save_holds_no_more_than_its_tensors(run_ranks):
+    run_ranks(cloned, 2)
 
 
 def saved_behind(folder: str):

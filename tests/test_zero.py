@@ -780,11 +780,15 @@ def read_and_write(stage: int):
     """Everything that can be read, written and read again."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    model.register_parameter("frozen", nn.Parameter(torch.ones(3), requires_grad=False))
     reference = copy.deepcopy(model)
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage}})
     p, q = model[0].weight, reference[0].weight
+    assert zero.safe_get_full_optimizer_state(model.frozen, "exp_avg") is None
+    with pytest.raises(ValueError, match="frozen is not trained, so it has no optimizer state"):
+        zero.safe_set_full_optimizer_state(model.frozen, torch.ones(3), "exp_avg")
     x = torch.ones(1, 5) * (1 + dist.get_rank())
     assert zero.safe_get_full_grad(p) is None
     engine.backward(engine(x).sum())
