@@ -37,7 +37,7 @@ it. With one process there is nothing to share out: no collective runs at any st
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
-    python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold, stage by stage
+    python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold and send, stage by stage
 """
 
 import argparse
@@ -3349,7 +3349,7 @@ def _main(argv: list[str] | None = None) -> int:
         part.add_argument("--tag", help="default: the one that the file latest names")
     parts[0].add_argument("output", metavar="OUT.pt")
     parts[0].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
-    part = commands.add_parser("estimate", help="print what a rank holds at stages 0 to 3")
+    part = commands.add_parser("estimate", help="print what a rank holds and sends at stages 0 to 3")
     part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
     part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
     part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
