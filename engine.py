@@ -25,7 +25,6 @@ single process needs no launcher; it runs no collective.
 
 import argparse
 import difflib
-import fcntl
 import inspect
 import io
 import json
@@ -1773,8 +1772,8 @@ class _Save:
 def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
     """A new claim on ``files`` of ``folder``, see _Save: its file, open and locked."""
     file = open(folder.parent / f".checkpoint-{name}.claim", "x")
-    with suppress(OSError):  # a file system without locks: _sweep can't lock it either, and leaves it
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
+        _lock(file)
     json.dump({"folder": folder.name, "files": list(files)}, file)
     file.flush()
     os.fsync(file.fileno())
@@ -1783,15 +1782,24 @@ def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
 
 def _let_go(claim: Any) -> None:
     with suppress(OSError):
-        fcntl.flock(claim, fcntl.LOCK_UN)  # close() would not do where the process was forked since
+        _lock(claim, release=True)  # close() would not do where the process was forked since
     claim.close()
+
+
+def _lock(file: Any, release: bool = False) -> None:
+    """Lock a file, or release it; OSError where another process has locked it, or the system knows no such locks."""
+    if os.name != "posix":
+        raise OSError("no locks on files")
+    import fcntl  # here, as other systems have none
+
+    fcntl.flock(file, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sweep(save_dir: Path) -> None:
     """Remove the files of claims that nobody holds, see _Save. What can't be removed or read stays."""
     for path in save_dir.glob(".checkpoint-*.claim"):
         with suppress(OSError, ValueError, zero.CheckpointError), open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
             claim = json.load(file)
             folder = save_dir / zero.folder_name(claim["folder"])
             kept = zero.read_index(folder)["files"] if (folder / "meta.json").exists() else ()

@@ -2814,7 +2814,10 @@ class GatheredParameters:
         """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
         if self.modifier_rank is not None:
             for zero, bucket, slot in self.places:
-                zero.communicator.broadcast(bucket.flat[slot.offset:slot.end], self.modifier_rank)
+                place = bucket.flat[slot.offset:slot.end]
+                values = place.clone()  # Gloo's threads hold what was sent a moment longer, and free() would find a view
+                zero.communicator.broadcast(values, self.modifier_rank)
+                place.copy_(values)
             for _, bucket, _ in self.places:
                 bucket.keep_changes()
             return []
