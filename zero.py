@@ -2439,7 +2439,9 @@ class GatheredParameters:
         """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
         if self.modifier_rank is not None:
             for zero, bucket, slot in self.places:
-                zero.communicator.broadcast(bucket.flat[slot.offset:slot.end], self.modifier_rank)
+                values = bucket.flat[slot.offset:slot.end].clone()  # gloo may hold what it sent for a moment longer
+                zero.communicator.broadcast(values, self.modifier_rank)
+                bucket.flat[slot.offset:slot.end] = values
             for _, bucket, _ in self.places:
                 bucket.keep_changes()
             return []
