@@ -2814,10 +2814,9 @@ class GatheredParameters:
         """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
         if self.modifier_rank is not None:
             for zero, bucket, slot in self.places:
-                place = bucket.flat[slot.offset:slot.end]
-                values = place.clone()  # Gloo's threads hold what was sent a moment longer, and free() would find a view
+                values = bucket.flat[slot.offset:slot.end].clone()  # gloo may hold what it sent for a moment longer
                 zero.communicator.broadcast(values, self.modifier_rank)
-                place.copy_(values)
+                bucket.flat[slot.offset:slot.end] = values
             for _, bucket, _ in self.places:
                 bucket.keep_changes()
             return []
