@@ -3671,6 +3671,10 @@ def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Pa
         names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
         config.leaf_module = LeafModules(names=[n for n in find_units(model, config.leaf_module) if n in names])
     ways = {id(stands_for[id(p)]): dtypes(p) for p in model.parameters()}
+    groups = [list(group) for group in groups]
+    strange = next((tuple(p.shape) for group in groups for p in group if id(p) not in stands_for), None)
+    if strange is not None:
+        raise ValueError(f"groups has a parameter of shape {strange} that the model has not; allowed: the model's own")
     listed = [{"params": [stands_for[id(p)] for p in group], "whole": index in whole}
               for index, group in enumerate(groups)]
     optimizer = StandInOptimizer(listed, state_tensors) if any(group["params"] for group in listed) else None

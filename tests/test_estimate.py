@@ -390,9 +390,12 @@ def test_a_config_that_cant_be_meant_is_one_line_and_exit_code_2(text, capsys, t
     ((COUNT, None, 0), "world_size is 0; allowed: a whole number from 1 up"),
     ((-1,), "model_or_counts is -1"), ((7.5e9,), "model_or_counts is 7500000000.0"),
     (((5, 6),), "the largest unit has 6 parameters, of 5"), ((COUNT, None, 1.5), "world_size is 1.5"),
+    (({"model": 5},), "model_or_counts is {'model': 5}; allowed: a model"),
 ])
 def test_arguments_that_cant_be_meant_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         zero.estimate(*arguments)
+    with pytest.raises(ValueError, match="groups has a parameter of shape .3,. that the model has not"):
+        zero.estimate(nn.Linear(2, 2), groups=[[nn.Parameter(torch.zeros(3))]])
     with pytest.raises(ValueError, match="place is 'gpu'; allowed: device, cpu, nvme"):
         zero.estimate(COUNT).total("gpu")
