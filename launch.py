@@ -318,7 +318,7 @@ class KeptStderr(LogsSpecs):
 
 def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> int:
     """Say which process failed first, and what it last wrote to stderr; returns the exit code."""
-    # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and those that don't hear it,
+    # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
     # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
     # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
     # process that has loaded PyTorch takes longer to end.)

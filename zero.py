@@ -1934,11 +1934,11 @@ class Zero(Holder):
 
         optimizer.zero_grad = lambda set_to_none=True: self.clear_gradients()
         optimizer.add_param_group = refuse("add_param_group", (
-            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later with "
-            "requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
+            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later "
+            "with requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
         optimizer.load_state_dict = refuse("load_state_dict", (
-            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() sets "
-            "it; a state dict of plain PyTorch can be loaded before initialize()"))
+            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
+            "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
         step = refuse("step", "engine.step() updates the weights, whose gradients lie in buckets")
         self.hooks.append(optimizer.register_step_pre_hook(
             lambda *_: None if self.updating else step()))
@@ -2334,8 +2334,8 @@ class Zero(Holder):
                             "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
                             "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
                     if slot.piece is not None and not _same_memory(slot.piece, bucket.master):
-                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
-                                           "...); write into it (p.data.copy_()) instead")
+                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data "
+                                           "= ...); write into it (p.data.copy_()) instead")
         for index, params in enumerate(self._pieces_by_group() if self.optimizer else ()):
             given = self.optimizer.param_groups[index]["params"]
             if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
@@ -2343,7 +2343,7 @@ class Zero(Holder):
                                    "initialize(); give the optimizer all of its parameters before it")
 
     def _check_gradients(self) -> None:
-        """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller put there."""
+        """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller set."""
         for bucket in self.trained:
             for slot in bucket.slots:
                 gradient = slot.parameter.grad
@@ -2373,8 +2373,8 @@ class Zero(Holder):
         self.communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
         square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
         if dropped ** 2 != dropped_squares * self.communicator.world_size:
-            raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
-                               "over all already; drop them on every rank")
+            raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were "
+                               "summed over all already; drop them on every rank")
         if gathered ** 2 != gathered_squares * self.communicator.world_size:
             raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
                                "up; name the module that chooses among them in zero_optimization.leaf_module")
@@ -2798,8 +2798,8 @@ class GatheredParameters:
         self.saving.__exit__(None, None, None)
         moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
         if moved:
-            raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket kept "
-                               "its values; write into it (p.data.copy_()), with a modifier_rank")
+            raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket "
+                               "kept its values; write into it (p.data.copy_()), with a modifier_rank")
         lost = self._keep_changes() if error is None else []
         for zero, bucket, _ in self.places:
             if bucket.unit is not None:

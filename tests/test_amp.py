@@ -131,7 +131,8 @@ def test_many_small_bf16_gradients_add_up_to_their_fp32_sum(run_ranks):
 def half_bytes(stage: int, data_types: dict):
     engine = train_wide(stage, precision={"bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types})
     count = sum(b.numel for b in engine.zero.buckets)
-    padding = count // (engine.world_size if stage else 1) - sum(p.numel() for b in engine.zero.buckets for p in b.pieces)
+    own = sum(piece.numel() for bucket in engine.zero.buckets for piece in bucket.pieces)
+    padding = count // (engine.world_size if stage else 1) - own
     return (model_state_bytes(engine) + 8 * padding) / count  # padding has no optimizer state
 
 
@@ -281,7 +282,8 @@ def steps_with(scale: float, stage: int, optimizer: dict, precision: dict):
     model = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(model.weight)
     engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": stage}, **precision})
+        "train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": stage},
+        **precision})
     engine.backward(engine(torch.full((1, 4), scale, dtype=model.weight.dtype)).sum())
     engine.step()
     return engine.was_step_applied(), engine.get_global_grad_norm(), zero.safe_get_full_fp32_param(model.weight)

@@ -276,7 +276,8 @@ def test_a_progress_line_every_so_many_steps(alone, capsys):
 
 
 def test_a_progress_line_has_no_loss_where_the_caller_runs_backward(alone, capsys):
-    engine, *_ = alone({"train_batch_size": 1, "steps_per_print": 1, "optimizer": {"type": "SGD"}}, model=nn.Linear(1, 1))
+    engine, *_ = alone({"train_batch_size": 1, "steps_per_print": 1, "optimizer": {"type": "SGD"}},
+                       model=nn.Linear(1, 1))
     engine.scale(engine(torch.ones(1, 1)).sum() + 5).backward()
     engine.step()
     assert capsys.readouterr().out.startswith("step 1: lr 0.001, ")

@@ -71,7 +71,7 @@ def peaks(stage: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory with Linux's /proc")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_peak_after_fifty_steps_is_that_after_two(run_ranks, stage, request):
-    """Blocks of three sizes, gathered and freed over and over, leave no holes that add up: 4 % at most, 2 come and go."""
+    """Blocks of three sizes, gathered and freed over and over, leave no holes that add up: at most 4 %."""
     if stage == 2 and not request.config.getoption("--long"):
         pytest.skip("only with --long")
     run_ranks.stop()  # new processes, in which no other test has had its peak

@@ -186,7 +186,8 @@ def append_a_group(model, optimizer):
 
 CHANGES = {replace_a_layer: "1.0.weight came into the model", add_a_layer: "2.adapter.weight came into the model",
            replace_a_parameter: "0.0.weight came into the model", remove_a_layer: "2.0.bias has left the model",
-           assign_data: "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded", assign_data_of_the_optimizers: "was given other memory",
+           assign_data: "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded",
+           assign_data_of_the_optimizers: "was given other memory",
            append_to_a_group: "param group 0 were changed", append_a_group: "param group 1 were changed"}
 
 

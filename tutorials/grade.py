@@ -226,8 +226,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "A bucket that is sent twice, or gradient by gradient, costs the time that buckets save.",
                ("test_zero.py::test_elements_sent_are_those_of_the_table[1-2]",
                 "test_grade.py::test_what_is_counted_is_what_is_sent"))),
-        ("take(slot, gradient): the gradient's place is slot.view(self.grad) once self._prepare_buffer() was called. Copy "
-         "where the place is empty, add where slot.filled says that it is not.",
+        ("take(slot, gradient): the gradient's place is slot.view(self.grad) once self._prepare_buffer() was called. "
+         "Copy where the place is empty, add where slot.filled says that it is not.",
          "take also notes slot.used = True, and adds the slot to self.fired, by which the bucket knows that it is "
          "complete. If self.launched, the sum is already on its way: keep the gradient in slot.late, added to what is "
          "there. _launch_ready: only where config.overlap_comm and reduces_now.",
