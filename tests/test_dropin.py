@@ -111,7 +111,7 @@ def test_every_name_that_is_refused_by_the_readme_says_why(alone):
             *parts, name = pattern.replace("*", "some").split(".")
             place: Any = deepspeed
             for part in parts:
-                place = engine if part == "engine" else getattr(deepspeed, part)
+                place = engine if part == "engine" else getattr(place, part)
             with pytest.raises(AttributeError) as caught:
                 getattr(place, name)
             assert reason in str(caught.value) and name in str(caught.value), pattern
