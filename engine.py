@@ -72,7 +72,7 @@ logger = logging.getLogger("engine")
 
 
 class ConfigError(ValueError):
-    """A config that can't be meant: the message names the key, what was given and what is allowed."""
+    """An invalid config: the message names the key, what was given and what is allowed."""
 
 
 @dataclass
@@ -598,7 +598,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     config              refused: initialize() reads the config
     rank, world_size    who this is, instead of the launcher's variables
 
-    Raises ValueError for arguments and environments that can't be meant.
+    Raises ValueError for invalid arguments and environments.
     """
     if config is not None:
         raise ValueError("config is given to init_distributed(); allowed: None. initialize() takes the config, and "
@@ -931,7 +931,7 @@ class Engine(nn.Module):
         return bool(self._window) or any(slot.used for bucket in self.zero.trained for slot in bucket.slots)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say from now on, in place of the engine's counting, whether the micro-batch at hand ends its window.
+        """Say from now on, in place of the engine's counting, whether the current micro-batch ends its window.
 
         To be called before its ``backward()``. What is divided by stays ``gradient_accumulation_steps``.
         """
@@ -957,7 +957,7 @@ class Engine(nn.Module):
     # Where training is.
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch at hand is the last of its accumulation window, so that ``step()`` will update.
+        """Whether the current micro-batch is the last of its accumulation window, so that ``step()`` will update.
 
         Always False with ``managed_gradient_accumulation`` false, where the caller alone knows.
         """
@@ -1963,8 +1963,8 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     config              a dict, or the path of a JSON file; ``config_params`` is its old name
     mpu, mesh_param     model parallelism, which is not covered: refused
 
-    Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for a config
-    that can't be meant, and ValueError for other bad arguments.
+    Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for an
+    invalid config, and ValueError for other bad arguments.
     """
     settings, failure = None, None
     try:

@@ -1,4 +1,4 @@
-"""ZeRO (arXiv 1910.02054): data-parallel training in which the ranks share out what each would otherwise hold in full.
+"""ZeRO (arXiv 1910.02054): data-parallel training in which each rank keeps a shard of what it would else hold in full.
 
 Plain data parallelism keeps, on every one of N ranks, all parameters, all gradients and all optimizer state. ZeRO gives
 each rank one N-th of the optimizer state (stage 1), of the gradients too (stage 2), of the parameters too (stage 3).
@@ -33,7 +33,7 @@ into one and updates the masters, and ``Bucket.publish`` shows the result to all
 The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties
 them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a
 checkpoint's files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of
-it. With one process there is nothing to share out: no collective runs at any stage.
+it. With one process there is nothing to shard: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
@@ -184,7 +184,7 @@ def _warn_without_effect(path: str, section: Any) -> None:
 
 
 class Sharded(NamedTuple):
-    """What a stage shares out among the ranks."""
+    """What a stage shards over the ranks."""
     optimizer: bool
     gradients: bool
     parameters: bool
@@ -1756,7 +1756,7 @@ class Zero(Holder):
     place. From then on autograd's hooks feed it, ``finish_backward`` must be called after each backward pass, and
     ``step`` updates the weights.
 
-    boundary   whether the backward pass at hand is the last of its accumulation window; stages 0 and 1 reduce only then
+    boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
     divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
     """
 
