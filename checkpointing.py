@@ -22,9 +22,9 @@ tensors then differ in number, shape, dtype or device, a RecomputationError tell
 their values alone goes unnoticed.
 
     CheckpointingConfig   the section ``activation_checkpointing``; its presence turns recomputation on
-    checkpoint            one call, recomputed; for code that picks its own regions
-    configure             what ``checkpoint`` does beside that: DeepSpeed's function and arguments
-    apply                 blocks of a model, recomputed without changing its code: what the config section does
+    checkpoint            one call is a region, of one block or of several; for code that picks its own regions
+    configure             how ``checkpoint`` works: DeepSpeed's function and arguments
+    apply                 each block of a model is a region, without changing its code: what the config section does
 
 Limits: what a custom autograd function stores on ``ctx`` without ``save_for_backward`` is not dropped; a region stays
 on one device's backward thread; no ``torch.func`` and no ``torch.compile``, which recomputes by itself; the selective
@@ -36,9 +36,10 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten  # has no public name
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # has no public name
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 logger = logging.getLogger("checkpointing")
 
@@ -65,11 +66,10 @@ class CheckpointingConfig:
     partition_activations: bool = False           # no effect: there is no model parallelism to divide them over
     cpu_checkpointing: bool = False               # hold the regions' inputs in pinned host memory; GPU only
     contiguous_memory_optimization: bool = False  # no effect: PyTorch's allocator reuses freed blocks as they are
-    number_checkpoints: int | None = None         # this many regions: instead of ``every``, ceil(blocks / this)
+    number_checkpoints: int | None = None         # no effect: each block is a region; checkpoint() takes several
     synchronize_checkpoint_boundary: bool = False  # wait for the GPU before and after each block; GPU only
     profile: bool = False                         # measure bytes kept and seconds recomputed; waits for the GPU too
     modules: list | None = None  # class names, or patterns of module names; null: the default blocks; []: none
-    every: int = 1               # consecutive blocks per region; they must feed one another directly to be joined
     mode: str = "full"           # "full": recompute everything; "selective": keep matrix products and attention
 
     def __post_init__(self) -> None:
@@ -79,22 +79,20 @@ class CheckpointingConfig:
         for f in fields(self):
             if f.type is bool and not isinstance(getattr(self, f.name), bool):
                 refuse(f.name, "true or false")
-        for key in ("every", "number_checkpoints"):
-            value = getattr(self, key)
-            if (type(value) is not int or value < 1) and not (value is None and key == "number_checkpoints"):
-                refuse(key, "a whole number from 1 up")
+        number = self.number_checkpoints
+        if number is not None and (type(number) is not int or number < 1):
+            refuse("number_checkpoints", "a whole number from 1 up, or null")
         if self.mode not in ("full", "selective"):
             refuse("mode", "'full' or 'selective'")
         if self.modules is not None and not (isinstance(self.modules, list)
                                              and all(isinstance(name, str) for name in self.modules)):
             refuse("modules", "a list of class names or patterns of module names, or null")
-        if self.number_checkpoints is not None and self.every != 1:
-            refuse("number_checkpoints", f"null beside every {self.every}; either of them sets the size of a region")
 
     def without_effect(self) -> list[str]:
         """The keys that are set and change nothing on this machine, with the reasons."""
         reasons = {"contiguous_memory_optimization": "PyTorch's allocator has no need of it",
-                   "partition_activations": "it divides what model-parallel ranks hold alike, and there are none"}
+                   "partition_activations": "it divides what model-parallel ranks hold alike, and there are none",
+                   "number_checkpoints": "each block is a region; call checkpoint() around several for larger ones"}
         if not torch.cuda.is_available():
             reasons |= {"cpu_checkpointing": "what is kept is in host memory already",
                         "synchronize_checkpoint_boundary": "there is no GPU to wait for"}
@@ -178,128 +176,110 @@ def _from_host(packed: Any) -> Tensor:
 # --- A region ---------------------------------------------------------------------------------------------------------
 
 
-class _Sighting:
-    """Knows a tensor again, as long as that has not been modified, without keeping it alive."""
-
-    def __init__(self, tensor: Tensor):
-        self.reference, self.version = weakref.ref(tensor), tensor._version
-
-    def is_of(self, tensor: Tensor) -> bool:
-        return self.reference() is tensor and self.version == tensor._version
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where a second run finds a tensor argument: the region's input, or the previous call's output, number index."""
-    is_output: bool
-    index: int
+_TENSOR = object()  # stands for a tensor among a call's arguments
 
 
 class _Slot:
-    """What autograd keeps in place of a tensor that it saved in a region's call with this number."""
-    __slots__ = ("region", "number", "value", "version", "__weakref__")
+    """What autograd keeps in place of a tensor that it saved in a region."""
+    __slots__ = ("region", "value", "version", "__weakref__")
 
-    def __init__(self, region: "_Region", number: int):
-        self.region, self.number = region, number
+    def __init__(self, region: "_Region"):
+        self.region = region
         self.value: Tensor | None = None  # there between a recomputation and its use
         self.version = 0                  # of the value when it was saved again
 
 
-@dataclass(slots=True)
-class _Call:
-    """One function call of a region."""
-    name: str
-    function: Callable
-    module: nn.Module | None     # the block whose forward ``function`` is
-    arguments: list[Any]         # the leaves of (args, kwargs); in place of a tensor, its _Place
-    structure: Any               # how the leaves make up (args, kwargs)
-    surroundings: _Surroundings
-    saved: list[tuple] = field(default_factory=list)      # per tensor autograd saved: weakly its slot, and metadata
-    expensive: list[tuple] = field(default_factory=list)  # selective mode: operations, their results, their versions
-    filled_in: int = -1          # the backward pass that the slots' values belong to
-
-    def arguments_from(self, inputs: Sequence[Tensor], outputs: list[Tensor]) -> tuple[tuple, dict]:
-        """Its (args, kwargs), in a second run with these tensors."""
-        leaves = [(outputs if leaf.is_output else inputs)[leaf.index] if isinstance(leaf, _Place) else leaf
-                  for leaf in self.arguments]
-        return tree_unflatten(leaves, self.structure)
-
-
 class _Region:
-    """A stretch of the forward pass that is recomputed as one: a call, or a chain of blocks that feed one another.
+    """One call in the forward pass, which runs again when backward needs what it saved.
 
-    A block joins the chain when its tensors are outputs of the block before it or inputs of the first one, the very
-    same objects. Anything else that is done to them in between ends the chain: the next block starts a new region.
-
-    It holds its inputs and calls, but no tensor computed in it, and is itself held by the slots it gave to autograd:
+    It keeps the call's arguments but no tensor of the graph within, and is itself kept by the slots it gave to autograd:
     what backward has used, or the user has dropped, goes away with its slot. A tensor computed here would, through its
-    graph, hold slots that hold the region: a cycle that Python's garbage collector can't see.
+    graph, keep slots that keep the region: a cycle that Python's garbage collector can't see.
     """
 
-    def __init__(self, settings: "Checkpointing", leaves: list[Any]):
-        tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
-        self.settings = settings
+    def __init__(self, settings: "Checkpointing", name: str, function: Callable, args: tuple, kwargs: dict):
+        leaves, self.structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.settings, self.name, self.function = settings, name, function
+        self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.keeper = _keep(tensors, settings.config.cpu_checkpointing)
-        self.input_bytes = sum(t.nbytes for t in tensors if not isinstance(t, nn.Parameter))
-        self.inputs = [_Sighting(tensor) for tensor in tensors]
-        self.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        self.calls: list[_Call] = []
-        self.outputs: list[_Sighting] = []  # of the last call, once that is complete
+        self.surroundings = _Surroundings(tensors)
+        self.saved: list[tuple] = []  # per tensor autograd saved: weakly its slot, and its metadata
+        self.filled_in = -1           # the backward pass that the slots' values belong to
+        self.reuse: Any = nullcontext()  # the selective mode: hands out kept results in place of computing them
+        settings.note(name, calls=1, bytes_kept=sum(t.nbytes for t in tensors if not isinstance(t, nn.Parameter)))
 
-    def place(self, tensor: Tensor) -> _Place | None:
-        """Where the next call's argument ``tensor`` is found in a second run; None when it can't be."""
-        for is_output, known in ((True, self.outputs), (False, self.inputs)):
-            for index, sighting in enumerate(known):
-                if sighting.is_of(tensor):
-                    return _Place(is_output, index)
-        return None
-
-    def can_grow(self, leaves: list[Any]) -> bool:
-        """Whether a call with these arguments continues the chain and makes the region keep nothing more."""
-        places = [self.place(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        return None not in places and any(place.is_output for place in places) and all(
-            leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) or any(leaf is o for o in self.others)
-            for leaf in leaves)
-
-    def run(self, call: _Call, args: tuple, kwargs: dict) -> Any:
-        """The forward pass of one call."""
-        number = len(self.calls)
-
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        """The call, of which autograd keeps slots."""
         def pack(tensor: Tensor) -> _Slot:
-            slot = _Slot(self, number)
-            call.saved.append((weakref.ref(slot), _metadata(tensor)))
+            slot = _Slot(self)
+            self.saved.append((weakref.ref(slot), _metadata(tensor)))
             return slot
 
-        self.calls.append(call)
-        self.outputs = []  # so that nothing joins a call that is not complete
-        with saved_tensors_hooks(pack, _unpack), self.mode(_KeepExpensive, call):
-            output = call.function(*args, **kwargs)
-        self.outputs = [_Sighting(tensor) for tensor in _tensors(output)]
-        return output
+        keep: Any = nullcontext()
+        if self.settings.config.mode == "selective":
+            keep, self.reuse = create_selective_checkpoint_contexts(partial(_policy, self.settings, self.name))
+        with saved_tensors_hooks(pack, _unpack), keep:
+            return self.function(*args, **kwargs)
 
-    def recompute(self, asked: int, backward_pass: int) -> None:
-        """Run the calls again, up to the one that backward asks for a tensor, and fill their slots."""
-        inputs = self.keeper.saved_tensors  # comes first, as it may have to recompute an enclosing region
-        outputs: list[Tensor] = []
-        for call in self.calls[:asked + 1]:
-            args, kwargs = call.arguments_from(inputs, outputs)
-            outputs = _Replay(self, call, call is self.calls[asked]).run(args, kwargs)
-            call.filled_in = backward_pass
+    def recompute(self, backward_pass: int) -> None:
+        """Run the call again, as far as it saves tensors, and fill the slots that still exist."""
+        inputs = iter(self.keeper.saved_tensors)  # comes first, as it may have to recompute an enclosing region
+        args, kwargs = tree_unflatten([next(inputs) if leaf is _TENSOR else leaf for leaf in self.leaves],
+                                      self.structure)
+        # Hazard: kept results are handed out once, so that memory is free as soon as backward is done with it. A second
+        # backward call, through a graph that was retained, has to compute them.
+        reuse, self.reuse = self.reuse, nullcontext()
+        filled = 0
 
-    def mode(self, selective: Callable[[_Call], TorchDispatchMode], call: _Call) -> AbstractContextManager:
-        return selective(call) if self.settings.config.mode == "selective" else nullcontext()
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal filled
+            if filled < len(self.saved):
+                tensor = self._fill(filled, tensor)
+                filled += 1
+            if filled == len(self.saved):
+                raise _EnoughError  # more than once where the function swallows it
+            return tensor
+
+        started = self.settings.boundary()
+        try:
+            with self.surroundings.restored(), torch.enable_grad(), reuse, saved_tensors_hooks(pack, lambda t: t):
+                self.function(*args, **kwargs)
+        except _EnoughError:
+            pass
+        except RuntimeError as error:
+            error.add_note(f"This happened when {self.name} was recomputed in backward.")
+            raise
+        self.filled_in = backward_pass
+        self.settings.note(self.name, recomputations=1, seconds_recomputed=self.settings.boundary() - started)
+        if filled < len(self.saved):
+            raise RecomputationError(f"{self.name} saved {len(self.saved)} tensors for backward in the forward pass, "
+                                     f"but only {filled} when recomputed")
+
+    def _fill(self, number: int, tensor: Tensor) -> Tensor:
+        """Put the tensor into its slot, if that still exists."""
+        reference, metadata = self.saved[number]
+        if metadata != _metadata(tensor):
+            raise RecomputationError(
+                f"{self.name}: tensor {number + 1} of {len(self.saved)} saved for backward was {metadata} in the "
+                f"forward pass and is {_metadata(tensor)} when recomputed; the function must do the same both times")
+        tensor = tensor.detach()  # the graph of the recomputation is not used, only what its nodes save
+        slot = reference()
+        if slot is not None:
+            slot.value, slot.version = tensor, tensor._version
+        return tensor
 
 
 def _unpack(slot: _Slot) -> Tensor:
     """The tensor that ``slot`` stands for, after recomputing it unless that has been done in this backward pass."""
-    call = slot.region.calls[slot.number]
+    region = slot.region
     backward_pass = torch._C._current_graph_task_id()  # private: nothing else tells one from the next; -1 outside
-    if slot.value is None or call.filled_in != backward_pass or backward_pass == -1:
-        slot.region.recompute(slot.number, backward_pass)
+    if slot.value is None or region.filled_in != backward_pass or backward_pass == -1:
+        region.recompute(backward_pass)
     value, slot.value = slot.value, None  # so that its memory is free as soon as backward is done with it
     if value._version != slot.version:
         raise RuntimeError(f"a tensor {_metadata(value)} that is needed for backward was modified in place in the "
-                           f"recomputed {call.name}; use the out-of-place operation there")
+                           f"recomputed {region.name}; use the out-of-place operation there")
     return value
 
 
@@ -308,78 +288,8 @@ def _metadata(tensor: Tensor) -> tuple:
     return tensor.dtype, tuple(tensor.shape), tensor.device
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts, in order."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 class _EnoughError(Exception):
     """Ends a recomputation. An Exception, so that module hooks registered with ``always_call`` still run."""
-
-
-class _Replay:
-    """One recomputation of one call."""
-
-    def __init__(self, region: _Region, call: _Call, is_asked: bool):
-        self.region, self.call = region, call
-        self.is_asked = is_asked  # backward is in this very call; otherwise it stands before that in a chain
-        self.filled = 0
-
-    def run(self, args: tuple, kwargs: dict) -> list[Tensor]:
-        """Fill the call's slots. Returns its outputs, unless it could stop before them."""
-        region, call, outputs = self.region, self.call, []
-
-        def compute(*_: Any, **__: Any) -> Any:  # with the arguments of then, which have been through pre-hooks
-            with call.surroundings.restored(), torch.enable_grad(), region.mode(_ReuseExpensive, call), \
-                    saved_tensors_hooks(self._pack, lambda tensor: tensor):
-                output = call.function(*args, **kwargs)
-            outputs.extend(_tensors(output))
-            return output
-
-        started = region.settings.boundary()
-        try:
-            # Hazard: a library that shards weights brings them to a block by module hooks. The block that is asked
-            # for a tensor has them, since such a library gathers them when backward reaches the block's output. The
-            # blocks before it don't have them yet: their hooks, called here without grad mode, must gather and free.
-            if self.is_asked:
-                compute()
-            else:
-                before = _put_forward(call.module, compute)
-                try:
-                    call.module(*args, **kwargs)
-                finally:
-                    _put_forward(call.module, before)
-        except _EnoughError:
-            pass
-        region.settings.note_recomputed(call.name, started)
-        if self.filled < len(call.saved):
-            raise RecomputationError(f"{call.name} saved {len(call.saved)} tensors for backward in the forward pass, "
-                                     f"but only {self.filled} when recomputed")
-        return outputs
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        """Put the tensor into its slot, if that still exists."""
-        saved = self.call.saved
-        if self.filled == len(saved):
-            if self.is_asked:
-                raise _EnoughError  # once more: the function swallowed the first one
-            raise RecomputationError(f"{self.call.name} saved {len(saved)} tensors for backward in the forward pass, "
-                                     "and more when recomputed")
-        reference, metadata = saved[self.filled]
-        if metadata != _metadata(tensor):
-            raise RecomputationError(
-                f"{self.call.name}: tensor {self.filled + 1} of {len(saved)} saved for backward was {metadata} in the "
-                f"forward pass and is {_metadata(tensor)} when recomputed; the function must do the same both times")
-        tensor = tensor.detach()  # the graph of the recomputation is not used, only what its nodes save
-        slot = reference()
-        if slot is not None:
-            slot.value, slot.version = tensor, tensor._version
-        self.filled += 1
-        # Hazard: leaving a block in the middle skips its forward hooks. That does no harm where backward goes on in
-        # that very block. A block before it runs to its end, as its hooks may have to free weights.
-        if self.filled == len(saved) and self.is_asked:
-            raise _EnoughError
-        return tensor
 
 
 # --- The selective mode -----------------------------------------------------------------------------------------------
@@ -396,51 +306,14 @@ def _is_kept(operation: Any, args: tuple, kwargs: dict) -> bool:
     return operation in EXPENSIVE and not (dict(zip(names, args)) | kwargs).get("dropout_p")
 
 
-def _alias(result: Any) -> Any:
-    """The tensors in ``result`` without their place in the graph, but with their version counters."""
-    # Private: a dispatch mode runs below the layer that counts versions, and has to switch it on again.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tree_map_only(Tensor, Tensor.detach, result)
-
-
-class _KeepExpensive(TorchDispatchMode):
-    """Sees every operation of a forward pass, below autograd, and keeps the results of the expensive ones."""
-
-    def __init__(self, call: _Call):
-        super().__init__()
-        self.call = call
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        if _is_kept(operation, args, kwargs or {}):
-            kept = _alias(result)
-            self.call.expensive.append((operation, kept, [tensor._version for tensor in _tensors(kept)]))
-        return result
-
-
-class _ReuseExpensive(TorchDispatchMode):
-    """The inverse: hands out the kept results in order, in place of computing them again."""
-
-    def __init__(self, call: _Call):
-        super().__init__()
-        self.call, self.used = call, 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if not _is_kept(operation, args, kwargs or {}):
-            return operation(*args, **(kwargs or {}))
-        known = self.call.expensive
-        expected, kept, versions = known[self.used] if self.used < len(known) else (None, None, None)
-        if operation is not expected:
-            raise RecomputationError(f"{self.call.name}: expensive operation {self.used + 1} was {expected} in the "
-                                     f"forward pass and is {operation} when recomputed")
-        if versions != [tensor._version for tensor in _tensors(kept)]:
-            raise RuntimeError(f"{self.call.name}: the kept result of {operation} was modified in place; use the "
-                               "out-of-place operation (such as ReLU without inplace=True), or the mode 'full'")
-        self.used += 1
-        if kept is None:  # for a second backward call, through a graph that was retained
-            return operation(*args, **(kwargs or {}))
-        known[self.used - 1] = (operation, None, [])  # so that its memory is free as soon as backward is done with it
-        return _alias(kept)
+def _policy(settings: "Checkpointing", name: str, context: Any, operation: Any, *args: Any,
+            **kwargs: Any) -> CheckpointPolicy:
+    """PyTorch asks this once for each operation of a forward pass, below autograd."""
+    if not _is_kept(operation, args, kwargs):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    results = (leaf for leaf in tree_leaves(context.op_output) if isinstance(leaf, Tensor))
+    settings.note(name, bytes_kept=sum(result.nbytes for result in results))
+    return CheckpointPolicy.MUST_SAVE
 
 
 # --- Settings, and what they chose ------------------------------------------------------------------------------------
@@ -458,18 +331,14 @@ class Profile:
 class Checkpointing:
     """Recomputation as a config wants it, of blocks of a model if there are any; from ``apply`` and ``configure``.
 
-    Each block's ``forward`` is replaced on the instance, so its module hooks run outside of what is recomputed: once,
-    but for those of all blocks before the last in a chain, which run again with the block (see ``_Replay.run``).
+    Each block's ``forward`` is replaced on the instance, so its module hooks run outside of what is recomputed: once.
+    A library that shards weights gathers them by such hooks: for backward, when that reaches the block's output.
     """
 
     def __init__(self, config: CheckpointingConfig, blocks: Mapping[str, nn.Module] | None = None):
         self.config = config
         self.blocks = [_Block(self, name, module) for name, module in (blocks or {}).items()]
-        self.chain = config.every  # how many blocks a region may have
-        if config.number_checkpoints is not None:
-            self.chain = -(-len(self.blocks) // config.number_checkpoints)
         self.profiles: dict[str, Profile] = {}
-        self._last_region: Callable[[], _Region | None] = lambda: None  # a weak reference
 
     def remove(self) -> None:
         """Give the blocks their own forward back. Graphs that exist can still be recomputed."""
@@ -482,26 +351,14 @@ class Checkpointing:
             raise RuntimeError("report() needs activation_checkpointing.profile to be true")
         return self.profiles
 
-    def run(self, name: str, function: Callable, args: tuple, kwargs: dict, module: nn.Module | None = None) -> Any:
-        """``function(*args, **kwargs)`` as a region of its own or, for a block, as the next one of the last region."""
+    def run(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """``function(*args, **kwargs)`` as a region."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)  # nothing is saved, so there is nothing to drop
-        leaves, structure = tree_flatten((args, kwargs))
-        region = self._last_region() if module is not None else None
-        if region is None or len(region.calls) >= self.chain or not region.can_grow(leaves):
-            region = _Region(self, leaves)
-        arguments = [region.place(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call = _Call(name, function, module, arguments, structure, _Surroundings(leaves))
+        region = _Region(self, name, function, args, kwargs)
         self.boundary()
-        output = region.run(call, args, kwargs)
+        output = region.run(args, kwargs)
         self.boundary()
-        if module is not None:
-            self._last_region = weakref.ref(region)
-        if self.config.profile:
-            profile = self.profiles.setdefault(name, Profile())
-            profile.calls += 1
-            profile.bytes_kept += sum(tensor.nbytes for tensor in _tensors(call.expensive))
-            profile.bytes_kept += region.input_bytes if call is region.calls[0] else 0
         return output
 
     def boundary(self) -> float:
@@ -510,13 +367,12 @@ class Checkpointing:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def note_recomputed(self, name: str, started: float) -> None:
-        """Take note of a recomputation that began at ``started`` and is over."""
-        seconds = self.boundary() - started
+    def note(self, name: str, **costs: float) -> None:
+        """Add to the profile of one module."""
         if self.config.profile:
             profile = self.profiles.setdefault(name, Profile())
-            profile.recomputations += 1
-            profile.seconds_recomputed += seconds
+            for cost, value in costs.items():
+                setattr(profile, cost, getattr(profile, cost) + value)
 
 
 class _Block:
@@ -524,24 +380,16 @@ class _Block:
 
     def __init__(self, settings: Checkpointing, name: str, module: nn.Module):
         self.settings, self.name, self.module = settings, name, module
-        self.own_forward = module.forward
-        self.before = _put_forward(module, self.forward)
+        self.own_forward, self.had_own = module.forward, "forward" in vars(module)
+        module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.settings.run(self.name, self.own_forward, args, kwargs, self.module)
+        return self.settings.run(self.name, self.own_forward, args, kwargs)
 
     def restore(self) -> None:
-        _put_forward(self.module, self.before)
-
-
-def _put_forward(module: nn.Module, forward: Callable | None) -> Callable | None:
-    """Give the instance a ``forward``, or with None its class's; returns the one it had before, if any."""
-    before = vars(module).get("forward")
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
-    return before
+        del self.module.forward
+        if self.had_own:
+            self.module.forward = self.own_forward
 
 
 # --- The public functions ---------------------------------------------------------------------------------------------
@@ -617,8 +465,6 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | PathLike | 
         if key not in known:
             raise ValueError(f"unknown key activation_checkpointing.{key} (known: {', '.join(known)})")
     config = CheckpointingConfig(**section)
-    if num_checkpoints is not None:
-        logger.warning("num_checkpoints has no effect: every call of checkpoint() is a region")
     for text in config.without_effect():
         logger.warning("activation_checkpointing.%s", text)
     _explicit = Checkpointing(config)

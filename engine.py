@@ -434,7 +434,7 @@ def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> 
 
 def _says_off(section: Any) -> bool:
     """Whether an ``activation_checkpointing`` section holds DeepSpeed's keys alone, and all of them say no."""
-    return bool(section) and not {"modules", "every", "mode"} & section.keys() and all(map(_is_off, section.values()))
+    return bool(section) and not {"modules", "mode"} & section.keys() and all(map(_is_off, section.values()))
 
 
 def _is_auto(value: Any) -> bool:

@@ -27,28 +27,37 @@ from test_checkpointing import PeakBytes  # noqa: E402
 from train_gpt import Block  # noqa: E402
 
 KEPT_BY_THEIRS = list(checkpointing.EXPENSIVE)
-CHOICES = {"every block": {}, "every 2 blocks": {"every": 2}, "every 4 blocks": {"every": 4},
-           "selective": {"mode": "selective"}}
+CHOICES = {"every block": {}, "2 blocks": {"region": 2}, "4 blocks": {"region": 4}, "selective": {"mode": "selective"},
+           "selective, 2 blocks": {"region": 2, "mode": "selective"}}
 
 
-def with_torch(blocks: nn.Sequential, every: int = 1, mode: str = "full") -> Callable[[Tensor], Tensor]:
+def with_torch(blocks: nn.Sequential, region: int = 1, mode: str = "full") -> Callable[[Tensor], Tensor]:
     """A forward pass that recomputes by ``torch.utils.checkpoint``."""
     options = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(theirs.create_selective_checkpoint_contexts, KEPT_BY_THEIRS)
 
     def forward(x: Tensor) -> Tensor:
-        for start in range(0, len(blocks), every):
-            x = theirs.checkpoint(blocks[start:start + every], x, **options)
+        for start in range(0, len(blocks), region):
+            x = theirs.checkpoint(blocks[start:start + region], x, **options)
         return x
 
     return forward
 
 
-def with_ours(blocks: nn.Sequential, **config: int | str) -> Callable[[Tensor], Tensor]:
-    """A forward pass that recomputes by ``checkpointing.apply``."""
-    checkpointing.apply(blocks, checkpointing.CheckpointingConfig(**config), list(blocks))
-    return blocks
+def with_ours(blocks: nn.Sequential, region: int = 1, **config: str) -> Callable[[Tensor], Tensor]:
+    """A forward pass that recomputes by ``checkpointing.apply``, or by ``checkpoint`` around several blocks."""
+    if region == 1:
+        checkpointing.apply(blocks, checkpointing.CheckpointingConfig(**config), list(blocks))
+        return blocks
+    checkpointing.configure(None, {"activation_checkpointing": config})
+
+    def forward(x: Tensor) -> Tensor:
+        for start in range(0, len(blocks), region):
+            x = checkpointing.checkpoint(blocks[start:start + region], x)
+        return x
+
+    return forward
 
 
 def seconds(forward: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -103,11 +112,11 @@ def main() -> None:
     for name, default in (("rounds", 30), ("layers", 8), ("dim", 128), ("batch", 4), ("context", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    print(f"{'':15} {'step, ms':>25}   {'peak, MiB':>38}")
-    print(f"{'regions':15} {'torch':>8} {'ours':>8} {'ratio':>7}   {'none':>9} {'torch':>9} {'ours':>9} {'ratio':>8}")
+    print(f"{'':20} {'step, ms':>25}   {'peak, MiB':>38}")
+    print(f"{'regions':20} {'torch':>8} {'ours':>8} {'ratio':>7}   {'none':>9} {'torch':>9} {'ours':>9} {'ratio':>8}")
     for name, choice in CHOICES.items():
         torchs, ours, ratio, peaks = compare(choice, options)
-        print(f"{name:15} {torchs:8.1f} {ours:8.1f} {ratio:7.3f}   {peaks[0]:9.2f} {peaks[1]:9.2f} {peaks[2]:9.2f} "
+        print(f"{name:20} {torchs:8.1f} {ours:8.1f} {ratio:7.3f}   {peaks[0]:9.2f} {peaks[1]:9.2f} {peaks[2]:9.2f} "
               f"{peaks[2] / peaks[1]:8.3f}", flush=True)
 
 

@@ -415,7 +415,7 @@ OUT_OF_RANGE = {
     "zero_optimization.stage": [4, -1, 100], "zero_optimization.reduce_bucket_size": [0, -1, "big"],
     "zero_optimization.stage3_prefetch_bucket_size": [-1], "zero_optimization.stage3_max_live_parameters": [-1],
     "zero_optimization.leaf_module.classes": [["Nothing"]], "data_types.grad_accum_dtype": ["fp8", ""],
-    "checkpoint.keep_last": [0, -1], "activation_checkpointing.every": [0, -2],
+    "checkpoint.keep_last": [0, -1],
     "activation_checkpointing.number_checkpoints": [0, -1], "activation_checkpointing.mode": ["some"],
     "activation_checkpointing.modules": [["Nothing*"]], "optimizer.type": ["Adan", "LBFGS", ""],
     "optimizer.params.lr": [-1.0, "fast"], "optimizer.params.betas": [[0.9], [2.0, 0.9]],

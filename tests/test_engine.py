@@ -630,7 +630,7 @@ Z, MICRO = "zero_optimization", '"train_micro_batch_size_per_gpu": 2'
      '"number_checkpoints": null}}', {"activation_checkpointing": None}),
     ('{"activation_checkpointing": {}}', {"activation_checkpointing.mode": "full"}),
     ('{"activation_checkpointing": {"profile": false, "modules": null}}', {"activation_checkpointing.mode": "full"}),
-    ('{"activation_checkpointing": {"profile": false, "every": 1}}', {"activation_checkpointing.every": 1}),
+    ('{"activation_checkpointing": {"profile": false, "mode": "full"}}', {"activation_checkpointing.mode": "full"}),
     ('{"activation_checkpointing": {"cpu_checkpointing": true, "profile": false}}',
      {"activation_checkpointing.cpu_checkpointing": True}),
     ('{"bf16": {"enabled": true}, "torch_autocast": {"enabled": true}}', {"bf16.enabled": True}),

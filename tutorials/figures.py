@@ -108,11 +108,24 @@ def text_windows(step: int, batch: int, length: int) -> Tensor:
     return torch.stack([source[i:i + length + 1] for i in starts.tolist()]).long()
 
 
-def gpt(width: int, layers: int, context: int, config: dict) -> deepspeed.Engine:
-    """An engine with a GPT, the same on every call; AdamW unless the config says otherwise."""
+class Region(torch.nn.Sequential):
+    """Several blocks, recomputed as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return deepspeed.checkpointing.checkpoint(super().forward, x)
+
+
+def gpt(width: int, layers: int, context: int, config: dict, region: int = 0) -> deepspeed.Engine:
+    """An engine with a GPT, the same on every call; AdamW unless the config says otherwise.
+
+    ``region`` is how many blocks are recomputed as one; 0: as the config says.
+    """
     torch.manual_seed(0)
+    model = GPT(width, layers, 4, context)
+    if region:
+        model.blocks = torch.nn.ModuleList(Region(*model.blocks[i:i + region]) for i in range(0, layers, region))
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
-    engine, *_ = deepspeed.initialize(model=GPT(width, layers, 4, context), config={"optimizer": optimizer} | config)
+    engine, *_ = deepspeed.initialize(model=model, config={"optimizer": optimizer} | config)
     return engine
 
 
@@ -525,11 +538,12 @@ def loss_scale() -> Figure:
 # Recomputation.
 
 
-def activations_and_flops(sections: list[dict]) -> list[tuple[int, int]]:
-    """The peak of live activations in bytes, and the floating-point operations, of a step with each config section."""
+def activations_and_flops(choices: list[tuple[dict, int]]) -> list[tuple[int, int]]:
+    """The peak of live activations in bytes and the floating-point operations of a step, per config section and region.
+    """
     results = []
-    for section in sections:
-        engine = gpt(64, 12, 64, {"train_micro_batch_size_per_gpu": 4} | section)
+    for section, region in choices:
+        engine = gpt(64, 12, 64, {"train_micro_batch_size_per_gpu": 4} | section, region)
         train_step(engine, 0, 4)
         live = LiveBytes(engine)
         live.watch_buffers()
@@ -549,8 +563,8 @@ def recompute() -> Figure:
 
     counts, regions = [0, 2, 4, 6, 8, 10, 12], [2, 3, 4, 6]
     partly = [section(modules=[f"blocks.{i}" for i in range(count)]) if count else {} for count in counts]
-    configs = [*partly, *(section(every=k) for k in regions), section(mode="selective")]
-    (results,) = on_ranks(activations_and_flops, 1, configs)
+    choices = [*((config, 0) for config in partly), *(({}, k) for k in regions), (section(mode="selective"), 0)]
+    (results,) = on_ranks(activations_and_flops, 1, choices)
     base = results[0][1]
     points = [(100 * (flops - base) / (base / 3), held / 2**20) for held, flops in results]  # forward is a third
     figure = new_figure(4.6)
