@@ -14,7 +14,8 @@ Processes are started by PyTorch's launcher (torch.distributed.run, "torchrun"),
 What this one does beside it:
 
 - When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
-  the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL).
+  the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr
+  goes through a file, line by line (--tee 2); --tee 0 leaves it alone, for progress bars that move.
 - With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
   itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
   PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
@@ -23,7 +24,7 @@ What this one does beside it:
   or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
 - gloo is told which network interface leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it; on Linux.
 - DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
-  machines: for a --hostfile, it says what to run on each of them.
+  machines, so that there is no --hostfile.
 
 A script finds its place in the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
 --nproc_per_node, SCRIPT gets a process per GPU, or one.
@@ -31,22 +32,19 @@ A script finds its place in the variables RANK, LOCAL_RANK and WORLD_SIZE; no --
 
 import argparse
 import os
-import shlex
 import signal
 import socket
 import struct
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import nn, optim
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import elastic_launch
@@ -117,70 +115,6 @@ def documented_example(zero_stage: int | None = None, config_file: str | None = 
         print(f"Loss: {loss.item():.6f}")
         print("Training step completed")
     model_engine.destroy()
-
-
-# --- Which machines and GPUs: DeepSpeed's --hostfile, --include, --exclude --------------------------------------------
-
-
-def read_hostfile(path: str) -> dict[str, list[int]]:
-    """{host: its slot numbers} from lines of ``NAME slots=N``; a slot is a GPU, or a process where there are none."""
-    hosts: dict[str, list[int]] = {}
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"--hostfile {path} can't be read: {error.strerror}") from error
-    for name, *settings in filter(None, (line.split("#")[0].split() for line in lines)):
-        key, _, count = " ".join(settings).partition("=")
-        if key != "slots" or not count.isdecimal() or name in hosts:
-            raise ValueError(f"--hostfile {path}: the line of {name!r} is not one of NAME slots=N, each NAME once")
-        hosts[name] = list(range(int(count)))
-    return hosts
-
-
-def named_slots(text: str, hosts: dict[str, list[int]]) -> dict[str, set[int]]:
-    """What NAME[:SLOT,SLOT...][@NAME...] means: {host: slot numbers}; all of a host's where it has no numbers."""
-    named: dict[str, set[int]] = {}
-    for part in text.split("@"):
-        name, _, numbers = part.partition(":")
-        there = {str(slot) for slot in hosts.get(name, ())}
-        wanted = set(numbers.split(",")) if numbers else there
-        if not wanted or not wanted <= there:
-            raise ValueError(f"{part!r} in {text!r} is not there; there are the slots {hosts}")
-        named.setdefault(name, set()).update(map(int, wanted))
-    return named
-
-
-def choose_slots(options: argparse.Namespace) -> dict[str, list[int]]:
-    """{host: the slots to use there}, in the hostfile's order; without one, of this machine and its GPUs."""
-    if options.include and options.exclude:
-        raise ValueError("--include and --exclude were both given; allowed: one of them")
-    here = {"localhost": list(range(torch.cuda.device_count()))}
-    hosts = read_hostfile(options.hostfile) if options.hostfile else here
-    if options.include or options.exclude:
-        named = named_slots(options.include or options.exclude, hosts)
-        hosts = {host: [slot for slot in slots if (slot in named.get(host, ())) == bool(options.include)]
-                 for host, slots in hosts.items()}
-    hosts = {host: slots for host, slots in hosts.items() if slots}
-    nodes, processes = int(options.nnodes or len(hosts)), options.nproc_per_node and int(options.nproc_per_node)
-    hosts = dict(list(hosts.items())[:nodes])
-    if not 1 <= nodes == len(hosts) or not 1 <= (processes or 1) <= min(map(len, hosts.values())):
-        raise ValueError(f"{nodes} machines of {processes or 'all their'} slots were asked for; there are {hosts}")
-    return {host: slots[:processes] for host, slots in hosts.items()}
-
-
-def take_own_slots(options: argparse.Namespace, hosts: dict[str, list[int]]) -> None:
-    """Set what stands in the options and the environment to this machine's part of ``hosts``."""
-    node = options.node_rank or 0
-    if not 0 <= node < len(hosts):
-        raise ValueError(f"--node_rank is {node}; allowed: 0 to {len(hosts) - 1}, for {', '.join(hosts)}")
-    slots = list(hosts.values())[node]
-    options.nnodes, options.nproc_per_node = str(len(hosts)), str(len(slots))
-    if slots != list(range(len(slots))):
-        if "CUDA_VISIBLE_DEVICES" in os.environ:
-            raise ValueError(f"GPUs {slots} were asked for, but CUDA_VISIBLE_DEVICES is set; allowed: one of the two")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-    if len(hosts) > 1 and not options.rdzv_endpoint:
-        options.master_addr = options.master_addr or next(iter(hosts))
 
 
 # --- How the machines find each other ---------------------------------------------------------------------------------
@@ -262,19 +196,12 @@ def interface_of(address: str) -> str | None:
 
 
 class KeptStderr(LogsSpecs):
-    """Each process's stderr goes into a file, and from there to this process's, as it grows; used in ``with``.
-
-    So what a process said last can be told again when it has failed, whatever its script is, and progress bars move as
-    before. What --redirects, --tee or --local_ranks_filter say of a stream comes first, as ``inner`` has it.
-    """
+    """PyTorch's choice of files for what processes write; remembers each one's stderr, and tells of another start."""
 
     def __init__(self, inner: LogsSpecs) -> None:
         super().__init__(inner.root_log_dir)
         self.inner = inner
-        self.paths: dict[int, Path] = {}  # {local rank: its file}, of the latest start
-        self.streams: list[BinaryIO] = []  # of all starts
-        self.finished = threading.Event()
-        self.copier = threading.Thread(target=self._copy, daemon=True)
+        self.paths: dict[int, str] = {}  # {local rank: its file, "" for none}, of the latest start
 
     @property
     def root_log_dir(self) -> str:
@@ -287,37 +214,12 @@ class KeptStderr(LogsSpecs):
                   f"{envs[0]['TORCHELASTIC_MAX_RESTARTS']}, {envs[0]['WORLD_SIZE']} process(es) in all",
                   file=sys.stderr, flush=True)
         destination = self.inner.reify(envs)
-        for local_rank, path in destination.stderrs.items():
-            if path in ("", os.devnull):
-                own = destination.stderrs[local_rank] = f"{destination.error_files[local_rank]}.stderr"
-                Path(own).touch()
-                if not path:
-                    self.streams.append(open(own, "rb"))
-            self.paths[local_rank] = Path(destination.stderrs[local_rank])
+        self.paths = destination.stderrs
         return destination
 
-    def _copy(self) -> None:
-        """The thread: copies bytes rather than lines, since a progress bar's line doesn't end."""
-        last = False
-        while not last:
-            last = self.finished.wait(0.05)  # what was written before is still copied
-            for stream in list(self.streams):
-                sys.stderr.buffer.write(stream.read())
-            sys.stderr.flush()
 
-    def __enter__(self) -> "KeptStderr":
-        self.copier.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.finished.set()
-        self.copier.join()
-        for stream in self.streams:
-            stream.close()
-
-
-def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> int:
-    """Say which process failed first, and what it last wrote to stderr; returns the exit code."""
+def tell_failure(error: ChildFailedError, script: str, stderrs: dict[int, str]) -> int:
+    """Say which process failed first, and what it last wrote to its file of ``stderrs``; returns the exit code."""
     # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
     # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
     # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
@@ -325,8 +227,8 @@ def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> in
     began = min(failure.timestamp for failure in error.failures.values())
     first = {rank: failure for rank, failure in error.failures.items() if failure.timestamp < began + 2}
     alone = {rank: failure for rank, failure in first.items() if failure.exitcode != -signal.SIGTERM}
-    rank, failure = min((alone or first).items(),
-                        key=lambda item: stderr.paths[item[1].local_rank].stat().st_mtime_ns)
+    files = {rank: Path(stderrs[failure.local_rank] or os.devnull) for rank, failure in error.failures.items()}
+    rank, failure = min((alone or first).items(), key=lambda item: files[item[0]].stat().st_mtime_ns)
     code, how = failure.exitcode, f"exit code {failure.exitcode}"
     if code < 0:
         code, how = 128 - code, f"signal {failure.signal_name()}"
@@ -334,7 +236,7 @@ def tell_failure(error: ChildFailedError, script: str, stderr: KeptStderr) -> in
     if code == 128 + signal.SIGKILL:
         words.append("launch.py: hint: so Linux ends a process when memory runs out (dmesg tells). It takes less with "
                      "smaller micro-batches, a higher ZeRO stage, or fewer processes per machine")
-    words += stderr.paths[failure.local_rank].read_text(errors="replace").splitlines()[-LAST_LINES:]
+    words += files[rank].read_text(errors="replace").splitlines()[-LAST_LINES:]
     print("\n".join(words), file=sys.stderr, flush=True)
     return code
 
@@ -344,15 +246,15 @@ def start_processes(options: argparse.Namespace) -> int:
     # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
     processes = run.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")  # of lines that are shown by tee
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
+        config.logs_specs = kept = KeptStderr(config.logs_specs)
         try:
-            with KeptStderr(config.logs_specs) as stderr:
-                config.logs_specs = stderr
-                elastic_launch(config, command)(*arguments)
+            elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            return tell_failure(error, options.training_script, stderr)
+            return tell_failure(error, options.training_script, kept.paths)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
@@ -367,6 +269,10 @@ def start_processes(options: argparse.Namespace) -> int:
 
 
 REFUSED = {  # DeepSpeed's options that have no counterpart, and the way to do it
+    ("-H", "--hostfile"):
+        "nothing is started on other machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint",
+    ("-i", "--include", "-e", "--exclude"):
+        "run launch.py on the machines that are meant, under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2 of one",
     ("--launcher", "--launcher_args", "--ssh_port", "--force_multi"):
         "nothing is started on other machines; have srun, mpirun or a shell loop run launch.py on each",
     ("--bind_cores_to_rank", "--bind_core_list"):
@@ -396,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:  # there is no public way to make it optional
         if action.dest == "training_script":
             action.nargs, action.required, action.metavar = "?", False, "SCRIPT"
-    for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr"):  # None: not given; PET_...: PyTorch's way
+    for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "tee"):  # None: not given; PET_...: PyTorch's way
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
     example = parser.add_argument_group("the example")
     example.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
@@ -405,33 +311,26 @@ def build_parser() -> argparse.ArgumentParser:
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
     theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
-    theirs.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N: machines and their GPUs")
-    theirs.add_argument("-i", "--include", metavar="NAME[:SLOT,...][@...]", help="use these of them only")
-    theirs.add_argument("-e", "--exclude", metavar="NAME[:SLOT,...][@...]", help="use all of them but these")
     theirs.add_argument("--no_ssh", "--no_ssh_check", "--no_local_rank", action="store_true", help="always so here")
     for names, way in REFUSED.items():
         theirs.add_argument(*names, action=Refused, nargs="*", help=way)
     return parser
 
 
-def settle(options: argparse.Namespace, argv: Sequence[str]) -> None:
+def settle(options: argparse.Namespace) -> None:
     """Check the options of a launch, and fill in what they leave open; ValueError says what is wrong."""
-    if options.hostfile or options.include or options.exclude:
-        hosts = choose_slots(options)
-        if len(hosts) > 1 and options.node_rank is None:
-            raise ValueError("nothing is started on other machines; run on each its own:\n" + "\n".join(
-                f"  {host}: python launch.py --node_rank {node} {shlex.join(argv)}" for node, host in enumerate(hosts)))
-        take_own_slots(options, hosts)
     options.nnodes = options.nnodes or "1"
     options.nproc_per_node = options.nproc_per_node or str(max(1, torch.cuda.device_count()))
     if run.determine_local_world_size(options.nproc_per_node) < 1:
         raise ValueError(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up, or auto")
+    if options.tee is None:  # stderr into files, and shown unless --redirects says otherwise
+        redirects = Std.from_str(options.redirects)
+        options.tee = "0" if isinstance(redirects, dict) or Std.ERR in redirects else str(Std.ERR.value)
     set_rendezvous(options)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the top of this file. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     options = parser.parse_args(argv)
     script = options.training_script
@@ -444,11 +343,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{example[0].split('=')[0]} changes the example's config; give {script} its own")
     if script and not (options.module or options.no_python or Path(script).is_file()):
         parser.error(f"there is no script {script!r}")
-    if script or options.nproc_per_node or options.nnodes or options.hostfile or options.include or options.exclude:
+    if script or options.nproc_per_node or options.nnodes:
         if not script:
             options.training_script, options.training_script_args = __file__, example
         try:
-            settle(options, argv)
+            settle(options)
         except ValueError as error:
             parser.error(str(error))
         return start_processes(options)

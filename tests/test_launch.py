@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -82,8 +81,10 @@ def test_user_errors_take_one_line_and_a_code(tmp_path):
             (["--nnodes", "2", "--node_rank", "1", "--master_addr", "no.such.host.invalid"], "no way to node 0"), \
             (["--launcher", "pdsh", __file__], "--launcher is not an option here: nothing is started on other"), \
             (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
-            (["--include", "a", "--exclude", "a"], "allowed: one of them"), \
-            (["--hostfile", "no file"], "--hostfile no file can't be read"):
+            (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that are meant"), \
+            (["--exclude=a"], "under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2"), \
+            (["--hostfile", "hosts", __file__], "--hostfile is not an option here: nothing is started on other machines; "
+             "run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
         code, out, err = run_main(arguments)
         assert code == 2 and told in err.splitlines()[-1]
 
@@ -101,14 +102,13 @@ def test_help_says_how_to_start():
     assert all(text in out for text in ("torchrun --nproc_per_node 2 launch.py", "--zero_stage", "SCRIPT"))
 
 
-def test_deepspeeds_launcher_options_are_pytorchs(tmp_path):
+def test_deepspeeds_launcher_options_are_pytorchs():
     def settled(*argv: str) -> dict:
         options = launch.build_parser().parse_args([*argv, __file__, "--num_gpus", "7"])
         assert options.training_script_args == ["--num_gpus", "7"], "behind SCRIPT, options are the script's"
         with mock.patch.dict(os.environ):
-            launch.settle(options, argv)
-            return vars(options) | {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-                                    "card": os.environ.get("GLOO_SOCKET_IFNAME")}
+            launch.settle(options)
+            return vars(options) | {"card": os.environ.get("GLOO_SOCKET_IFNAME")}
 
     def expect(argv: str, **expected: object) -> None:
         found = settled(*argv.split())
@@ -120,46 +120,20 @@ def test_deepspeeds_launcher_options_are_pytorchs(tmp_path):
            module=True, rdzv_endpoint="127.0.0.1:29500", rdzv_backend="static", local_addr="127.0.0.1", card="lo")
     expect("--nnodes 1:2 --node_rank 1 --rdzv_endpoint 127.0.0.1:1234 --rdzv_conf a=1", rdzv_backend="c10d",
            rdzv_conf="a=1,is_host=0", rdzv_endpoint="127.0.0.1:1234")
-    hosts = tmp_path / "hosts"
-    hosts.write_text("# ours\n127.0.0.1 slots=4\n\nb slots=2  # small\nc slots=4\n")
-    expect(f"--hostfile {hosts} --node_rank 0", nnodes="3", nproc_per_node="4", rdzv_endpoint="127.0.0.1:29500",
-           gpus=None)
-    expect(f"--hostfile {hosts} --num_nodes 2 --num_gpus 1 --node_rank 0", nnodes="2", nproc_per_node="1", gpus=None)
-    expect(f"-H {hosts} --include 127.0.0.1:1,3@b --node_rank 0", nnodes="2", nproc_per_node="2", gpus="1,3")
-    expect(f"-H {hosts} --exclude 127.0.0.1:0@b --node_rank 0", nnodes="2", nproc_per_node="3", gpus="1,2,3")
-    expect(f"-H {hosts} --include 127.0.0.1:2", nnodes="1", nproc_per_node="1", gpus="2", rdzv_endpoint="localhost:0")
-    for wrong, told in ("--include d", "'d' in 'd' is not there"), ("--exclude b:2", "'b:2' in 'b:2' is not there"), \
-            ("--num_nodes 4", "4 machines of all their slots"), ("--num_gpus 3", "3 machines of 3 slots"), \
-            ("--node_rank 3", "allowed: 0 to 2, for 127.0.0.1, b, c"):
-        with pytest.raises(ValueError, match=re.escape(told)):
-            settled("--hostfile", str(hosts), *wrong.split())
-    hosts.write_text("a slots=4\na slots=4\n")
-    with pytest.raises(ValueError, match="the line of 'a' is not one of NAME slots=N, each NAME once"):
-        settled("--hostfile", str(hosts))
-
-
-def test_a_hostfile_is_answered_with_what_to_run_on_each_machine(tmp_path):
-    hosts = tmp_path / "hosts"
-    hosts.write_text("a slots=2\nb slots=2\n")
-    code, out, err = run_main(["--hostfile", str(hosts), __file__, "--lr", "1 2"])
-    assert (code, out) == (2, "") and err.splitlines()[-2:] == [
-        f"  {host}: python launch.py --node_rank {rank} --hostfile {hosts} {__file__} --lr '1 2'"
-        for rank, host in enumerate("ab")]
 
 
 def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
     """The exit code and the report, where each rank had ``(exit code, seconds until it was seen, until its words)``."""
-    stderr = SimpleNamespace(paths={})
-    failures = {}
+    stderrs, failures = {}, {}
     for rank, (code, seen, wrote) in enumerate(ranks):
-        stderr.paths[rank] = folder / f"{rank}.stderr"
-        stderr.paths[rank].write_text(f"words of {rank}\n")
-        os.utime(stderr.paths[rank], (1e9 + wrote, 1e9 + wrote))
+        stderrs[rank] = folder / f"{rank}.stderr"
+        stderrs[rank].write_text(f"words of {rank}\n")
+        os.utime(stderrs[rank], (1e9 + wrote, 1e9 + wrote))
         if code:
             failures[rank] = ProcessFailure(rank, 0, code, "")
             failures[rank].timestamp = int(1e9 + seen)
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        code = launch.tell_failure(ChildFailedError("train.py", failures), "train.py", stderr)
+        code = launch.tell_failure(ChildFailedError("train.py", failures), "train.py", stderrs)
     return code, err.getvalue()
 
 
