@@ -78,7 +78,7 @@ class ConfigError(ValueError):
 @dataclass
 class OptimizerConfig:
     """The ``optimizer`` section."""
-    type: str                                    # "Adam", "AdamW" or another class of torch.optim
+    type: str                                    # "Adam", "Muon" or another that build_optimizer knows
     params: dict = field(default_factory=dict)   # its keyword arguments, such as lr
 
 
@@ -531,49 +531,302 @@ def _check_param(value: Any, path: str, is_flag: bool, is_text: bool = False) ->
 UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)  # one needs a closure, the other sparse gradients: not covered
 
 
-def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torch.device) -> Optimizer:
-    """The optimizer that ``section`` names, over ``parameters`` (tensors or param groups).
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675, algorithm 2): each weight moves the same distance, in the direction of a sign.
+
+        c = beta1 * m + (1 - beta1) * g
+        p = p - lr * (sign(c) + weight_decay * p)
+        m = beta2 * m + (1 - beta2) * g
+
+    ``m``, in the state as ``exp_avg``, begins at 0: one number per element, where Adam keeps two. It works element by
+    element, so ZeRO cuts its parameters anywhere.
+
+    lr             the distance per step, from 0; the paper takes a third to a tenth of what AdamW gets
+    betas          how much of ``m`` counts in the direction, and how much of it stays: from 0, below 1
+    weight_decay   decoupled, from 0; the paper takes 3 to 10 times what AdamW gets
+
+    Raises ValueError, which names the argument, its value and what is allowed.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
+                 weight_decay: float = 0.0):
+        _check_numbers(betas, lr=lr, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
+        """What ZeRO asks before it cuts parameters."""
+        return True
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            if not params:
+                continue
+            gradients, averages = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
+            direction = torch._foreach_mul(averages, beta1)
+            torch._foreach_add_(direction, gradients, alpha=1 - beta1)
+            torch._foreach_sign_(direction)
+            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(params, direction, alpha=-rate)
+            torch._foreach_lerp_(averages, gradients, 1 - beta2)
+        return loss
+
+
+class Lamb(Optimizer):
+    """LAMB (arXiv 1904.00962, algorithm 2): Adam's direction, as long as each whole parameter's own length asks for.
+
+        m = beta1 * m + (1 - beta1) * g             v = beta2 * v + (1 - beta2) * g ** 2
+        r = m / (1 - beta1 ** t) / (sqrt(v / (1 - beta2 ** t)) + eps) + weight_decay * p
+        p = p - lr * clamp(|p| / |r|, min_coeff, max_coeff) * r
+
+    The 2-norms of the trust ratio ``|p| / |r|`` are those of a whole parameter, so ZeRO cuts none; where one of them is
+    0, the ratio is 1. The arguments and their defaults are DeepSpeed's FusedLamb's; its
+    ``max_grad_norm`` is the config's ``gradient_clipping``. The state is ``step``, ``exp_avg`` and ``exp_avg_sq``.
+
+    lr                     from 0; the trust ratio has no unit, so it is a relative change of a weight's length
+    bias_correction        False leaves out the two divisions by 1 - beta ** t
+    betas                  how much of m and v stays: from 0, below 1
+    eps                    from 0; with ``eps_inside_sqrt`` it is added to v, before the root
+    weight_decay           from 0
+    max_coeff, min_coeff   bounds of the trust ratio, from 0
+    amsgrad                only False: the paper's LAMB has no such variant
+
+    Raises ValueError, which names the argument, its value and what is allowed.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 1e-3, bias_correction: bool = True,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, eps_inside_sqrt: bool = False,
+                 weight_decay: float = 0.0, max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False):
+        _check_numbers(betas, lr=lr, eps=eps, weight_decay=weight_decay, max_coeff=max_coeff, min_coeff=min_coeff)
+        if min_coeff > max_coeff:
+            raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
+        if amsgrad:
+            raise ValueError("amsgrad is True; allowed: False, as LAMB has no such variant")
+        super().__init__(params, {
+            "lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt, "weight_decay": weight_decay, "max_coeff": max_coeff,
+            "min_coeff": min_coeff})
+
+    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
+        """What ZeRO asks before it cuts parameters."""
+        return False
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                direction = self._direction(p, group).add_(p, alpha=group["weight_decay"])
+                norm, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
+                ratio = (norm / length).clamp(group["min_coeff"], group["max_coeff"])
+                ratio = torch.where((norm > 0) & (length > 0), ratio, 1.0)  # without waiting for a GPU
+                p.sub_(direction.mul_(ratio * group["lr"]))
+        return loss
+
+    def _direction(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Adam's step for a parameter, without rate and decay."""
+        state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        taken = state["step"].item()
+        left = [1 - beta ** taken if group["bias_correction"] else 1.0 for beta in (beta1, beta2)]
+        square = state["exp_avg_sq"] / left[1]
+        root = square.add_(eps).sqrt_() if group["eps_inside_sqrt"] else square.sqrt_().add_(eps)
+        return torch.div(state["exp_avg"], root, out=root).div_(left[0])
+
+
+class Muon(Optimizer):
+    """Muon for hidden matrices and AdamW for all else, as one optimizer with one state.
+
+    Muon (K. Jordan, https://kellerjordan.github.io/posts/muon/) makes a matrix's momentum orthogonal: each direction
+    in which it would move the matrix gets the same length. That needs the whole matrix, so ZeRO cuts none of those; the
+    parameters of AdamW it cuts anywhere. Both are PyTorch's, ``torch.optim.Muon`` and ``torch.optim.AdamW``.
+
+    params          param groups with ``use_muon``, True or False, in each; ``muon_groups`` makes them
+    lr              of both, unless ``muon_lr`` (default 0.02) or ``adam_lr`` (default 3e-4) is given
+    momentum, nesterov, ns_steps    Muon's: of its average; whether the newest gradient counts once more; iterations
+    betas, eps      AdamW's
+    weight_decay    decoupled, of both
+
+    The names and defaults are DeepSpeed's. Raises ValueError where a group or a value is none of PyTorch's.
+    """
+
+    def __init__(self, params: Iterable, lr: float | None = None, muon_lr: float | None = None,
+                 adam_lr: float | None = None, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
+                 betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10, weight_decay: float = 0.0):
+        rates = [next(rate for rate in (own, lr, default) if rate is not None)
+                 for own, default in ((muon_lr, 0.02), (adam_lr, 3e-4))]
+        _check_numbers(betas, muon_lr=rates[0], adam_lr=rates[1], momentum=momentum, eps=eps, weight_decay=weight_decay)
+        if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
+            raise ValueError(f"ns_steps is {ns_steps!r}; allowed: a whole number from 1 to 99")
+        options = {True: {"lr": rates[0], "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps},
+                   False: {"lr": rates[1], "betas": betas, "eps": eps}}
+        groups = list(params)
+        for group in groups:
+            if not isinstance(group, dict) or not isinstance(group.get("use_muon"), bool):
+                raise ValueError("a param group of Muon has no use_muon; needed: True for hidden matrices, False for "
+                                 "other parameters; muon_groups() makes such groups")
+        super().__init__([{**options[group["use_muon"]], "weight_decay": weight_decay, **group} for group in groups],
+                         {})
+        for group in self.param_groups:
+            if not group["use_muon"]:
+                group.setdefault("fused", not any(p.is_complex() for p in group["params"]))
+        self._parts()  # PyTorch's own checks
+
+    def _parts(self) -> list[Optimizer]:
+        """PyTorch's two optimizers, over this one's param groups and state; made anew, as others may exchange both."""
+        parts = []
+        for kind, use_muon in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
+            groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
+            if groups:
+                parts.append(kind(groups))
+                parts[-1].state = self.state
+        return parts
+
+    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
+        """What ZeRO asks before it cuts parameters."""
+        return not group["use_muon"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = _evaluate(closure)
+        for part in self._parts():
+            type(part).step.__wrapped__(part)  # without the global step hooks, which run once, around this
+        return loss
+
+
+def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[dict[str, Any]]:
+    """Param groups for Muon: of each given one, the hidden matrices with ``use_muon`` True, and all else with False.
+
+    A hidden matrix has two dimensions and is no embedding and no head. An embedding belongs to an ``nn.Embedding`` or
+    has "embed" in its name; a head has a name in which "head" or "lm_head" stands between dots. A parameter's own
+    attribute ``use_muon``, True or False, comes before this rule.
+
+    parameters   tensors, or param groups
+    model        theirs, which knows the names; None: all have none
+    """
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    embeddings = {id(p) for module in (model.modules() if model is not None else ())
+                  if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for p in module.parameters()}
+
+    def use_muon(p: Tensor) -> bool:
+        name = names.get(id(p), "")
+        edge = id(p) in embeddings or "embed" in name.lower() or {"head", "lm_head"} & set(name.lower().split("."))
+        chosen = getattr(p, "use_muon", p.dim() == 2 and not edge)
+        if not isinstance(chosen, bool) or chosen and p.dim() != 2:
+            raise ValueError(f"use_muon of the parameter {name} of shape {tuple(p.shape)} is {chosen!r}; allowed: True "
+                             "for a matrix, False for any")
+        return chosen
+
+    listed = list(parameters)
+    found = []
+    for group in listed if listed and isinstance(listed[0], dict) else [{"params": listed}]:
+        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        choices = [group["use_muon"] if "use_muon" in group else use_muon(p) for p in params]
+        for choice in (True, False):
+            part = [p for p, chosen in zip(params, choices) if chosen is choice]
+            if part:
+                found.append({**group, "params": part, "use_muon": choice})
+    return found
+
+
+def _check_numbers(betas: Any, **values: float) -> None:
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas!r}; allowed: two numbers from 0 up and below 1")
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 up")
+
+
+def _evaluate(closure: Callable | None) -> Any:
+    """The loss of PyTorch's ``step(closure)``."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+# What a config may name beside the classes of torch.optim. The first three are DeepSpeed's names of its own kernels.
+BY_NAME: dict[str, type[Optimizer]] = {
+    "FusedAdam": torch.optim.Adam, "CPUAdam": torch.optim.Adam, "DeepSpeedCPUAdam": torch.optim.Adam,
+    "Lion": Lion, "Lamb": Lamb, "FusedLamb": Lamb, "Muon": Muon}
+
+
+def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torch.device,
+                    model: nn.Module | None = None) -> Optimizer:
+    """The optimizer that ``section`` names, over ``parameters`` (tensors or param groups) of ``model``.
 
     ``Adam`` and ``AdamW`` mean what they mean in DeepSpeed. Both decay weights the decoupled way (AdamW, arXiv
     1711.05101), unless ``Adam`` has ``adam_w_mode: false``. Both decay by 0 unless told more; with ``torch_adam: true``
-    PyTorch's default holds, which is 0.01 for AdamW. Any other name is a class of ``torch.optim``, UNFIT ones excepted.
-    PyTorch's fused implementation is used where there is one and ``params`` doesn't choose another.
+    PyTorch's default holds, which is 0.01 for AdamW. ``FusedAdam``, ``CPUAdam`` and ``DeepSpeedCPUAdam`` are ``Adam``.
+    ``Lion``, ``Lamb`` (``FusedLamb``) and ``Muon`` are the classes above. Any other name is a class of ``torch.optim``,
+    UNFIT ones excepted. PyTorch's fused implementation is used where there is one and ``params`` chooses no other.
+
+    Raises ConfigError, which names the key, what was given and what is allowed.
     """
     known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
-             and cls not in (Optimizer, *UNFIT)}
+             and cls not in (Optimizer, *UNFIT)} | BY_NAME
     name, params = {n.lower(): n for n in known}.get(section.type.lower()), dict(section.params)
-
-    def take(flag: str, default: bool) -> bool:
-        return _check_param(params.pop(flag, default), f"optimizer.params.{flag}", is_flag=True)
-
-    if name in ("Adam", "AdamW"):
-        name = "AdamW" if take("adam_w_mode", True) or name == "AdamW" else "Adam"
-        if not take("torch_adam", False):
-            params.setdefault("weight_decay", 0.0)
-        if not take("bias_correction", True):
-            raise ConfigError("optimizer.params.bias_correction is false; allowed: true, as PyTorch always corrects")
     if name is None:
         raise ConfigError(f"optimizer.type is {section.type!r}{_nearest(section.type, known)} "
                           f"(allowed: {', '.join(sorted(known))})")
     cls = known[name]
+    if cls in (torch.optim.Adam, torch.optim.AdamW):
+        cls = _choose_adam(name, params)
     params = _check_params(cls, params, "optimizer.params")
     allowed = list(inspect.signature(cls).parameters)[1:]
     for key in params:
         if key not in allowed:
             raise ConfigError(f"unknown key optimizer.params.{key}{_nearest(key, allowed)} "
-                              f"({name} takes: {', '.join(allowed)})")
-    runs_fused = "fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
-    if cls is torch.optim.SGD and params.get("momentum"):
-        runs_fused = False  # PyTorch's fused kernel fails where some parameters get their first gradient later
+                              f"({cls.__name__} takes: {', '.join(allowed)})")
     try:
-        if runs_fused and not {"fused", "foreach", "capturable", "differentiable"} & params.keys():
+        if cls is Muon:
+            parameters = muon_groups(parameters, model)
+        elif _runs_fused(cls, allowed, params, device):
             plain = cls(parameters, **params)  # sorts out what parameters may be; PyTorch can't fuse complex ones
             parameters = [{key: option for key, option in group.items() if key != "fused"}
                           for group in plain.param_groups]
             params["fused"] = not any(p.is_complex() for group in parameters for p in group["params"])
-        return cls(parameters, **params)
+        optimizer = cls(parameters, **params)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"optimizer.params {section.params} for {name}: {error}") from error
+        raise ConfigError(f"optimizer.params {section.params} for {cls.__name__}: {error}") from error
+    if name in BY_NAME and name != cls.__name__ and int(os.environ.get("RANK", 0)) == 0:
+        logger.warning("optimizer.type %s is %s.%s here%s", name, cls.__module__, cls.__name__,
+                       ", with PyTorch's fused kernel" if params.get("fused") else "")
+    return optimizer
+
+
+def _choose_adam(name: str, params: dict[str, Any]) -> type[Optimizer]:
+    """PyTorch's class for a name that DeepSpeed has for Adam; takes the flags that say so out of ``params``."""
+    def take(flag: str, default: bool) -> bool:
+        return _check_param(params.pop(flag, default), f"optimizer.params.{flag}", is_flag=True)
+
+    decoupled = take("adam_w_mode", True)
+    if not take("torch_adam", False):
+        params.setdefault("weight_decay", 0.0)
+    if not take("bias_correction", True):
+        raise ConfigError("optimizer.params.bias_correction is false; allowed: true, as PyTorch always corrects")
+    return torch.optim.AdamW if decoupled or name == "AdamW" else torch.optim.Adam
+
+
+def _runs_fused(cls: type[Optimizer], allowed: list[str], params: dict[str, Any], device: torch.device) -> bool:
+    """Whether PyTorch has a fused kernel for the class, and ``params`` leave it the choice."""
+    if cls is torch.optim.SGD and params.get("momentum"):
+        return False  # PyTorch's fused kernel fails where some parameters get their first gradient later
+    return ("fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
+            and not {"fused", "foreach", "capturable", "differentiable"} & params.keys())
 
 
 # --- The process group ------------------------------------------------------------------------------------------------
@@ -2074,8 +2327,10 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
+    # Untested is what does not say itself, by is_elementwise(), which parameters it lets be cut.
+    allow_untested = settings.zero_allow_untested_optimizer and not hasattr(engine.optimizer, "is_elementwise")
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
-                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
+                            lambda p: engine.precision.path(p), allow_untested,
                             settings.predivide(engine.world_size), settings.debug, settings.timeout)
     if engine.world_size > 1:
         engine._roll_call = _RollCall(engine.zero.communicator.number)
@@ -2108,7 +2363,7 @@ def _choose_optimizer(client: Any, section: OptimizerConfig | None, model: nn.Mo
                          "groups, such as model.parameters()")
     parameters = list(model.parameters() if model_parameters is None else model_parameters)
     if client is None:
-        return None if section is None else _checked(build_optimizer(section, parameters, device), model)
+        return None if section is None else _checked(build_optimizer(section, parameters, device, model), model)
     optimizer = client if isinstance(client, Optimizer) else client(parameters) if callable(client) else None
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer is, or makes, {client if optimizer is None else optimizer!r}; "

@@ -562,63 +562,6 @@ def test_marked_modules_are_units_without_units_inside():
         zero.set_z3_leaf_modules(model, [3])
 
 
-class Lars(torch.optim.Optimizer):
-    """A client's optimizer, about which nothing is known: its rate goes by the norms of a whole parameter."""
-
-    def __init__(self, params, lr: float = 0.1):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.mul_(0.9).add_(p.grad)
-                    p.sub_(momentum, alpha=group["lr"] * float(p.norm() / (momentum.norm() + 1e-3)))
-
-
-def whole_parameters(stage: int, kind: str):
-    """An optimizer that looks at whole parameters, with a 1-D and a large one among them, against plain PyTorch."""
-    kind = WHOLE[kind]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(),
-                          nn.Linear(16, 4, bias=kind is not torch.optim.Muon))
-    reference, ranks = copy.deepcopy(model), dist.get_world_size()
-    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=kind(model.parameters(), lr=0.1), config={
-        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage, "reduce_bucket_size": 200}})
-    other = kind(reference.parameters(), lr=0.1)
-    rows = torch.randn(3, ranks, 2, 8, generator=torch.Generator().manual_seed(1))
-    for step in range(3):
-        engine.backward(engine(rows[step, dist.get_rank()]).square().mean())
-        engine.step()
-        reference(rows[step].view(-1, 8)).square().mean().backward()
-        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        other.step(), other.zero_grad()
-        for (name, p), q in zip(model.named_parameters(), reference.parameters()):
-            difference = float((zero.safe_get_full_fp32_param(p) - q).abs().max())
-            assert difference < 1e-5, f"stage {stage}, step {step}: {name} differs by {difference:.3g}"
-    size = sum(p.numel() for p in reference.parameters())
-    own = sum(piece.numel() for bucket in engine.zero.buckets for piece in bucket.pieces)
-    states = sum(p in optimizer.state for bucket in engine.zero.buckets for p in bucket.pieces)
-    return own, size, states, sum(len(bucket.slots) for bucket in engine.zero.buckets)
-
-
-WHOLE = {"Adafactor": torch.optim.Adafactor, "Muon": torch.optim.Muon, "a client's": Lars}
-
-
-@pytest.mark.parametrize("kind", WHOLE)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_an_optimizer_that_looks_at_whole_parameters_has_plain_pytorchs_numbers(run_ranks, stage, kind):
-    for ranks in (2, 3):
-        results = run_ranks(whole_parameters, ranks, stage, kind)
-        copies = 1 if stage else ranks
-        assert sum(own for own, *_ in results) == results[0][1] * copies, "each parameter has one owner"
-        assert sum(states for _, _, states, _ in results) == results[0][3] * copies
-        if stage:
-            assert max(own for own, *_ in results) < results[0][1], "nobody has all of it"
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
     sizes = [1, 64, 0, 65, 1000, 10, 300, 7]
@@ -635,52 +578,6 @@ def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
         assert slot.offset // shard == max(slot.offset, slot.end - 1) // shard, f"{slot.name} is cut"
         assert slot.end <= (following.offset if following else numel)
     assert shard <= max(1024, -(-end // ranks) + 1024)
-
-
-def save_whole(folder: str, stage: int):
-    engine = muon_engine(stage)
-    for step in range(2):
-        engine.backward(engine(torch.full((1, 8), 1.0 + step)).square().mean())
-        engine.step()
-    engine.save_checkpoint(folder)
-    return muon_state(engine)
-
-
-def load_whole(folder: str, stage: int):
-    engine = muon_engine(stage)
-    engine.load_checkpoint(folder)
-    return muon_state(engine)
-
-
-def muon_engine(stage: int):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False), nn.Linear(8, 4, bias=False))
-    return deepspeed.initialize(model=model, optimizer=torch.optim.Muon(model.parameters(), lr=0.1), config={
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}})[0]
-
-
-def muon_state(engine):
-    return [(zero.safe_get_full_fp32_param(p), zero.safe_get_full_optimizer_state(p, "momentum_buffer"))
-            for p in engine.module.parameters()]
-
-
-def test_whole_parameters_resume_at_another_stage_and_number_of_ranks(run_ranks, tmp_path):
-    for index, (stage, ranks, then, others) in enumerate([(2, 3, 1, 2), (0, 2, 3, 3), (3, 2, 0, 1)]):
-        saved = run_ranks(save_whole, ranks, str(tmp_path / str(index)), stage)
-        for state in run_ranks(load_whole, others, str(tmp_path / str(index)), then):
-            for (weight, momentum), (their_weight, their_momentum) in zip(saved[0], state):
-                assert torch.equal(weight, their_weight) and torch.equal(momentum, their_momentum)
-
-
-def untested_but_allowed():
-    model = nn.Linear(8, 4)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=Lars(model.parameters(), lr=0.1), config={
-        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2}})
-    return all(piece.dim() == 1 for bucket in engine.zero.buckets for piece in bucket.pieces)
-
-
-def test_an_unknown_optimizer_may_be_vouched_for(run_ranks):
-    assert all(run_ranks(untested_but_allowed, 2))
 
 
 # --- Windows: no_sync, flush, overflow --------------------------------------------------------------------------------
