@@ -1181,7 +1181,7 @@ class Engine(nn.Module):
 
     def _inside_window(self) -> bool:
         """Whether there are gradients that no step has used."""
-        return bool(self._window) or any(slot.used for bucket in self.zero.trained for slot in bucket.slots)
+        return bool(self._window) or self.zero.is_inside_window
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say from now on, in place of the engine's counting, whether the current micro-batch ends its window.
@@ -1326,8 +1326,7 @@ class Engine(nn.Module):
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
             self._update(lr_kwargs)
         else:
-            if self.zero.pending:  # the caller ran backward() on the loss itself
-                self.zero.finish_backward()
+            self.zero.end_if_pending()  # the caller ran backward() on the loss itself, perhaps
             self._window += 1
         self._micro_steps += 1
         self._tell_boundary()
@@ -2168,7 +2167,7 @@ class _Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
-        apart = {"communication": self.engine.zero.communicator, "offload": self.engine.zero.host}
+        apart = {"communication": self.engine.zero.communicator, "offload": self.engine.zero.offload.optimizer}
         began, before = self._now(), {key: part.seconds for key, part in apart.items() if part is not None}
         yield
         self.seconds[name] += self._now() - began
@@ -2185,7 +2184,7 @@ class _Clock:
         """Print, and begin anew."""
         if self.engine.global_rank == 0:
             parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items()
-                              if name != "offload" or self.engine.zero.host is not None)
+                              if name != "offload" or self.engine.zero.offload.optimizer is not None)
             print(f"step {self.engine.global_steps}: {parts}", flush=True)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 

@@ -4,7 +4,7 @@ Plain data parallelism keeps, on every one of N ranks, all parameters, all gradi
 each rank one N-th of the optimizer state (stage 1), of the gradients too (stage 2), of the parameters too (stage 3).
 The sums stay the same, so every stage trains what plain PyTorch trains on the whole batch.
 
-The thing that is shared out and communicated is a **bucket**: a flat tensor into which many parameters are views.
+What is sharded and communicated is a **bucket**: a flat tensor into which many parameters are views.
 
     flat       | weight 0        .| bias 0 .| weight 1                 .| padding |     "." aligns what follows
                |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size
@@ -26,14 +26,16 @@ other half comes later, as the gather of what was updated. Stages 0 and 1 keep a
 up an accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every
 micro-batch. Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
 
-Follow one gradient: ``Bucket.take`` copies it in, ``Zero._launch_ready`` starts the bucket's reduction once it is full,
-``Bucket.finish_reduction`` leaves the sum in ``grad_shard``, ``Zero.step`` takes the global norm, folds every factor
-into one and updates the masters, and ``Bucket.publish`` shows the result to all ranks.
+Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the reduction
+of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in ``sum``.
+``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``_update``). ``Gradients.arm`` gives
+the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result to all ranks.
 
-The file, from top to bottom: config, collectives, offload to the host, buckets, units (stage 3), ``Zero`` which ties
-them together, ``Init`` which builds models straight into shards, reading and writing what is sharded, what a
-checkpoint's files hold, and what a model will take. To understand ZeRO, read up to ``Zero``'s end; the rest are uses of
-it. With one process there is nothing to shard: no collective runs at any stage.
+The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
+``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
+shards, reading and writing what is sharded, what a checkpoint's files hold, and what a model will take. To understand
+ZeRO, read up to ``Zero``'s end; the rest are uses of it.
+With one process there is nothing to shard: no collective runs at any stage.
 
     python zero.py inspect CHECKPOINT_DIR                 what is inside
     python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
@@ -308,6 +310,7 @@ class Communicator:
     seconds    time that this rank has spent waiting and adding up
     spare      buffers to receive into, and of gradients in stages 2 and 3
     lockstep   the debug mode's comparison before each collective, or None
+    gathered   a digest of the order in which units were gathered
     """
 
     numbers = count()  # tell the messages of several engines apart; rank 0's count
@@ -330,7 +333,7 @@ class Communicator:
     def _prepare(self, rank: int, world_size: int, device: torch.device, direct: bool) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self.seconds = 0.0
+        self.seconds, self.gathered = 0.0, 0
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
         self.direct, self.spare = direct, SpareBuffers(device)
 
@@ -392,6 +395,10 @@ class Communicator:
         if self.world_size > 1 and tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), source)
 
+    def note(self, unit: int) -> None:
+        """A unit's gather begins; all ranks must gather in the same order, which ``Zero.step`` checks."""
+        self.gathered = (31 * self.gathered + unit + 1) % 2**20
+
     def _others(self) -> list[int]:
         """The other ranks, each rank beginning with its successor, so that not all send to the same one at once."""
         return [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
@@ -426,7 +433,10 @@ class Rehearsal(Communicator):
     """A rank of ``world_size`` on the meta device, without the others: it counts what it would send, and sends nothing.
 
     direct   with gloo, it also takes buffers for what it would receive
+    watch    is called while each collective is under way
     """
+
+    watch: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, world_size: int, rank: int = 0, direct: bool = False):
         self._prepare(rank, world_size, torch.device("meta"), direct)
@@ -442,6 +452,7 @@ class Rehearsal(Communicator):
             self.spare.take(size, flat.dtype) for _ in range(others)]
 
         def finish() -> None:
+            self.watch()
             for part in parts:
                 self.spare.give_back(part)
 
@@ -458,6 +469,7 @@ class Rehearsal(Communicator):
     def _count(self, kind: str, tensor: Tensor, times: int, finish: Callable[[], None] | None = None) -> Handle:
         if self.world_size > 1:
             self._begin(kind, tensor, times, str)
+        self.watch()
         return Handle(self, finish=finish)
 
 
@@ -600,6 +612,50 @@ class Host:
         self.seconds += time.perf_counter() - began
 
 
+class Offload:
+    """Where the config sends masters with gradients and optimizer state, and sharded parameters; None: nowhere."""
+
+    def __init__(self, config: ZeroConfig, device: torch.device):
+        hosts: dict[Any, Host | None] = {None: None}  # the same one for the same place
+        keys = []
+        for section in (config.offload_optimizer, config.offload_param):
+            folder = section.nvme_path if section.device == "nvme" else None
+            keys.append(None if section.device == "none" else (folder, section.pin_memory))
+            if keys[-1] not in hosts:
+                hosts[keys[-1]] = Host(device, folder, section.pin_memory)
+        self.optimizer, self.parameters = (hosts[key] for key in keys)
+        self.ratio = config.offload_optimizer.ratio
+
+    def host_for(self, numel: int, buckets: "Sequence[Bucket]") -> Host | None:
+        """Where the next bucket's master lives; with a ratio below 1 some stay on the device."""
+        if self.optimizer is None or self.ratio == 1:
+            return self.optimizer
+        gone = sum(bucket.numel for bucket in buckets if bucket.host is not None)
+        every = sum(bucket.numel for bucket in buckets if bucket.trained)
+        return self.optimizer if gone + numel <= self.ratio * (every + numel) else None
+
+
+def check_room(needs: Mapping[tuple[str, str], int], communicator: Communicator) -> None:
+    """Refuse the folders of offload, on all ranks, if one rank's is missing or has no room for what will be there.
+
+    needs   this rank's bytes, by the config's section and the folder. Those of a machine's ranks add up.
+    """
+    if not needs:
+        return
+    reports: list[Any] = [None] * communicator.world_size
+    dist.all_gather_object(reports, [(key, path, size, *_disk(path)) for (key, path), size in needs.items()])
+    together: Counter[Any] = Counter()
+    for key, path, size, disk, free in (line for report in reports for line in report):
+        together[disk] += size
+        if free is None:
+            raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}; needed: a folder that can be written to, "
+                             f"on a disk with {size:,} bytes free for each rank")
+        if together[disk] > free:
+            raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}, where {free:,} bytes are free; needed: "
+                             f"{sum(need for r in reports for _, _, need, d, _ in r if d == disk):,} for all ranks of "
+                             "that machine")
+
+
 def _disk(folder: str) -> tuple[Any, int | None]:
     """The disk, as one for all ranks of this machine, and the bytes free on it; None where nothing can be written."""
     try:
@@ -627,7 +683,7 @@ def _state_dtypes(optimizer: Optimizer) -> list[torch.dtype]:
     return [v.dtype for v in probe.state[trial].values() if isinstance(v, Tensor) and v.shape == trial.shape]
 
 
-# --- Buckets ----------------------------------------------------------------------------------------------------------
+# --- Buckets: parameters ----------------------------------------------------------------------------------------------
 
 
 class Dtypes(NamedTuple):
@@ -647,134 +703,124 @@ class Slot:
     end: int
     shape: torch.Size
     stride: tuple[int, ...]
-    kind: type = nn.Parameter  # its Python class while its values can be used, see ShardedParameter
+    kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
+    bucket: "Bucket | None" = None
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
-    used: bool = False    # has had a gradient since the last step: on this rank, and after Zero._agree on any
-    filled: bool = False  # its place in the gradient buffer holds something
-    late: Tensor | None = None  # its gradient that came after the bucket's reduction had begun
-    version: int = 0      # the parameter's, when master and shard were known to hold its values
-    node: Any = None      # of autograd's graphs: adds up its gradient. None while it is frozen
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie in the order of its shape."""
-        return self.stride == torch.empty(self.shape, device="meta").stride()
+    version: int = 0                   # the parameter's, when master and shard were known to have its values
 
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
 
+    def overlap(self, start: int, end: int) -> slice:
+        """Which of its elements, counted from its own first one, lie in the bucket's elements ``start`` to ``end``."""
+        low = min(max(start, self.offset), self.end)
+        return slice(low - self.offset, max(low, min(end, self.end)) - self.offset)
 
-class TakenGradient(Tensor):
-    """What a parameter's ``grad`` holds once its bucket has taken the gradient: a shape without numbers.
+    def part(self, flat: Tensor, start: int) -> Tensor:
+        """Its elements, perhaps none, in ``flat``, which begins at element ``start`` of the bucket; 1-D."""
+        inside = self.overlap(start, start + flat.numel())
+        return flat.narrow(0, min(max(0, self.offset + inside.start - start), flat.numel()), inside.stop - inside.start)
 
-    It lets PyTorch's own calls mean what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
-    take it away, and ``Zero`` then drops the gradient; autograd's next gradient of the window is added to the bucket.
-    Any other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
-    """
+    def in_order(self, value: Tensor) -> Tensor:
+        """A value for it, or for the piece of it, 1-D in the order in which its elements lie in memory."""
+        return _in_memory_order(value, self.stride) if value.shape == self.shape else value
 
-    @staticmethod
-    def __new__(cls, slot: Slot, zero: "Zero") -> "TakenGradient":
-        p = slot.parameter
-        return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
+    def own(self, flat: Tensor) -> Tensor:
+        """Its elements in a tensor that covers what this rank updates of the bucket."""
+        return self.part(flat, self.bucket.own[0])
 
-    def __init__(self, slot: Slot, zero: "Zero"):
-        # Weak, as autograd's side of a tensor is beyond the garbage collector's reach.
-        self.slot, self.zero = weakref.ref(slot), weakref.ref(zero)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        packet = func.overloadpacket
-        if packet is torch.ops.aten.detach:
-            return args[0]
-        taken = [t for t in tensors_in(args) if isinstance(t, TakenGradient)]
-        slot, zero = taken[0].slot(), taken[0].zero()
-        if zero is not None and packet in (torch.ops.aten.zero_, torch.ops.aten._foreach_zero_):
-            for each in taken:
-                zero.drop(each.slot())
-            return args[0]
-        if zero is not None and torch._C._current_graph_task_id() != -1 and len(args) == 2 and args[0] is taken[0]:
-            if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
-                zero.take_more(slot, args[1])
-                return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot, zero)
-        raise RuntimeError(
-            f"{packet.__name__} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket "
-            "after backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
-            "config's gradient_clipping clips it, and zero_grad() drops it")
+# A parameter's place, by the parameter's id, for as long as an engine, or ``Init``, has it: DeepSpeed's documented
+# functions take a parameter alone. A slot keeps its parameter alive, so that no other one can have the id meanwhile.
+_SLOTS: "weakref.WeakValueDictionary[int, Slot]" = weakref.WeakValueDictionary()
 
-    def __repr__(self, *, tensor_contents: None = None) -> str:
-        return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+def _slot_of(parameter: nn.Parameter) -> Slot:
+    """Raises ValueError where no engine has the parameter."""
+    slot = _SLOTS.get(id(parameter))
+    if slot is None:
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters "
+                         "of a model that was given to initialize(), until its engine's destroy()")
+    return slot
+
+
+def _owner_of(parameter: nn.Parameter) -> "Gatherer | Init | None":
+    """What gathers a parameter that is sharded at times; None where none does."""
+    slot = _SLOTS.get(id(parameter))
+    return None if slot is None or slot.bucket.unit is None else slot.bucket.unit.owner
+
+
+def _append_slot(slots: list[Slot], name: str, p: nn.Parameter) -> None:
+    """Give a parameter the place after the last slot's."""
+    before, offset = _SLOTS.get(id(p)), _round_up(slots[-1].end, ALIGN) if slots else 0
+    slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p),
+                      type(p) if before is None else before.kind))
 
 
 class Bucket:
     """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
 
-    flat         (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
-    shard        (numel / N,), stage 3: this rank's slice while ``flat`` has no memory. It is the master, unless one of
-                 them is offloaded or the bucket is not trained
-    master       (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
-                 where dtype and place are the same. None if the bucket is not trained
-    grad         (numel,), gradient dtype: the window's gradients on this rank. Stages 2, 3: only during backward
-    grad_shard   (numel / N,), stage 0 (numel,): their sum over ranks; in stages 0 and 1 a slice of ``grad``
-    host         where master, grad_shard and optimizer state live, if they are offloaded: the gradients that are
-                 reduced ``land`` on the device and go down at once; ``shard_host`` is where ``shard`` lives
+    flat       (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
+    shard      (numel / N,), stage 3: this rank's slice while ``flat`` has no memory. It is the master, unless one of
+               them is offloaded or the bucket is not trained
+    master     (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
+               where dtype and place are the same. None if the bucket is not trained
+    own        which elements this rank updates: where its shard begins and ends; at stage 0 all
+    gradients  what reduces their gradients; None if the bucket is not trained
+    unit       what gathers and frees it; None: it stays whole
+    host       where master, summed gradients and optimizer state live, if they are offloaded; ``shard_host`` is where
+               ``shard`` lives
     """
 
-    def __init__(self, slots: list[Slot], dtypes: Dtypes, group: int | None, trained: bool, sharded: Sharded,
-                 communicator: Communicator, device: torch.device, all_reduces: bool = False, predivide: float = 1.0,
-                 host: Host | None = None, shard_host: Host | None = None, numel: int | None = None):
-        self.slots, self.dtypes, self.group, self.communicator = slots, dtypes, group, communicator
-        self.device = device
-        self.trained, self.sharded, self.all_reduces, self.predivide = trained, sharded, all_reduces, predivide
+    def __init__(self, slots: list[Slot], dtypes: Dtypes, communicator: Communicator, sharded: Sharded,
+                 unit: "Unit | None" = None, group: int | None = None, trained: bool = False, host: Host | None = None,
+                 shard_host: Host | None = None, numel: int | None = None):
+        self.slots, self.dtypes, self.communicator, self.device = slots, dtypes, communicator, communicator.device
+        self.sharded, self.unit, self.group = sharded._replace(parameters=unit is not None), unit, group
         self.host, self.shard_host = host, shard_host
+        self.gradients: Gradients | None = None
+        self.zero: Zero | None = None
         ranks = communicator.world_size
         self.numel = numel or _round_up(slots[-1].end, ALIGN * ranks)
         size = self.numel // ranks
         self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
-        self.unit: Unit | None = None  # what gathers and frees it; None: it stays whole
-        self.grad: Tensor | None = None
-        self.grad_shard: Tensor | None = None
-        self.sent: Tensor | None = None  # what is being reduced: grad, or a copy in another dtype
-        self.landing: Tensor | None = None  # where its sum will be
-        self.reduced = False      # grad_shard holds a sum of this window
-        self.fired: set[Slot] = set()  # slots that have had a gradient in this backward
-        self.found: set[Slot] = set()  # those that its graph has a place for
-        self.hidden = set(slots)  # those that had one in the last backward beside them; at first, all
-        self.queued = False       # this backward's reduction has its place in Zero.queue, or is under way already
-        self.launched = False     # this backward's reduction has been started
-        self.reduction, self.gather = Handle(), Handle()  # the collectives under way
-        self._flatten()
+        self.gather = Handle()  # the one under way
+        self._flatten(trained)
+        if unit is not None:
+            unit.buckets.append(self)
+            unit.numel += self.numel
 
-    def _flatten(self) -> None:
+    def _flatten(self, trained: bool) -> None:
         """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed.
 
         What is large and will be sharded goes parameter by parameter: at no time do all of them have memory twice.
         """
         self.shard = self.master = None
-        large = self.sharded.parameters and self.numel >= 2**20
+        large = self.unit is not None and self.numel >= 2**20
         start, end = self.own if large else (0, self.numel)
-        held = torch.zeros(end - start, dtype=self.dtypes.master, device=self.device)
-        if self.sharded.parameters:
+        values = torch.zeros(end - start, dtype=self.dtypes.master, device=self.device)
+        if self.unit is not None:
             self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=self.device)
         for slot in self.slots:
-            with _taken_over(slot.parameter) as values:
-                values = _in_memory_order(values, slot.stride).to(self.device)
+            with _taken_over(slot.parameter) as whole:
+                whole = _in_memory_order(whole, slot.stride).to(self.device)
                 if large:
-                    self.communicator.broadcast(values, source=0)
-                low, high = max(slot.offset, start), min(slot.end, end)
-                if low < high:
-                    held[low - start:high - start] = values[low - slot.offset:high - slot.offset]
-            if self.sharded.parameters:
+                    self.communicator.broadcast(whole, source=0)
+                slot.part(values, start).copy_(whole[slot.overlap(start, end)])
+                del whole
+            slot.bucket, _SLOTS[id(slot.parameter)] = self, slot
+            if self.unit is not None:
                 self._point(slot)
         if not large:
-            self.communicator.broadcast(held, source=0)
-        own = held[self.own[0] - start:self.own[1] - start]
-        if self.sharded.parameters:
+            self.communicator.broadcast(values, source=0)
+        own = values[self.own[0] - start:self.own[1] - start]
+        if self.unit is not None:
             self.free()
-            self._settle_in(own if large else own.clone())
+            self._make_master(own if large else own.clone(), trained)
         else:
-            self.flat = held.to(self.dtypes.compute)  # held itself where the dtype is the same
-            self._settle_in(own)
+            self.flat = values.to(self.dtypes.compute)  # values itself where the dtype is the same
+            self._make_master(own, trained)
             for slot in self.slots:
                 self._point(slot)
         if large:  # or the holes that large parameters leave add up to another model
@@ -784,28 +830,27 @@ class Bucket:
         slot.parameter.data = slot.view(self.flat)
         slot.version = slot.parameter._version
 
-    def _settle_in(self, own: Tensor) -> None:
+    def _make_master(self, own: Tensor, trained: bool) -> None:
         """Make master and shard from the values ``own``, in memory that is shared where it can be."""
-        if self.trained:
+        if trained:
             own = own.to(self.dtypes.master)
-            in_place = self.host is None and (self.sharded.parameters or _same_memory(own, self.flat))
+            in_place = self.host is None and (self.unit is not None or _same_memory(own, self.flat))
             self.master = own if in_place else _copy_at(self.host, own)
-        if self.sharded.parameters:
-            together = self.trained and self.host is self.shard_host and (
+        if self.unit is not None:
+            together = trained and self.host is self.shard_host and (
                 self.host is None or self.dtypes.compute == self.dtypes.master)
             self.shard = self.master if together else _copy_at(self.shard_host, own.to(self.dtypes.compute))
 
     def thaw(self, dtypes: Dtypes, host: Host | None) -> None:
         """Train from now on what was frozen; the master begins with what the model computed with."""
-        self.trained, self.dtypes, self.host = True, dtypes, host
+        self.dtypes, self.host = dtypes, host
         own = self.flat[self.own[0]:self.own[1]] if self.shard is None else self.shard
-        self._settle_in(own.to(self.device))
+        self._make_master(own.to(self.device), trained=True)
 
     @property
-    def fits_alone(self) -> bool:
-        """Whether autograd's gradient of the one parameter here can be the gradient buffer."""
-        slot = self.slots[0]
-        return slot.shape.numel() == self.numel and slot.is_contiguous and self.dtypes.compute == self.dtypes.gradient
+    def trained(self) -> bool:
+        """Whether the optimizer updates it."""
+        return self.master is not None
 
     def label(self) -> str:
         """What is in it, for messages."""
@@ -814,173 +859,11 @@ class Bucket:
         return f"{f'the block {self.unit.name}: ' if self.unit is not None and self.unit.name else ''}{names[-1]}{more}"
 
     @property
-    def held(self) -> Tensor | None:
-        """The finest values that this rank keeps of the parameters, from ``own[0]`` on; None: all of ``flat``."""
-        return self.shard if self.master is None else self.master
-
-    # Gradients: from autograd into the bucket, and their sum over ranks.
-
-    def take(self, slot: Slot, gradient: Tensor) -> None:
-        """Move a parameter's ``gradient`` into the bucket. The only full copy of a gradient in a step.
-
-        Where the bucket is this parameter alone, autograd's tensor becomes the buffer, and nothing is copied.
-        """
-        slot.used = True
-        self.fired.add(slot)
-        if self.launched:  # a second gradient in one backward, as reentrant recomputation gives; see Zero._agree
-            slot.late = gradient if slot.late is None else slot.late + gradient
-            return
-        if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
-            gradient = gradient.to_dense()
-        if (self.fits_alone and self.grad is None and gradient.is_contiguous()
-                and gradient.dtype == self.dtypes.gradient):
-            self.grad = gradient.view(-1)
-        else:
-            self._prepare_buffer()
-            place = slot.view(self.grad)
-            place.add_(gradient) if slot.filled else place.copy_(gradient)
-        slot.filled = True
-
-    def drop(self, slot: Slot) -> None:
-        """Forget a parameter's gradient of this window."""
-        slot.used, slot.filled, slot.late = False, False, None
-        if self.reduced:
-            self.own_part(self.grad_shard, slot).zero_()
-
-    def _prepare_buffer(self) -> None:
-        """See to it that ``grad`` can be written."""
-        if self.grad is None:
-            stays = self.fits_alone or self.keeps_buffer  # a spare buffer may be twice as large
-            self.grad = torch.empty(self.numel, dtype=self.dtypes.gradient, device=self.flat.device) \
-                if stays else self.communicator.spare.take(self.numel, self.dtypes.gradient)
-            ends = [0, *(slot.end for slot in self.slots)]
-            for end, start in zip(ends, [*(slot.offset for slot in self.slots), self.numel]):
-                self.grad[end:start] = 0  # belongs to no parameter, but counts in norms
-        elif self.reduced and _same_memory(self.grad, self.grad_shard):
-            self.grad_shard = self.grad_shard.clone()  # a backward after the window's reduction: keep the sum out of it
-
-    def look_ahead(self) -> None:
-        """Within a backward, see which gradients it will bring."""
-        self.found = {slot for slot in self.slots
-                      if slot.node is not None and torch._C._will_engine_execute_node(slot.node)}
-
-    @property
-    def late(self) -> bool:
-        """Whether a gradient came after this backward's launch."""
-        return any(slot.late is not None for slot in self.slots)
-
-    @property
-    def complete(self) -> bool:
-        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
-
-        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
-        came last time is waited for, where no unit's end tells that it is over.
-        """
-        return self.fired >= (self.found if self.unit else self.found | self.hidden)
-
-    def launch(self) -> None:
-        """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
-        self._prepare_buffer()
-        for slot in self.slots:
-            if not slot.filled:
-                slot.view(self.grad).zero_()
-        own = slice(*self.own)
-        if self.grad_shard is None:
-            if self.host is not None:
-                self.grad_shard = self.host.empty(own.stop - own.start, self.dtypes.gradient, in_memory=True)
-            else:
-                self.grad_shard = torch.empty_like(self.grad[own]) if self.sharded.gradients else self.grad[own]
-        self.landing = self.grad_shard if self.host is None else torch.empty_like(self.grad[own])
-        add = self.reduced and self.host is None
-        self.sent = self._to_send()
-        if self.all_reduces or not self.sharded.optimizer:
-            finish = partial(_sum, [self.sent[own]], self.landing, add)
-            self.reduction = self.communicator.all_reduce(self.sent, finish=finish, what=self.label)
-        else:
-            self.reduction = self.communicator.reduce_scatter(self.sent, self.landing, add, self.label)
-        self.launched = True
-
-    def _to_send(self) -> Tensor:
-        """The gradients in the dtype of reductions, divided beforehand by what keeps their sum from overflowing."""
-        if self.communicator.world_size == 1:
-            return self.grad
-        if self.dtypes.reduction != self.dtypes.gradient:
-            sent = self.communicator.spare.take(self.numel, self.dtypes.reduction)
-            return torch.mul(self.grad, 1 / self.predivide, out=sent)
-        return self.grad if self.predivide == 1 else self.grad.mul_(1 / self.predivide)
-
-    def finish_reduction(self) -> None:
-        """Wait for the sum. Unless it stays, the buffer goes, and with it the slices that belong to other ranks."""
-        self.reduction.wait()
-        if self.host is not None:
-            self.host.bring_down(self.landing, self.grad_shard, add=self.reduced)
-        self.landing = None
-        if self.sent is not self.grad:
-            self.communicator.spare.give_back(self.sent)
-        self.sent = None
-        self.reduced = True
-        for slot in self.slots:
-            slot.filled = False
-        if not self.keeps_buffer:
-            self._drop_buffer()
-
-    @property
-    def keeps_buffer(self) -> bool:
-        """Whether the whole gradients' buffer stays between backward passes."""
-        return not self.sharded.gradients and self.host is None
-
-    def _drop_buffer(self) -> None:
-        if not self.fits_alone:
-            self.communicator.spare.give_back(self.grad)
-        self.grad = None
-
-    def end_backward(self, ran: bool = False) -> None:
-        """Be ready for the next backward of the window; ``ran``: there was one."""
-        if ran:
-            self.hidden = self.fired - self.found
-        self.fired, self.queued, self.launched = set(), False, False
-
-    def reduce_late(self) -> None:
-        """Reduce the gradients that came after this backward's launch; every rank must call it."""
-        self.launched = False
-        for slot in self.slots:
-            if slot.late is not None:
-                self.take(slot, slot.late)
-                slot.late = None
-        self.launch()
-        self.finish_reduction()
-        self.end_backward()
-
-    def reset_gradients(self) -> None:
-        """Forget the window's gradients; persistent buffers stay allocated for the next one."""
-        self.reduction.wait()
-        if self.sent is not None and self.sent is not self.grad:
-            self.communicator.spare.give_back(self.sent)
-        self.sent = self.landing = None
-        if self.keeps_buffer:
-            self.grad_shard = None
-            if self.fits_alone:
-                self.grad = None
-        self.end_backward()
-        self.reduced = False
-        for slot in self.slots:
-            if slot.used:
-                slot.parameter.grad = None
-            slot.used, slot.filled, slot.late = False, False, None
-
-    def own_part(self, shard: Tensor, slot: Slot) -> Tensor:
-        """What ``shard``, which covers what this rank updates, holds of a parameter; perhaps nothing."""
-        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
-        return shard[low - self.own[0]:max(low, high) - self.own[0]] if low < self.own[1] else shard[:0]
-
-    def norm_part(self, exact: bool = False) -> Tensor:
-        """The 2-norm of this rank's slice of the summed gradients, a scalar; exact also where squares leave float32."""
-        part = self.grad_shard if self.sharded.optimizer else self.communicator.shard_of(self.grad_shard)
-        if exact:  # in pieces, as each becomes a copy in float64
-            pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in part.split(2**20)]
-            return torch.linalg.vector_norm(torch.stack(pieces))
-        wide = torch.float32 if part.dtype in (torch.float16, torch.bfloat16) else None
-        return torch.linalg.vector_norm(part, dtype=wide)
+    def finest(self) -> tuple[Tensor, int]:
+        """The most precise values of the parameters that this rank keeps, and the element at which they begin."""
+        if self.master is None and self.shard is None:
+            return self.flat, 0
+        return self.shard if self.master is None else self.master, self.own[0]
 
     # The optimizer's view.
 
@@ -991,26 +874,19 @@ class Bucket:
         rank has nothing has none; one of no elements has an empty one, as in plain PyTorch.
         """
         for slot in self.slots:
-            state, part = optimizer.state.pop(slot.parameter, {}), self.own_part(self.master, slot)
+            state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
             if not part.numel() and slot.shape.numel():
                 continue
-            slot.piece = nn.Parameter(self.shaped(slot, part) if whole else part)
+            slot.piece = nn.Parameter(slot.view(part, slot.offset) if whole else part)
             if state:
                 optimizer.state[slot.piece] = {
                     key: self.own_values(slot, value) if _is_like(key, value, slot.shape) else value
                     for key, value in state.items()}
 
-    def shaped(self, slot: Slot, part: Tensor) -> Tensor:
-        """This rank's part of a parameter, 1-D as it lies in memory, in the shape of the piece."""
-        return slot.view(part, slot.offset) if part.numel() == slot.shape.numel() else part
-
     def own_values(self, slot: Slot, value: Tensor) -> Tensor:
         """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
-        flat = torch.empty(slot.end - slot.offset, dtype=value.dtype, device=value.device)
-        slot.view(flat, slot.offset).copy_(value)
-        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
-        part = flat[low - slot.offset:high - slot.offset].to(self.master.device, copy=True)
-        return part if slot.piece.shape == part.shape else self.shaped(slot, part)
+        part = slot.in_order(value)[slot.overlap(*self.own)].to(self.master.device, copy=True)
+        return part if slot.piece.shape == part.shape else slot.view(part, slot.offset)
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
@@ -1030,39 +906,20 @@ class Bucket:
         """What the optimizer updates here."""
         return [slot.piece for slot in self.slots if slot.piece is not None]
 
-    def arm(self, factor: float) -> None:
-        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
-
-        An optimizer skips a piece without (no decay, no momentum, its step count stays).
-        """
-        if factor != 1.0:
-            self.grad_shard.mul_(factor)
-        for slot in self.slots:
-            if slot.used and slot.piece is not None:
-                part = self.own_part(self.grad_shard, slot)
-                part = part if part.shape == slot.piece.shape else self.shaped(slot, part)
-                slot.piece.grad = part.to(slot.piece.dtype)
-
-    def disarm(self) -> None:
-        """Take the gradients back, so that the optimizer's next step skips these pieces."""
-        for piece in self.pieces:
-            piece.grad = None
-
     # Parameters: from the masters back to what the model computes with.
 
     def publish(self) -> None:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
-        if self.sharded.parameters:  # the next gather reads the shard
-            if self.trained and self.shard is not self.master:
+        if self.unit is not None:  # the next gather reads the shard
+            if self.master is not None and self.shard is not self.master:
                 self.shard.copy_(self.master)
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
-                self.communicator.shard_of(self.flat).copy_(self.shard)
+                self._start_gather()
+        elif self.master is not None:
+            if not _same_memory(self.master, self.flat):
+                self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
+            if self.sharded.optimizer:
                 self.gather = self.communicator.all_gather(self.flat, self.label)
-            return
-        if not _same_memory(self.master, self.flat):
-            self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
-        if self.sharded.optimizer:
-            self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
@@ -1073,11 +930,15 @@ class Bucket:
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        self._start_gather()
+
+    def _start_gather(self) -> None:
+        _GATHERED_INTO[self.flat.untyped_storage()._cdata] = self
         self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
         self.gather = self.communicator.all_gather(self.flat, self.label)
 
     def free(self) -> None:
-        """Release the whole parameters' memory, unless somebody else holds a view of it; each rank keeps its shard.
+        """Release the whole parameters' memory, unless somebody else has a view of it; each rank keeps its shard.
 
         What autograd saves is no such view, see _pack.
         """
@@ -1085,7 +946,7 @@ class Bucket:
         for slot in self.slots:
             slot.version = slot.parameter._version
         if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
-            return  # with _free_unused it is tried again
+            return  # with Gatherer.free_unused it is tried again
         try:
             self.flat.untyped_storage().resize_(0)
         except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
@@ -1104,61 +965,320 @@ class Bucket:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are beside it.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are at hand.
         """
         versions = [slot.parameter._version for slot in self.slots]
-        beside = self.unit is not None and self.held.device == self.flat.device
-        if beside or versions != [slot.version for slot in self.slots]:
+        comparable = self.unit is not None and self.finest[0].device == self.flat.device
+        if comparable or versions != [slot.version for slot in self.slots]:
             self.keep_changes()
-            for slot, version in zip(self.slots, versions):
-                slot.version = version
+            self.note_versions()
+
+    def note_versions(self) -> None:
+        """Master and shard have the parameters' values now."""
+        for slot in self.slots:
+            slot.version = slot.parameter._version
 
     def keep_changes(self) -> None:
         """Take what was written into the whole parameters over into shard and master."""
-        held = self.held
-        if held is None or _same_memory(held, self.flat):
+        finest, start = self.finest
+        if _same_memory(finest, self.flat):
             return
-        new = self.flat[self.own[0]:self.own[1]].to(held.device)
-        old = held.to(new.dtype)
-        if held.device.type == "cpu" and torch.equal(new, old):  # on a GPU, asking would wait for it
+        new = self.flat[start:start + finest.numel()].to(finest.device)
+        old = finest.to(new.dtype)
+        if finest.device.type == "cpu" and torch.equal(new, old):  # on a GPU, asking would wait for it
             return
-        held.copy_(torch.where(new != old, new.to(held.dtype), held))  # elsewhere the master keeps its finer value
-        if self.shard is not None and self.shard is not held:
+        finest.copy_(torch.where(new != old, new.to(finest.dtype), finest))  # elsewhere its finer value stays
+        if self.shard is not None and self.shard is not finest:
             self.shard.copy_(new)
 
     def has_changed(self, slot: Slot) -> bool:
         """Whether the whole parameter differs from this rank's shard of it."""
-        low, high = max(self.own[0], slot.offset), min(self.own[1], slot.end)
-        own = self.flat[low:high]
-        shard = self.shard[low - self.own[0]:high - self.own[0]].to(own.device, own.dtype)
-        return low < high and not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # bytes: NaN is itself
+        own = self.flat[slot.offset:slot.end][slot.overlap(*self.own)]
+        shard = slot.own(self.shard).to(own.device, own.dtype)
+        return not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is like itself
 
-    def collect(self, slot: Slot, part: Tensor, start: int, everywhere: bool) -> Tensor:
-        """A parameter's elements out of a flat tensor of which each rank holds a part: whole, in its own shape.
+    def collect(self, slot: Slot, part: Tensor, start: int) -> Tensor:
+        """Assemble a parameter, in its own shape, from the ranks' shards. Every rank must call it.
 
-        part         what this rank holds, beginning at element ``start`` of the bucket
-        everywhere   every rank holds all of it; else each holds its shard, and every rank must call this
+        part    this rank's, beginning at element ``start`` of the bucket; where the optimizer is not sharded, all of it
         """
-        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.communicator.device)
-        if everywhere:
-            flat.copy_(part[slot.offset - start:slot.end - start])
-            return slot.view(flat, slot.offset)
+        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.device)
+        if not self.sharded.optimizer:
+            return slot.view(flat.copy_(slot.part(part, start)), slot.offset)
         size = self.numel // self.communicator.world_size
         for owner in range(self.communicator.world_size):
-            low, high = max(owner * size, slot.offset), min((owner + 1) * size, slot.end)
-            if low < high:
+            stretch = flat[slot.overlap(owner * size, (owner + 1) * size)]
+            if stretch.numel():
                 if owner == self.communicator.rank:
-                    flat[low - slot.offset:high - slot.offset] = part[low - start:high - start]
-                self.communicator.broadcast(flat[low - slot.offset:high - slot.offset], owner)
+                    stretch.copy_(slot.part(part, start))
+                self.communicator.broadcast(stretch, owner)
         return slot.view(flat, slot.offset)
 
-    def scatter(self, slot: Slot, value: Tensor, part: Tensor, start: int) -> None:
-        """Write a whole parameter's ``value`` into ``part``, as far as this rank holds it; the inverse of collect."""
-        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=part.device)
-        slot.view(flat, slot.offset).copy_(value)
-        low, high = max(start, slot.offset), min(start + part.numel(), slot.end)
-        if low < high:
-            part[low - start:high - start] = flat[low - slot.offset:high - slot.offset]
+    def scatter(self, slot: Slot, value: Tensor, part: Tensor) -> None:
+        """Write a whole parameter's ``value`` into ``part``, which covers what this rank updates."""
+        slot.own(part).copy_(slot.in_order(value)[slot.overlap(*self.own)])
+
+
+# --- Buckets: gradients -----------------------------------------------------------------------------------------------
+
+
+class Life(Enum):
+    """How far a bucket's gradients are in a backward pass."""
+    COLLECTING = "they come in, and their reduction has no place in the order yet"
+    QUEUED = "their reduction has its place in the order of all"
+    SENDING = "it is under way"
+    SENT = "the sum is there; what comes now is late"
+
+
+class Gradients:
+    """The gradients of one bucket: from autograd into a flat buffer, and their sum over ranks.
+
+    buffer       (numel,), gradient dtype: the window's gradients on this rank. Stages 2, 3: only during backward
+    sum          (numel / N,), stage 0 (numel,): their sum over ranks, divided by ``predivide``; in stages 0 and 1 a
+                 slice of ``buffer``
+    send_buffer  what is being reduced: ``buffer``, or a copy in another dtype
+    landing      where the sum will be: ``sum``, or if that is offloaded, memory of the device from where it goes down
+    reduced      whether ``sum`` is a sum of this window
+    used         the parameters that had a gradient in this window: on this rank, and after ``Zero.step`` has agreed, on
+                 any; ``filled`` are those whose place in ``buffer`` has something
+    arrived      those that had one in this backward; ``expected``, those that its graph has a place for; ``hidden``,
+                 those that had one in the last backward without a place in its graph, and at first all
+    late         gradients that came after the reduction had begun
+    """
+
+    def __init__(self, bucket: Bucket, predivide: float, all_reduces: bool):
+        self.bucket, self.communicator, self.host = bucket, bucket.communicator, bucket.host
+        self.predivide, self.all_reduces = predivide, all_reduces
+        self.buffer: Tensor | None = None
+        self.sum: Tensor | None = None
+        self.send_buffer: Tensor | None = None
+        self.landing: Tensor | None = None
+        self.reduced = False
+        self.used: set[Slot] = set()
+        self.filled: set[Slot] = set()
+        self.arrived: set[Slot] = set()
+        self.expected: set[Slot] = set()
+        self.hidden = set(bucket.slots)
+        self.late: dict[Slot, Tensor] = {}
+        self.life = Life.COLLECTING
+        self.reduction = Handle()
+        slots, dtypes = bucket.slots, bucket.dtypes
+        # Whether autograd's gradient of the one parameter here can be the buffer.
+        self.adopts = slots[0].shape.numel() == bucket.numel and _is_contiguous(slots[0]) and (
+            dtypes.compute == dtypes.gradient)
+        self.keeps_buffer = not bucket.sharded.gradients and self.host is None  # between backward passes
+        ends = [0, *(slot.end for slot in slots)]
+        self.gaps = [(end, start) for end, start in zip(ends, [*(slot.offset for slot in slots), bucket.numel])
+                     if end < start]
+
+    def take(self, slot: Slot, gradient: Tensor) -> None:
+        """Move a parameter's ``gradient`` into the buffer. The only full copy of a gradient in a step.
+
+        Where the bucket is this parameter alone, autograd's tensor becomes the buffer, and nothing is copied.
+        """
+        self.used.add(slot)
+        self.arrived.add(slot)
+        if self.life in (Life.SENDING, Life.SENT):  # as reentrant recomputation gives them; see Zero._agree
+            self.late[slot] = gradient if slot not in self.late else self.late[slot] + gradient
+            return
+        if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
+            gradient = gradient.to_dense()
+        if (self.adopts and self.buffer is None and gradient.is_contiguous()
+                and gradient.dtype == self.bucket.dtypes.gradient):
+            self.buffer = gradient.view(-1)
+        else:
+            self._prepare_buffer()
+            place = slot.view(self.buffer)
+            place.add_(gradient) if slot in self.filled else place.copy_(gradient)
+        self.filled.add(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Forget a parameter's gradient of this window."""
+        self.used.discard(slot)
+        self.filled.discard(slot)
+        self.late.pop(slot, None)
+        if self.reduced:
+            slot.own(self.sum).zero_()
+
+    def _prepare_buffer(self) -> None:
+        """See to it that ``buffer`` can be written."""
+        if self.buffer is None:
+            numel, dtype = self.bucket.numel, self.bucket.dtypes.gradient
+            stays = self.adopts or self.keeps_buffer  # a spare buffer may be twice as large
+            self.buffer = (torch.empty(numel, dtype=dtype, device=self.bucket.flat.device) if stays
+                           else self.communicator.spare.take(numel, dtype))
+            for start, end in self.gaps:
+                self.buffer[start:end] = 0  # belongs to no parameter, but counts in norms
+        elif self.reduced and _same_memory(self.buffer, self.sum):
+            self.sum = self.sum.clone()  # a backward after the window's reduction: keep the sum out of it
+
+    @property
+    def complete(self) -> bool:
+        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
+
+        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
+        came last time is waited for, where no unit's end tells that it is over.
+        """
+        return self.arrived >= (self.expected if self.bucket.unit else self.expected | self.hidden)
+
+    def launch(self) -> None:
+        """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
+        self._prepare_buffer()
+        for slot in self.bucket.slots:
+            if slot not in self.filled:
+                slot.view(self.buffer).zero_()
+        own = slice(*self.bucket.own)
+        if self.sum is None:
+            if self.host is not None:
+                self.sum = self.host.empty(own.stop - own.start, self.bucket.dtypes.gradient, in_memory=True)
+            else:
+                self.sum = self.buffer[own] if self.keeps_buffer else torch.empty_like(self.buffer[own])
+        self.landing = self.sum if self.host is None else torch.empty_like(self.buffer[own])
+        add = self.reduced and self.host is None
+        self.send_buffer = self._to_send()
+        if self.all_reduces or not self.bucket.sharded.optimizer:
+            finish = partial(_sum, [self.send_buffer[own]], self.landing, add)
+            self.reduction = self.communicator.all_reduce(self.send_buffer, finish=finish, what=self.bucket.label)
+        else:
+            self.reduction = self.communicator.reduce_scatter(self.send_buffer, self.landing, add, self.bucket.label)
+        self.life = Life.SENDING
+
+    def _to_send(self) -> Tensor:
+        """The gradients in the dtype of reductions, divided beforehand by what keeps their sum from overflowing."""
+        dtypes = self.bucket.dtypes
+        if self.communicator.world_size == 1:
+            return self.buffer
+        if dtypes.reduction != dtypes.gradient:
+            room = self.communicator.spare.take(self.bucket.numel, dtypes.reduction)
+            return torch.mul(self.buffer, 1 / self.predivide, out=room)
+        return self.buffer if self.predivide == 1 else self.buffer.mul_(1 / self.predivide)
+
+    def finish(self) -> None:
+        """Wait for the sum. Unless it stays, the buffer goes, and with it the slices that belong to other ranks."""
+        self.reduction.wait()
+        if self.host is not None:
+            self.host.bring_down(self.landing, self.sum, add=self.reduced)
+        self._drop_send_buffer()
+        self.reduced, self.life = True, Life.SENT
+        self.filled.clear()
+        if not self.keeps_buffer:
+            if not self.adopts:
+                self.communicator.spare.give_back(self.buffer)
+            self.buffer = None
+
+    def _drop_send_buffer(self) -> None:
+        if self.send_buffer is not None and self.send_buffer is not self.buffer:
+            self.communicator.spare.give_back(self.send_buffer)
+        self.send_buffer = self.landing = None
+
+    def end_backward(self, ran: bool = False) -> None:
+        """Be ready for the next backward of the window; ``ran``: there was one."""
+        if ran:
+            self.hidden = self.arrived - self.expected
+        self.arrived, self.life = set(), Life.COLLECTING
+
+    def reduce_late(self) -> None:
+        """Reduce the gradients that came after this backward's launch: sums are linear. Every rank must call it."""
+        self.life, late, self.late = Life.COLLECTING, self.late, {}
+        for slot, gradient in late.items():
+            self.take(slot, gradient)
+        self.launch()
+        self.finish()
+        self.end_backward()
+
+    def reset(self) -> None:
+        """Forget the window's gradients; persistent buffers stay allocated for the next one."""
+        self.reduction.wait()
+        self._drop_send_buffer()
+        if self.keeps_buffer:
+            self.sum = None
+            if self.adopts:
+                self.buffer = None
+        self.end_backward()
+        self.reduced = False
+        for slot in self.used:
+            slot.parameter.grad = None
+        self.used, self.filled, self.late = set(), set(), {}
+
+    # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
+
+    def square(self, exact: bool = False) -> Tensor:
+        """The squared 2-norm of this rank's slice of the sum, in float64; ``exact`` also where squares leave float32."""
+        part = self.sum if self.bucket.sharded.optimizer else self.communicator.shard_of(self.sum)
+        if exact:  # in pieces, as each becomes a copy in float64
+            norm = torch.linalg.vector_norm(torch.stack([
+                torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in part.split(2**20)]))
+        else:
+            half = part.dtype in (torch.float16, torch.bfloat16)
+            norm = torch.linalg.vector_norm(part, dtype=torch.float32 if half else None).double()
+        return norm.square() * self.predivide ** 2
+
+    def whole(self, slot: Slot) -> Tensor:
+        """The sum of one parameter's gradients, in its shape. Every rank must call it."""
+        return self.bucket.collect(slot, self.sum, self.bucket.own[0]) * self.predivide
+
+    def set_sum(self, slot: Slot, value: Tensor) -> None:
+        """Make ``value``, in the parameter's shape, the sum of its gradients."""
+        self.bucket.scatter(slot, value / self.predivide, self.sum)
+        self.used.add(slot)
+
+    def arm(self, factor: float) -> None:
+        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
+
+        An optimizer skips a piece without (no decay, no momentum, its step count stays).
+        """
+        if factor * self.predivide != 1.0:
+            self.sum.mul_(factor * self.predivide)
+        for slot in self.bucket.slots:
+            if slot in self.used and slot.piece is not None:
+                part = slot.own(self.sum)
+                part = part if part.shape == slot.piece.shape else slot.view(part, slot.offset)
+                slot.piece.grad = part.to(slot.piece.dtype)
+
+    def disarm(self) -> None:
+        """Take the gradients back, so that the optimizer's next step skips these pieces."""
+        for piece in self.bucket.pieces:
+            piece.grad = None
+
+
+class TakenGradient(Tensor):
+    """What a parameter's ``grad`` holds once its bucket has taken the gradient: a shape without numbers.
+
+    It lets PyTorch's own calls mean what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
+    take it away, and ``Zero`` then drops the gradient; autograd's next gradient of the window is added to the bucket.
+    Any other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
+    """
+
+    @staticmethod
+    def __new__(cls, slot: Slot) -> "TakenGradient":
+        p = slot.parameter
+        return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
+
+    def __init__(self, slot: Slot):
+        self.slot = weakref.ref(slot)  # weak, as autograd's side of a tensor is beyond the garbage collector's reach
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        packet = func.overloadpacket
+        if packet is torch.ops.aten.detach:
+            return args[0]
+        taken = [t for t in tensors_in(args) if isinstance(t, TakenGradient)]
+        slot = taken[0].slot()
+        if slot is not None and packet in (torch.ops.aten.zero_, torch.ops.aten._foreach_zero_):
+            for each in taken:
+                each.slot().bucket.zero.reducer.drop(each.slot())
+            return args[0]
+        if slot is not None and _in_backward() and len(args) == 2 and args[0] is taken[0]:
+            if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
+                slot.bucket.zero.reducer.take_more(slot, args[1])
+                return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot)
+        raise RuntimeError(
+            f"{packet.__name__} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket "
+            "after backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
+            "config's gradient_clipping clips it, and zero_grad() drops it")
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 class Plan(NamedTuple):
@@ -1173,11 +1293,11 @@ class Plan(NamedTuple):
 
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
-                 owners: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
+                 units: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
     """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
 
     groups   the param group of each parameter that is in one, by its id
-    owners   the unit of each parameter that is to be sharded, by its id; see assign_units
+    units    the unit of each parameter that is to be sharded, by its id; see assign_units
     whole    the groups whose parameters must not be cut into the shards of ``ranks``; see lay_out_whole
     """
     named = list(model.named_parameters())[::-1]
@@ -1186,12 +1306,11 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
     plans: list[Plan] = []
     open_slots: dict[Any, list[Slot]] = {}
     for name, p in named:
-        unit = owners.get(id(p)) if limit == "auto" or p.numel() > limit else None
+        unit = units.get(id(p)) if limit == "auto" or p.numel() > limit else None
         group = groups.get(id(p))
         key = (unit, group, group is not None and p.requires_grad, Dtypes(*dtypes(p)))
         slots = open_slots.setdefault(key, [])
-        offset = _round_up(slots[-1].end, ALIGN) if slots else 0
-        slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), _kind_of(p)))
+        _append_slot(slots, name, p)
         if unit is None and slots[-1].end >= size:
             plans.append(Plan(*key, open_slots.pop(key)))
     plans += [Plan(*key, slots) for key, slots in open_slots.items()]
@@ -1243,6 +1362,11 @@ def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     if tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _is_contiguous(slot: Slot) -> bool:
+    """Whether a parameter's elements lie in the order of its shape."""
+    return slot.stride == torch.empty(slot.shape, device="meta").stride()
 
 
 def _dense_stride(p: Tensor) -> tuple[int, ...]:
@@ -1363,7 +1487,7 @@ def _mark_leaves(model: nn.Module, classes: Iterable[type | str], flag: bool, mu
     classes = list(classes)
     if not all(isinstance(cls, (type, str)) for cls in classes):
         raise ValueError(f"leaf_module_classes is {classes!r}; allowed: a list of classes or class names")
-    if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
+    if is_trained(model):
         raise RuntimeError("an engine trains this model, and its units are made; mark leaf modules before initialize()")
     found = [module for module in model.modules() for kind in [type(module)] if any(
         isinstance(module, cls) if isinstance(cls, type) else cls in (
@@ -1413,7 +1537,7 @@ def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
 
 class UnitState(Enum):
     """Where a unit is in its life; it goes round once per use."""
-    SHARDED = "each rank holds its shard alone"
+    SHARDED = "each rank has its shard alone"
     GATHERING = "there is memory for all of it, and the other ranks' shards are on their way"
     WHOLE = "its parameters can be used"
 
@@ -1421,14 +1545,15 @@ class UnitState(Enum):
 class Unit:
     """A module whose parameters are gathered and freed together.
 
+    owner   the engine's ``Gatherer``, or ``Init`` until an engine takes the model over
     users   who needs the parameters: calls of the module in forward, the same calls in backward, a GatheredParameters.
             The last one to go frees them
     calls   the module's forward calls under way
     number  its place among the model's units, the same on every rank
     """
 
-    def __init__(self, name: str, module: nn.Module, number: int):
-        self.name, self.module, self.number = name, module, number
+    def __init__(self, name: str, module: nn.Module, number: int, owner: "Gatherer | Init | None" = None):
+        self.name, self.module, self.number, self.owner = name, module, number, owner
         self.buckets: list[Bucket] = []
         self.state = UnitState.SHARDED
         self.users: set[Any] = set()
@@ -1441,10 +1566,31 @@ class Unit:
     def __reduce__(self) -> tuple:
         return LeftBehind, ()
 
+    def acquire(self, user: Any) -> None:
+        """Have the parameters whole until ``user`` releases them."""
+        self.users.add(user)
+        if self.state is UnitState.SHARDED:
+            self.start_gather()
+        if self.state is UnitState.GATHERING:
+            self.finish_gather()
+
+    def release(self, user: Any) -> None:
+        """``user`` needs them no more; the last one to go frees them."""
+        self.users.discard(user)
+        if not self.users and self.state is not UnitState.SHARDED:
+            self.free()
+
     def start_gather(self) -> None:
         """SHARDED to GATHERING."""
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {self.name or 'the model'}, "
+                               "whose weights are sharded (stage 3), and it can't see them come and go; use "
+                               "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
         for bucket in self.buckets:
             bucket.start_gather()
+        if self.buckets:
+            self.buckets[0].communicator.note(self.number)
         self.state = UnitState.GATHERING
 
     def finish_gather(self) -> None:
@@ -1478,83 +1624,25 @@ class Call:
 
 
 def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict[int, Unit]]:
-    """The units of a model beside its own, ``root``, and the unit of each parameter, by its id.
+    """The units of a model, its own (``root``) first, and the unit of each parameter, by its id.
 
-    That is the innermost one that holds all modules which share the parameter.
+    That is the innermost one that has all modules which share the parameter.
     """
     modules = find_units(root.module, leaf)
-    by_path = {path: Unit(path, module, number) for number, (path, module) in enumerate(modules.items(), 1)}
+    by_path = {path: Unit(path, module, number, root.owner) for number, (path, module) in enumerate(modules.items(), 1)}
     paths: dict[int, list[list[str]]] = defaultdict(list)
     for name, p in root.module.named_parameters(remove_duplicate=False):
         prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
         paths[id(p)].append([path for path in prefixes if path in by_path])
-    owners = {}
+    units = {}
     for key, uses in paths.items():
         shared = [path for path in uses[0] if all(path in use for use in uses)]
-        owners[key] = by_path[shared[-1]] if shared else root
-    return list(by_path.values()), owners
-
-
-class Trace:
-    """The order in which units were needed in the last pass, to know which one to gather next."""
-
-    def __init__(self) -> None:
-        self.order: list[Unit] = []
-        self.position = 0
-
-    def restart(self) -> None:
-        """A new pass begins."""
-        self.position = 0
-
-    def next_after(self, unit: Unit) -> Unit | None:
-        """Note that ``unit`` is needed now; the one that is probably needed next."""
-        if self.order[self.position:self.position + 1] != [unit]:
-            self.order[self.position:] = [unit]  # a new way through the model: what followed last time is unknown
-        self.position += 1
-        return self.order[self.position] if self.position < len(self.order) else None
-
-
-class Holder:
-    """What has parameters in shards: an engine's ``Zero``, or ``Init`` until an engine takes its model over.
-
-    places     the bucket and the slot of each parameter, by its id
-    storages   the bucket of each memory that whole parameters are gathered into, by its address
-    """
-
-    communicator: Communicator
-    places: dict[int, tuple[Bucket, Slot]]
-    storages: Mapping[int, Bucket] = {}
-
-    def hold(self, unit: Unit, user: Any) -> None:
-        """Have the unit's parameters whole until ``user`` lets go of it."""
-        unit.users.add(user)
-        if unit.state is UnitState.SHARDED:
-            self._start_gather(unit)
-        if unit.state is UnitState.GATHERING:
-            unit.finish_gather()
-
-    def let_go(self, unit: Unit, user: Any) -> None:
-        """``user`` needs the unit no more; the last one to go frees it."""
-        unit.users.discard(user)
-        if not unit.users and unit.state is not UnitState.SHARDED:
-            self._free(unit)
-
-    def _start_gather(self, unit: Unit) -> None:
-        unit.start_gather()
-
-    def _free(self, unit: Unit) -> None:
-        unit.free()
-
-    def begin_use(self, slot: Slot, operation: str) -> Any:
-        """A sharded parameter's values are wanted by ``operation``; see ShardedParameter."""
-        raise NotImplementedError
-
-    def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """The operation, whose begin_use returned ``user``, is over."""
+        units[key] = by_path[shared[-1]] if shared else root
+    return [root, *by_path.values()], units
 
 
 class ShardedParameter(nn.Parameter):
-    """The class of a parameter while its unit is sharded: it has a shape, but its memory holds nothing.
+    """The class of a parameter while its unit is sharded: it has a shape, but its memory is freed.
 
     Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
     the model's own unit from then on (a parent that uses a child's weight without calling the child); within a backward
@@ -1570,24 +1658,25 @@ class ShardedParameter(nn.Parameter):
             name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
             for tensor in tensors_in((args, kwargs)):
                 if type(tensor) is ShardedParameter:
-                    if not _is_held(tensor):
+                    slot = _SLOTS.get(id(tensor))
+                    if slot is None:
                         raise RuntimeError(f"{name}: a parameter of shape {tuple(tensor.shape)} was sharded at stage 3 "
                                            "by an engine that is gone; read the model before destroy(), inside "
                                            "zero.GatheredParameters")
-                    holder, _, slot = _find(tensor)
-                    uses.append((holder, slot, holder.begin_use(slot, name)))
+                    owner = slot.bucket.unit.owner
+                    uses.append((owner, slot, owner.begin_use(slot, name)))
         result = None
         try:
             with torch._C.DisableTorchFunctionSubclass(), _saving() if uses else nullcontext():
                 result = func(*args, **kwargs)
                 return result
         finally:
-            for holder, slot, user in uses:
-                holder.end_use(slot, user, result)
+            for owner, slot, user in uses:
+                owner.end_use(slot, user, result)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
-        """A whole copy, which no engine holds. All ranks must make it."""
-        if not _is_held(self):
+        """A whole copy, which no engine has. All ranks must make it."""
+        if id(self) not in _SLOTS:
             self.clone()  # raises, and says why
         with GatheredParameters(self):
             memo[id(self)] = self.__class__.__deepcopy__(self, memo)  # the class that it has while it is whole
@@ -1616,7 +1705,7 @@ ALIASES = ("data", "detach", "detach_", "numpy")
 
 
 def _in_method_of(model: nn.Module) -> bool:
-    """Whether a method of one of a model's modules is running, beside those that PyTorch gives every module."""
+    """Whether a method of one of a model's modules is running, other than those that PyTorch gives every module."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -1639,6 +1728,10 @@ def _saving() -> AbstractContextManager:
     return saved_tensors_hooks(_pack, _unpack)
 
 
+# The bucket of each memory that whole parameters are gathered into, by its address.
+_GATHERED_INTO: "weakref.WeakValueDictionary[int, Bucket]" = weakref.WeakValueDictionary()
+
+
 def _pack(tensor: Tensor) -> tuple:
     """What autograd keeps of a tensor that it saves: of a weight, or a view of one, its place.
 
@@ -1647,29 +1740,28 @@ def _pack(tensor: Tensor) -> tuple:
     attribute, has none.
     """
     key = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None  # a sparse tensor has none
-    for zero in _LIVE:
-        bucket = zero.storages.get(key)
-        if bucket is None or not _same_memory(bucket.flat, tensor):
-            continue
+    bucket = _GATHERED_INTO.get(key)
+    if bucket is not None and isinstance(bucket.unit.owner, Gatherer) and _same_memory(bucket.flat, tensor) and (
+            tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg())):
         start = tensor.storage_offset()
         slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
-        if slot is not None and tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg()):
+        if slot is not None:  # a weak reference: what a graph keeps, the garbage collector does not see
             place = tensor.size(), tensor.stride(), start
-            return place, slot.parameter._version, slot, weakref.ref(zero), zero.call_of(bucket.unit)
+            return place, slot.parameter._version, slot.name, weakref.ref(slot), bucket.unit.owner.call_of(bucket.unit)
     return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
 
 
 def _unpack(saved: tuple) -> Tensor:
     """The inverse of _pack, when backward wants the tensor."""
     tensor, version, *where = saved
-    source = where[0].parameter if where else tensor
+    source = tensor
     if where:
-        slot, reference, call = where
-        zero = reference()
-        if zero is None:
-            raise RuntimeError(f"backward needs the parameter {slot.name}, whose engine is gone")
-        bucket, _ = zero.places[id(slot.parameter)]
-        zero._before_backward(bucket.unit, call)
+        name, reference, call = where
+        slot = reference()
+        if slot is None:
+            raise RuntimeError(f"backward needs the parameter {name}, whose engine is gone")
+        bucket, source = slot.bucket, slot.parameter
+        bucket.unit.owner.before_backward(bucket.unit, call)
         tensor = bucket.flat.as_strided(*tensor)
     if source._version != version:  # a check that PyTorch leaves to hooks where there are any
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
@@ -1705,300 +1797,84 @@ def _return_free_memory() -> None:
         trim(0)
 
 
-def _weakly(method: Callable) -> Callable:
-    """A hook for a tensor that does not keep its object alive: what a tensor holds, no garbage collector sees."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> Any:
-        alive = reference()
-        return None if alive is None else alive(*args)
-
-    return hook
-
-
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
 
 
-# --- Everything together ----------------------------------------------------------------------------------------------
-
-
-ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
-               torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
-               torch.optim.ASGD}
-
-
-NO_TRANSFORMS = (
-    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
-    "3, nor where blocks are recomputed, as both change what autograd saves; use "
-    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
+# --- Stage 3: parameters come before each use and go after it ---------------------------------------------------------
 
 
 RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
 
 
-class StepResult(NamedTuple):
-    """The scalars of a step."""
-    norm: float            # 2-norm of the mean gradient over the whole model, before clipping
-    clip: float            # what clipping multiplied the gradient by, at most 1
-    overflow: bool         # the norm is not finite, and nothing was updated
-    culprit: str | None    # the first parameter whose gradient is not finite
+class Trace:
+    """The order in which units were needed in the last pass, to know which one to gather next."""
+
+    def __init__(self) -> None:
+        self.order: list[Unit] = []
+        self.position = 0
+
+    def restart(self) -> None:
+        """A new pass begins."""
+        self.position = 0
+
+    def next_after(self, unit: Unit) -> Unit | None:
+        """Note that ``unit`` is needed now; the one that is probably needed next."""
+        if self.order[self.position:self.position + 1] != [unit]:
+            self.order[self.position:] = [unit]  # a new way through the model: what followed last time is unknown
+        self.position += 1
+        return self.order[self.position] if self.position < len(self.order) else None
 
 
-def _is_thawed(bucket: Bucket, index: int) -> bool:
-    return bucket.slots[index].parameter.requires_grad
+class Gatherer:
+    """Stage 3: hooks on modules gather a unit before its forward and its backward, and free it after each.
 
-
-class Zero(Holder):
-    """A model's parameters, gradients and optimizer state under one ZeRO stage.
-
-    It makes the model's parameters views of buckets, with rank 0's values, and gives the optimizer the masters in their
-    place. From then on autograd's hooks feed it, ``finish_backward`` must be called after each backward pass, and
-    ``step`` updates the weights.
-
-    boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
-    divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
+    units       the model's own unit, ``root``, and the others
+    companions  units that are gathered with the root until its forward ends, see ShardedParameter
+    traces      of forward passes (False) and of backward passes (True)
+    saving      the outermost call under way, and its hooks on what autograd saves
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
-                 dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
-                 predivide: float | None = None, debug: bool = False, timeout: float | None = None,
-                 communicator: Communicator | None = None):
-        self.optimizer, self.config, self.device, self.predivide = optimizer, config, device, predivide
-        self.communicator = communicator or Communicator(device, debug, timeout)
-        if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
-            self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
-        self.whole = self._groups_of_whole_parameters(allow_untested)
-        self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
-        alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
-        self.sharded = SHARDED[0 if alone else config.stage]
-        self._check_room(model)
-        self.host, self.shard_host = self._make_hosts(device)
-        self.boundary = True
-        self.divisor = float(self.communicator.world_size)
-        self.pending = False  # a backward pass has begun, and finish_backward was not called yet
-        self.looked_ahead = False  # its first gradient has come
-        self.queue: deque[Bucket] = deque()  # the order of this backward's reductions
-        self.in_flight: deque[Bucket] = deque()
-        self.root = Unit("", model, 0)
-        self.companions: list[Unit] = []  # gathered with the root, see ShardedParameter
-        self.traces = {False: Trace(), True: Trace()}  # of forward and of backward passes
-        self._make_buckets(model)
-        self.places = {id(slot.parameter): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
-        self.trained = [bucket for bucket in self.buckets if bucket.trained]
-        self.frozen = [(bucket, index) for bucket in self.buckets if bucket.group is not None and not bucket.trained
-                       for index in range(len(bucket.slots))]  # what the optimizer was given, but frozen; see thaw
-        self.hooks: list[Any] = []
-        self.updating = False  # the optimizer's step is this object's
-        self.dropped = 0       # a digest of which reduced gradients were dropped
-        self.saving: tuple[Any, Any] | None = None  # the outermost call under way, and its hooks on what autograd saves
-        self.storages = {b.flat.untyped_storage()._cdata: b for b in self.buckets if b.unit}
-        self.gathered = 0  # a digest of the order in which units were gathered
-        self.live = 0      # elements of the units that are gathered now
-        if optimizer is not None:
-            self._hand_over(self.trained)
-            self._take_over(optimizer)
-        self._register_hooks()
-        _LIVE.add(self)
+    def __init__(self, zero: "Zero", model: nn.Module):
+        self.zero, self.config = zero, zero.config
+        self.root = Unit("", model, 0, self)
+        self.units, self.unit_of = assign_units(self.root, self.config.leaf_module)
+        self.numel = sum(p.numel() for p in model.parameters())
+        self.companions: list[Unit] = []
+        self.traces = {False: Trace(), True: Trace()}
+        self.saving: tuple[Call, AbstractContextManager] | None = None
 
-    def _groups_of_whole_parameters(self, allow_untested: bool) -> set[int]:
-        """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
-
-        An optimizer class says so of a group by ``is_elementwise(group)``; what is not known to treat every element
-        alike counts as one that does not.
-        """
-        if self.optimizer is None or type(self.optimizer) in ELEMENTWISE or allow_untested and self.config.stage:
-            return set()
-        rule = getattr(self.optimizer, "is_elementwise", lambda group: False)
-        return {index for index, group in enumerate(self.optimizer.param_groups) if not rule(group)}
-
-    # Setting up.
-
-    def _check_room(self, model: nn.Module) -> None:
-        """Refuse the folders of offload, on all ranks, if one rank's is missing or has no room for what will be there.
-
-        Ranks of one machine share its disks, so their needs add up.
-        """
-        optimizer, parameters = self.config.offload_optimizer, self.config.offload_param
-        listed = {id(p) for group in (self.optimizer.param_groups if self.optimizer else ()) for p in group["params"]}
-        share = self.communicator.world_size if self.sharded.optimizer else 1
-        needs: Counter[tuple[str, str]] = Counter()
-        if optimizer.device == "nvme" and self.optimizer is not None:
-            state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer))
-            needs["offload_optimizer", optimizer.nvme_path] = sum(
-                p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
-                for p in model.parameters() if p.requires_grad and id(p) in listed) // share
-        if parameters.device == "nvme":
-            needs["offload_param", parameters.nvme_path] = sum(
-                p.numel() * Dtypes(*self.dtypes(p)).compute.itemsize for p in model.parameters()) // share
-        if not needs:
-            return
-        reports: list[Any] = [None] * self.communicator.world_size
-        dist.all_gather_object(reports, [(key, path, size, *_disk(path)) for (key, path), size in needs.items()])
-        together: Counter[Any] = Counter()
-        for key, path, size, disk, free in (line for report in reports for line in report):
-            together[disk] += size
-            if free is None:
-                raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}; needed: a folder that can be written "
-                                 f"to, on a disk with {size:,} bytes free for each rank")
-            if together[disk] > free:
-                raise ValueError(f"zero_optimization.{key}.nvme_path is {path!r}, where {free:,} bytes are free; "
-                                 f"needed: {sum(need for r in reports for _, _, need, d, _ in r if d == disk):,} for "
-                                 "all ranks of that machine")
-
-    def _make_hosts(self, device: torch.device) -> tuple[Host | None, Host | None]:
-        """Where masters with their state, and parameters, are offloaded to. The same host for the same place."""
-        hosts = {None: None}
-        keys = []
-        for section in (self.config.offload_optimizer, self.config.offload_param):
-            folder = section.nvme_path if section.device == "nvme" else None
-            keys.append(None if section.device == "none" else (folder, section.pin_memory))
-            if keys[-1] not in hosts:
-                hosts[keys[-1]] = Host(device, folder, section.pin_memory)
-        return hosts[keys[0]], hosts[keys[1]]
-
-    def _host_for(self, numel: int) -> Host | None:
-        """Where the next bucket's master lives; with an offload_optimizer.ratio below 1 some stay on the device."""
-        ratio = self.config.offload_optimizer.ratio
-        if self.host is None or ratio == 1:
-            return self.host
-        gone = sum(bucket.numel for bucket in self.buckets if bucket.host is not None)
-        every = sum(bucket.numel for bucket in self.buckets if bucket.trained)
-        return self.host if gone + numel <= ratio * (every + numel) else None
-
-    def _make_buckets(self, model: nn.Module) -> None:
-        """Make the parameters views of buckets."""
-        groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
-                  for p in g["params"]}
-        if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
-            gc.collect()  # perhaps nobody refers to that engine any more
-        if any(isinstance(_holder_of(p), Zero) for p in model.parameters()):
-            raise ValueError("another engine already trains this model; call its destroy() first")
-        self.units, owners = assign_units(self.root, self.config.leaf_module) if self.sharded.parameters else ([], {})
-        self.buckets: list[Bucket] = []
-        plans = plan_buckets(model, self.config, self.device, self.dtypes, groups, owners, self.whole,
-                             self.communicator.world_size if self.sharded.optimizer else 1)
-        for unit, group, trained, kinds, slots, numel in plans:
-            bucket = Bucket(
-                slots, kinds, group, trained, self.sharded._replace(parameters=unit is not None), self.communicator,
-                self.device, not self.config.reduce_scatter, self._predivide(kinds),
-                self._host_for(slots[-1].end) if trained else None, None if unit is None else self.shard_host, numel)
-            self.buckets.append(bucket)
-            if unit is not None:
-                bucket.unit = unit
-                unit.buckets.append(bucket)
-                unit.numel += bucket.numel
-        for unit in self.all_units if self.sharded.parameters else ():
-            unit.free()
-        _return_free_memory()
-
-    def _predivide(self, dtypes: Dtypes) -> float:
-        """What gradients are divided by before summing: in fp16 a sum over ranks may overflow where a mean fits."""
-        if self.communicator.world_size == 1:
-            return 1.0
-        if self.predivide is not None:
-            return self.predivide
-        return float(self.communicator.world_size) if dtypes.reduction == torch.float16 else 1.0
-
-    def _hand_over(self, buckets: list[Bucket]) -> None:
-        """From now on the optimizer updates these buckets' masters."""
-        for bucket in buckets:
-            bucket.hand_over(self.optimizer, bucket.group in self.whole)
-            bucket.keep_state(self.optimizer)
-        self._refill_groups()
-
-    def _refill_groups(self) -> None:
-        for group, params in zip(self.optimizer.param_groups, self._pieces_by_group()):
-            group["params"] = params
-
-    def _pieces_by_group(self) -> list[list[nn.Parameter]]:
-        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
-        for bucket in self.trained:
-            groups[bucket.group] += bucket.pieces
-        return groups
-
-    def parameters_by_group(self) -> list[list[nn.Parameter]]:
-        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
-        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
-        for bucket in self.buckets:
-            if bucket.group is not None:
-                groups[bucket.group] += [slot.parameter for slot in bucket.slots]
-        return groups
-
-    def _take_over(self, optimizer: Optimizer) -> None:
-        """Have the optimizer's own calls do what they say, or raise and name the call that does."""
-        def refuse(call: str, instead: str) -> Callable:
-            def refused(*args: Any, **kwargs: Any) -> None:
-                raise RuntimeError(f"optimizer.{call}() after initialize(): {instead}")
-            return refused
-
-        optimizer.zero_grad = lambda set_to_none=True: self.clear_gradients()
-        optimizer.add_param_group = refuse("add_param_group", (
-            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later "
-            "with requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
-        optimizer.load_state_dict = refuse("load_state_dict", (
-            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
-            "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
-        step = refuse("step", "engine.step() updates the weights, whose gradients lie in buckets")
-        self.hooks.append(optimizer.register_step_pre_hook(
-            lambda *_: None if self.updating else step()))
-
-    def _give_back(self, optimizer: Optimizer) -> None:
-        for name in ("zero_grad", "add_param_group", "load_state_dict"):
-            vars(optimizer).pop(name, None)
-
-    def _listen(self, slot: Slot) -> None:
-        """Have autograd call back when it has finished a parameter's gradient."""
-        self.hooks.append(slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient)))
-        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-            slot.node = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
-
-    def _register_hooks(self) -> None:
-        for bucket in self.trained:
-            for slot in bucket.slots:
-                self._listen(slot)
-        if self.sharded.parameters:
-            for unit in self.all_units:
-                self.hooks.append(unit.module.register_forward_pre_hook(
-                    partial(self._before_forward, unit), prepend=True, with_kwargs=True))
-                self.hooks.append(unit.module.register_forward_hook(
-                    partial(self._after_forward, unit), always_call=True))
-
-    def __deepcopy__(self, memo: dict) -> "Zero":
+    def __deepcopy__(self, memo: dict) -> "Gatherer":
         return self  # a deep copy of the model takes its hooks along; on the copy's modules they do nothing
 
     def __reduce__(self) -> tuple:
         return LeftBehind, ()
 
-    def release(self) -> None:
-        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-        if self.optimizer is not None:
-            self._give_back(self.optimizer)
-        self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
-        _LIVE.discard(self)
-
-    # Stage 3: parameters come before each use and go after it.
+    def hooks(self) -> Iterator[Any]:
+        """Free all units, and have modules call back from now on."""
+        for unit in self.units:
+            unit.free()
+            yield unit.module.register_forward_pre_hook(
+                partial(self._before_forward, unit), prepend=True, with_kwargs=True)
+            yield unit.module.register_forward_hook(partial(self._after_forward, unit), always_call=True)
 
     def _before_forward(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if module is not unit.module:
             return None  # a deep copy
         call = Call()
         if unit is self.root and not unit.calls and not _in_backward():
-            self._begin_forward()
+            self.zero.end_if_pending()  # the caller ran backward() on the loss itself
+            self.traces[False].restart()
         unit.calls.append(call)
         self._acquire(unit, call)
         if not torch.is_grad_enabled():
             return None
         if self.saving is None and not _in_backward():
-            hooks = _saving()
-            hooks.__enter__()
-            self.saving = call, hooks
+            self.saving = call, _saving()
+            self.saving[1].__enter__()
         # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
-        # none (the first layers), finish_backward is the end. Autograd finishes a leaf as soon as it can, perhaps
-        # before the rest of the call: so the call is given a view of it, which keeps the order.
+        # none (the first layers), the end of the backward pass is the end. Autograd finishes a leaf as soon as it can,
+        # perhaps before the rest of the call: so the call is given a view of it, which keeps the order.
         inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
         leaves = {key: t.view_as(t) for key, t in inputs.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
         inputs |= leaves
@@ -2016,12 +1892,12 @@ class Zero(Holder):
             return
         call = unit.calls.pop()
         if self.saving is not None and self.saving[0] is call:
-            self.saving[1].__exit__()
+            self.saving[1].__exit__(None, None, None)
             self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:  # the hooks of a leaf, such as a parameter, would stay for ever
-                    tensor.register_hook(partial(self._before_backward, unit, call))
+                    tensor.register_hook(partial(self.before_backward, unit, call))
         if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
@@ -2029,177 +1905,180 @@ class Zero(Holder):
                 bucket.keep_writes()
         self._release(unit, call)
 
-    def _before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
+    def before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
         """A call's backward begins: its output has a gradient, or autograd wants a weight that it saved."""
-        if not self.pending:
-            self._begin_backward()
+        self.zero.reducer.begin_backward()
         self._acquire(unit, call)
+
+    def _after_backward(self, unit: Unit, call: "weakref.ref[Call]", grads: Any) -> None:
+        """The gradients of all of a call's inputs are there."""
+        if torch.is_grad_enabled():
+            return  # create_graph: the backward of this backward reads the parameters again; end_backward frees them
+        unit.users.discard(RECOMPUTED)
+        self._release(unit, call())
+        self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
+        self.zero.reducer.launch_ready()
+
+    def end_backward(self) -> None:
+        """The backward pass is over: free what it used."""
+        for unit in self.units:
+            unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
+        self.free_unused()
 
     def call_of(self, unit: Unit) -> Any:
         """The innermost forward call that uses a unit now."""
         return (unit.calls or self.root.calls or [RECOMPUTED])[-1]
 
-    def _start_gather(self, unit: Unit) -> None:
-        transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
-            raise RuntimeError(f"torch.func's {transform.key().name.lower()} goes through {unit.name or 'the model'}, "
-                               "whose weights are sharded (stage 3), and it can't see them come and go; use "
-                               "torch.autograd.grad(create_graph=True) or torch.autograd.functional, or stage 2")
-        unit.start_gather()
-        if unit.buckets:
-            self.gathered = (31 * self.gathered + unit.number + 1) % 2**20
-        self.live += unit.numel
-
-    def _free(self, unit: Unit) -> None:
-        self.live -= unit.numel * (unit.state is not UnitState.SHARDED)
-        unit.free()
-        for bucket in unit.buckets:
-            self.storages[bucket.flat.untyped_storage()._cdata] = bucket  # in case that it is a new one
+    def _with_companions(self, unit: Unit) -> list[Unit]:
+        return [unit, *self.companions] if unit is self.root else [unit]
 
     def _acquire(self, unit: Unit, call: Any) -> None:
-        """A call's forward or backward begins: hold its unit, and start gathering the unit that is needed next."""
+        """A call's forward or backward begins: gather its unit, and start gathering the one that is needed next."""
         if call in unit.users:
             return
         for needed in self._with_companions(unit):
-            self.hold(needed, call)
+            needed.acquire(call)
         if not (self.root.calls or _in_backward()):
             return  # a part of the model is called by itself: there is no pass through the model to learn from
         following = self.traces[_in_backward()].next_after(unit)
         if following is not None and following.state is UnitState.SHARDED and self._may_prefetch(following):
-            self._start_gather(following)
-
-    def _with_companions(self, unit: Unit) -> list[Unit]:
-        return [unit, *self.companions] if unit is self.root else [unit]
+            following.start_gather()
 
     def _may_prefetch(self, unit: Unit) -> bool:
         limit, most = self.config.stage3_prefetch_bucket_size, self.config.stage3_max_live_parameters
-        return (limit == "auto" or unit.numel <= limit) and self.live + unit.numel <= most
+        live = 0 if self.numel <= most else sum(u.numel for u in self.units if u.state is not UnitState.SHARDED)
+        return (limit == "auto" or unit.numel <= limit) and live + unit.numel <= most
 
     def _release(self, unit: Unit, call: Any) -> None:
         """A call's forward or backward is over."""
         for needed in self._with_companions(unit):
-            self.let_go(needed, call)
+            needed.release(call)
         if unit is self.root and not unit.calls and not _in_backward():
-            self._free_unused()
+            self.free_unused()
 
-    def _after_backward(self, unit: Unit, call: "weakref.ref[Call]", grads: Any) -> None:
-        """The gradients of all of a call's inputs are there."""
-        if torch.is_grad_enabled():
-            return  # create_graph: the backward of this backward reads the parameters again; finish_backward frees them
-        unit.users.discard(RECOMPUTED)
-        self._release(unit, call())
-        self._enqueue(unit.buckets)
-        self._launch_ready()
-
-    def _free_unused(self) -> None:
+    def free_unused(self) -> None:
         """Free what was gathered ahead for a use that did not come, and what views kept when its last use ended."""
-        for unit in self.all_units if self.sharded.parameters else ():
-            if not unit.users and any(bucket.has_memory for bucket in unit.buckets):
-                self._free(unit)
-
-    def _begin_forward(self) -> None:
-        if self.pending:  # the caller ran backward() on the loss itself
-            self.finish_backward()
-        self.traces[False].restart()
+        for unit in self.units:
+            if not unit.users and (unit.state is not UnitState.SHARDED or any(b.has_memory for b in unit.buckets)):
+                unit.free()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Gather the unit, if this is in a pass of the model.
+        """``operation`` wants a sharded parameter's values: gather the unit, if this is in a pass of the model.
 
         It stays whole until the forward, or the backward, ends; in another method of the model, which has no end that
         could be seen, for the one operation.
         """
-        unit = self.places[id(slot.parameter)][0].unit
+        unit = slot.bucket.unit
         if self.root.calls:
             self.companions.append(unit)
-            self.hold(unit, self.root.calls[0])
+            unit.acquire(self.root.calls[0])
         elif _in_backward():
-            self._before_backward(unit, RECOMPUTED)
+            self.before_backward(unit, RECOMPUTED)
         elif operation not in ALIASES and _in_method_of(self.root.module):
             user = object()
-            self.hold(unit, user)
+            unit.acquire(user)
             return user
         else:
-            raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over {self.communicator.world_size} "
-                               f"ranks (stage 3); read or change it inside zero.GatheredParameters, or with "
-                               f"zero.safe_get_full_fp32_param")
+            raise RuntimeError(f"{operation}: the parameter {slot.name} is sharded over "
+                               f"{slot.bucket.communicator.world_size} ranks (stage 3); read or change it inside "
+                               "zero.GatheredParameters, or with zero.safe_get_full_fp32_param")
         return None
 
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """Keep what the operation wrote."""
+        """The operation, whose begin_use returned ``user``, is over: keep what it wrote."""
         if user is not None:
-            unit = self.places[id(slot.parameter)][0].unit
-            for bucket in unit.buckets:
+            for bucket in slot.bucket.unit.buckets:
                 bucket.keep_writes()
-            self.let_go(unit, user)
+            slot.bucket.unit.release(user)
 
-    # Backward: gradients come in, full buckets go out.
 
-    def _begin_backward(self) -> None:
+# --- The order of reductions ------------------------------------------------------------------------------------------
+
+
+class Reducer:
+    """Backward: gradients come in, full buckets go out, in an order that is the same on all ranks.
+
+    pending    a backward pass has begun, and ``Zero.finish_backward`` was not called yet
+    foreseen   its first gradient has come, and with it was seen which others its graph will bring
+    queue      the order of this backward's reductions; ``in_flight`` are those under way
+    dropped    a digest of which reduced gradients were dropped
+    nodes      of autograd's graphs, by parameter: what adds up its gradient
+    """
+
+    def __init__(self, zero: "Zero"):
+        self.zero = zero
+        self.every: list[Gradients] = []
+        self.pending = self.foreseen = False
+        self.queue: deque[Gradients] = deque()
+        self.in_flight: deque[Gradients] = deque()
+        self.dropped = 0
+        self.nodes: dict[Slot, Any] = {}
+
+    def listen(self, slot: Slot) -> Any:
+        """Have autograd call back when it has finished a parameter's gradient; returns the hook."""
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            self.nodes[slot] = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
+        return slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient))
+
+    def begin_backward(self) -> None:
+        """A backward pass begins, unless one is under way."""
+        if self.pending:
+            return
         self.pending = True
-        self.traces[True].restart()
-        self.queue = deque()
-        if not self.sharded.parameters:
-            self._enqueue(self.trained)
+        if self.zero.gatherer is not None:
+            self.zero.gatherer.traces[True].restart()
+        else:
+            self.enqueue(self.every)
 
-    def _enqueue(self, buckets: list[Bucket]) -> None:
+    def enqueue(self, several: Iterable[Gradients | None]) -> None:
         """Let them be reduced after those that wait already; each once per backward."""
-        for bucket in buckets:
-            if bucket.trained and not bucket.queued:
-                bucket.queued = True
-                self.queue.append(bucket)
+        for gradients in several:
+            if gradients is not None and gradients.life is Life.COLLECTING:
+                gradients.life = Life.QUEUED
+                self.queue.append(gradients)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Autograd has finished a parameter's gradient."""
-        bucket, slot = self.places[id(parameter)]
+        slot = _SLOTS[id(parameter)]
         if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
-            if slot.used:  # grad was empty: zero_grad() since the last backward
+            if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() since the last backward
                 self.drop(slot)
-            self._take(bucket, slot, parameter.grad)
+            self.take(slot, parameter.grad)
         if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
-            parameter.grad = TakenGradient(slot, self)
-        self._launch_ready()
+            parameter.grad = TakenGradient(slot)
+        self.launch_ready()
 
     def take_more(self, slot: Slot, gradient: Tensor) -> None:
         """Autograd adds ``gradient``, which others may still read, to what it believes to be ``p.grad``."""
-        bucket, _ = self.places[id(slot.parameter)]
-        self._take(bucket, slot, gradient.clone() if bucket.fits_alone or bucket.launched else gradient)
+        into = slot.bucket.gradients
+        self.take(slot, gradient.clone() if into.adopts or into.life in (Life.SENDING, Life.SENT) else gradient)
 
     @torch.no_grad()
-    def _take(self, bucket: Bucket, slot: Slot, gradient: Tensor) -> None:
-        if not self.pending:
-            self._begin_backward()
-        if not self.looked_ahead:
-            self.looked_ahead = True
-            for each in self.trained:
-                each.look_ahead()
-        bucket.take(slot, gradient.detach())
+    def take(self, slot: Slot, gradient: Tensor) -> None:
+        """Put a parameter's gradient into its bucket."""
+        self.begin_backward()
+        if not self.foreseen:
+            self.foreseen = True
+            for each in self.every:
+                each.expected = {s for s in each.bucket.slots if s in self.nodes
+                                 and torch._C._will_engine_execute_node(self.nodes[s])}
+        slot.bucket.gradients.take(slot, gradient.detach())
 
     @torch.no_grad()
     def drop(self, slot: Slot) -> None:
         """Forget a parameter's gradient of this window, as zero_grad() asks; one that is reduced, on every rank."""
         if self.pending:
-            self.finish_backward()
-        bucket, _ = self.places[id(slot.parameter)]
-        if bucket.reduced:
+            self.zero.finish_backward()
+        if slot.bucket.gradients.reduced:
             self.dropped = (31 * self.dropped + slot.offset + 1) % 2**20
-        bucket.drop(slot)
-
-    @property
-    def all_units(self) -> list[Unit]:
-        """The model's own unit, and the others."""
-        return [self.root, *self.units]
-
-    @property
-    def has_taken(self) -> bool:
-        """Whether a backward pass, not finished yet, has brought gradients."""
-        return self.pending and any(bucket.fired for bucket in self.trained)
+        slot.bucket.gradients.drop(slot)
 
     @property
     def reduces_now(self) -> bool:
         """Whether this backward pass ends with reduced gradients."""
-        return self.boundary or self.sharded.gradients
+        return self.zero.boundary or self.zero.sharded.gradients
 
-    def _launch_ready(self) -> None:
+    def launch_ready(self) -> None:
         """Start the reduction of every full bucket whose turn it is.
 
         Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
@@ -2208,281 +2087,547 @@ class Zero(Holder):
         written in. What this rank's backward does not bring is not waited for: the others would wait for this rank
         then, and this rank, in its next gather, for them.
         """
-        if not (self.config.overlap_comm and self.reduces_now and self.looked_ahead):
-            return
-        while self.queue and self.queue[0].complete:
-            self._launch(self.queue.popleft())
+        if self.zero.config.overlap_comm and self.reduces_now and self.foreseen:
+            while self.queue and self.queue[0].complete:
+                self.launch(self.queue.popleft())
 
-    def _launch(self, bucket: Bucket) -> None:
-        while len(self.in_flight) > (0 if self.sharded.gradients else 1):
-            self.in_flight.popleft().finish_reduction()  # one is full, one is on its way: no more buffers than that
-        bucket.launch()
-        self.in_flight.append(bucket)
+    def launch(self, gradients: Gradients) -> None:
+        """Start one reduction. One buffer is full, one is on its way: there are no more than that."""
+        while len(self.in_flight) > (0 if self.zero.sharded.gradients else 1):
+            self.in_flight.popleft().finish()
+        gradients.launch()
+        self.in_flight.append(gradients)
+
+    def finish(self) -> None:
+        """Backward is over: reduce what is left, if this backward reduces at all."""
+        if self.reduces_now:
+            self.enqueue(self.every)
+            for gradients in self.queue:
+                self.launch(gradients)
+            while self.in_flight:
+                self.in_flight.popleft().finish()
+            self.settle()
+        for gradients in self.every:
+            gradients.end_backward(self.foreseen)
+        self._end()
+
+    def settle(self) -> None:
+        """Wait for sums that go down to the host."""
+        if self.zero.offload.optimizer is not None:
+            self.zero.offload.optimizer.settle()
+
+    def reduce_late(self, several: Sequence[Gradients]) -> None:
+        """Reduce what came after its bucket's reduction had begun, on any rank; every rank must call it."""
+        late = _numbers([bool(gradients.late) for gradients in several], self.zero.device)
+        self.zero.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
+        for gradients, flag in zip(several, late.tolist()):
+            if flag:
+                gradients.reduce_late()
+        self.settle()
+
+    def clear(self) -> None:
+        """Forget the window's gradients, and their buffers."""
+        for gradients in self.every:
+            gradients.reset()
+            gradients.buffer = None
+        self.settle()
+        self.in_flight.clear()
+        self._end()
+
+    def _end(self) -> None:
+        self.queue, self.pending, self.foreseen = deque(), False, False
+
+
+def _weakly(method: Callable) -> Callable:
+    """A hook for a tensor that does not keep its object alive: what a tensor has, no garbage collector sees."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return hook
+
+
+def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """The host's numbers on the device, in float64; the host does not wait for a GPU."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+# --- Everything together ----------------------------------------------------------------------------------------------
+
+
+ELEMENTWISE = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
+               torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop,
+               torch.optim.ASGD}
+
+
+NO_TRANSFORMS = (
+    "torch.func.grad, vjp and what is made of them can't be used inside the model or zero.GatheredParameters at stage "
+    "3, nor where blocks are recomputed, as both change what autograd saves; use "
+    "torch.autograd.grad(create_graph=True), or stage 2 without recomputation")
+
+
+class StepResult(NamedTuple):
+    """The scalars of a step."""
+    norm: float            # 2-norm of the mean gradient over the whole model, before clipping
+    clip: float            # what clipping multiplied the gradient by, at most 1
+    overflow: bool         # the norm is not finite, and nothing was updated
+    culprit: str | None    # the first parameter whose gradient is not finite
+
+
+class OptimizerGuard:
+    """Has the optimizer's own calls do what they say, or raise and name the call that does."""
+
+    def __init__(self, optimizer: Optimizer, zero_grad: Callable[[], None]):
+        self.optimizer, self.updating = optimizer, False
+        optimizer.zero_grad = lambda set_to_none=True: zero_grad()
+        optimizer.add_param_group = self._refusal("add_param_group", (
+            "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later "
+            "with requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
+        optimizer.load_state_dict = self._refusal("load_state_dict", (
+            "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
+            "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
+        refuse = self._refusal("step", "engine.step() updates the weights, whose gradients lie in buckets")
+        self.hook = optimizer.register_step_pre_hook(lambda *_: None if self.updating else refuse())
+
+    @staticmethod
+    def _refusal(call: str, instead: str) -> Callable:
+        def refused(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(f"optimizer.{call}() after initialize(): {instead}")
+        return refused
+
+    def remove(self) -> None:
+        """Give the optimizer its own calls back."""
+        self.hook.remove()
+        for name in ("zero_grad", "add_param_group", "load_state_dict"):
+            vars(self.optimizer).pop(name, None)
+
+
+def groups_of_whole_parameters(optimizer: Optimizer | None) -> set[int]:
+    """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
+
+    An optimizer class says of a group by ``is_elementwise(group)`` whether every element is treated alike; one that
+    says nothing, and is not known here, counts as one that looks at whole parameters.
+    """
+    if optimizer is None or type(optimizer) in ELEMENTWISE:
+        return set()
+    rule = getattr(optimizer, "is_elementwise", lambda group: False)
+    return {index for index, group in enumerate(optimizer.param_groups) if not rule(group)}
+
+
+class Zero:
+    """A model's parameters, gradients and optimizer state under one ZeRO stage.
+
+    It makes the model's parameters views of buckets, with rank 0's values, and gives the optimizer the masters in their
+    place. From then on autograd's hooks feed it, ``finish_backward`` must be called after each backward pass, and
+    ``step`` updates the weights.
+
+    boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
+    divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
+    """
+
+    reducer_class = Reducer
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
+                 dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
+                 predivide: float | None = None, debug: bool = False, timeout: float | None = None,
+                 communicator: Communicator | None = None):
+        self.model, self.optimizer, self.config, self.device, self.predivide = (
+            model, optimizer, config, device, predivide)
+        self.communicator = communicator or Communicator(device, debug, timeout)
+        if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
+            self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
+        self.whole = set() if allow_untested and config.stage else groups_of_whole_parameters(optimizer)
+        self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
+        alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
+        self.sharded = SHARDED[0 if alone else config.stage]
+        self._check_room()
+        self.offload = Offload(config, device)
+        self.boundary = True
+        self.divisor = float(self.communicator.world_size)
+        self.reducer = self.reducer_class(self)
+        self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
+        self._make_buckets()
+        self._frozen = [slot for bucket in self.buckets if bucket.group is not None and not bucket.trained
+                        for slot in bucket.slots]  # what the optimizer was given, but frozen; see thaw
+        self.hooks: list[Any] = []
+        self.guard = None if optimizer is None else OptimizerGuard(optimizer, self.clear_gradients)
+        self._train([bucket for bucket in self.buckets if bucket.trained])
+        if self.gatherer is not None:
+            self.hooks += self.gatherer.hooks()
+        _return_free_memory()
+
+    # Setting up.
+
+    def _check_room(self) -> None:
+        """Refuse folders of offload without room, see ``check_room``."""
+        optimizer, parameters = self.config.offload_optimizer, self.config.offload_param
+        share = self.communicator.world_size if self.sharded.optimizer else 1
+        needs: Counter[tuple[str, str]] = Counter()
+        if optimizer.device == "nvme" and self.optimizer is not None:
+            listed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer))
+            needs["offload_optimizer", optimizer.nvme_path] = sum(
+                p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
+                for p in self.model.parameters() if p.requires_grad and id(p) in listed) // share
+        if parameters.device == "nvme":
+            needs["offload_param", parameters.nvme_path] = sum(
+                p.numel() * Dtypes(*self.dtypes(p)).compute.itemsize for p in self.model.parameters()) // share
+        check_room(needs, self.communicator)
+
+    def _make_buckets(self) -> None:
+        """Make the parameters views of buckets."""
+        groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
+                  for p in g["params"]}
+        if is_trained(self.model):
+            gc.collect()  # perhaps nobody refers to that engine any more
+        if is_trained(self.model):
+            raise ValueError("another engine already trains this model; call its destroy() first")
+        self.buckets: list[Bucket] = []
+        plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
+                             self.gatherer.unit_of if self.gatherer is not None else {}, self.whole,
+                             self.communicator.world_size if self.sharded.optimizer else 1)
+        for unit, group, trained, dtypes, slots, numel in plans:
+            host = self.offload.host_for(slots[-1].end, self.buckets) if trained else None
+            bucket = Bucket(slots, dtypes, self.communicator, self.sharded, unit, group, trained, host,
+                            None if unit is None else self.offload.parameters, numel)
+            bucket.zero = self
+            self.buckets.append(bucket)
+
+    def _train(self, buckets: list[Bucket]) -> None:
+        """From now on these buckets' gradients are reduced, and the optimizer updates their masters."""
+        for bucket in buckets:
+            predivide = 1.0
+            if self.communicator.world_size > 1:  # in fp16 a sum over ranks may overflow where a mean fits
+                half = bucket.dtypes.reduction == torch.float16
+                predivide = self.predivide or (float(self.communicator.world_size) if half else 1.0)
+            bucket.gradients = Gradients(bucket, predivide, not self.config.reduce_scatter)
+            bucket.hand_over(self.optimizer, bucket.group in self.whole)
+            bucket.keep_state(self.optimizer)
+            self.hooks += [self.reducer.listen(slot) for slot in bucket.slots if slot not in self._frozen]
+        self.trained = [bucket for bucket in self.buckets if bucket.trained]
+        self.reducer.every = [bucket.gradients for bucket in self.trained]
+        self.refill_groups()
+
+    def refill_groups(self) -> None:
+        """Put the pieces into the optimizer's param groups."""
+        for group, pieces in zip(self.optimizer.param_groups if self.optimizer else (), self.pieces_by_group()):
+            group["params"] = pieces
+
+    def pieces_by_group(self) -> list[list[nn.Parameter]]:
+        """What the optimizer updates in each of its param groups."""
+        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
+        for bucket in self.trained:
+            groups[bucket.group] += bucket.pieces
+        return groups
+
+    def parameters_by_group(self) -> list[list[nn.Parameter]]:
+        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
+        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
+        for bucket in self.buckets:
+            if bucket.group is not None:
+                groups[bucket.group] += [slot.parameter for slot in bucket.slots]
+        return groups
+
+    @property
+    def units(self) -> list[Unit]:
+        """Of stage 3: the model's own unit, and the others."""
+        return self.gatherer.units if self.gatherer is not None else []
+
+    @property
+    def is_inside_window(self) -> bool:
+        """Whether there are gradients that no step has used."""
+        return any(gradients.used for gradients in self.reducer.every)
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether a backward pass, not finished yet, has brought gradients."""
+        return self.reducer.pending and any(gradients.arrived for gradients in self.reducer.every)
+
+    def release(self) -> None:
+        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        if self.guard is not None:
+            self.guard.remove()
+        self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
+        for slot in (slot for bucket in self.buckets for slot in bucket.slots):
+            if _SLOTS.get(id(slot.parameter)) is slot:
+                del _SLOTS[id(slot.parameter)]
+
+    # The end of a backward pass.
+
+    def end_if_pending(self) -> None:
+        """Finish a backward pass that the caller ran on the loss itself."""
+        if self.reducer.pending:
+            self.finish_backward()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish_backward(self) -> None:
         """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
-        if not self.pending:
-            self._begin_backward()
+        self.reducer.begin_backward()
         self.thaw()
-        if self.reduces_now:
-            if self.sharded.parameters:
-                self._enqueue(self.trained)
-            for bucket in self.queue:
-                self._launch(bucket)
-            while self.in_flight:
-                self.in_flight.popleft().finish_reduction()
-            self._settle()
-        for bucket in self.trained:
-            bucket.end_backward(self.looked_ahead)
-        self._end_backward()
-
-    def _settle(self) -> None:
-        """Wait for gradients that go down to the host."""
-        if self.host is not None:
-            self.host.settle()
+        self.reducer.finish()
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
 
     def thaw(self) -> None:
         """Train what the optimizer was given frozen and is frozen no more, from the gradients of this backward on.
 
         Nothing has listened to these so far, so they are where autograd leaves them, in ``p.grad``.
         """
-        thawed = [place for place in self.frozen if _is_thawed(*place)]
+        thawed = [slot for slot in self._frozen if slot.parameter.requires_grad]
         if not thawed:
             return
-        self.frozen = [place for place in self.frozen if place not in thawed]
-        new = [bucket for bucket in self.buckets if not bucket.trained and any(bucket is b for b, _ in thawed)]
+        self._frozen = [slot for slot in self._frozen if slot not in thawed]
+        new = [bucket for bucket in self.buckets if not bucket.trained and any(s.bucket is bucket for s in thawed)]
         for bucket in new:
-            bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)), self._host_for(bucket.numel))
-        self.trained = [bucket for bucket in self.buckets if bucket.trained]
-        self._hand_over(new)
-        if self.pending and not self.sharded.parameters:
-            self._enqueue(new)  # behind the others, on every rank
-        for bucket, index in thawed:
-            slot = bucket.slots[index]
-            self._listen(slot)
+            bucket.thaw(Dtypes(*self.dtypes(bucket.slots[0].parameter)),
+                        self.offload.host_for(bucket.numel, self.buckets))
+        self._train(new)
+        self.hooks += [self.reducer.listen(slot) for slot in thawed if slot not in self.reducer.nodes]
+        if self.reducer.pending and self.gatherer is None:
+            self.reducer.enqueue(bucket.gradients for bucket in new)  # behind the others, on every rank
+        for slot in thawed:
             if slot.parameter.grad is not None:
-                bucket.take(slot, slot.parameter.grad)
-                slot.parameter.grad = TakenGradient(slot, self)
-
-    def _end_backward(self) -> None:
-        self.queue, self.pending, self.looked_ahead = deque(), False, False
-        for unit in self.all_units:
-            unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
-        self._free_unused()
+                slot.bucket.gradients.take(slot, slot.parameter.grad)
+                slot.parameter.grad = TakenGradient(slot)
 
     def clear_gradients(self) -> None:
         """Forget the window's gradients. Every rank must call it."""
-        if self.pending:
-            self.finish_backward()
-        for bucket in self.trained:
-            bucket.reset_gradients()
-            bucket.grad = None
-        self._settle()
-        self.in_flight.clear()
-        self._end_backward()
+        self.end_if_pending()
+        self.reducer.clear()
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
 
     # The step.
 
     @torch.no_grad()
     def step(self, clip: float = 0.0, divisor: float = 1.0, skip_overflow: bool = True) -> StepResult:
-        """Agree on the scalars, fold every factor into one, update and gather, clear.
+        """Reduce what is left, agree on the scalars, fold every factor into one, update and gather, clear.
 
         clip            the largest allowed norm of the mean gradient; 0: no clipping
         divisor         what the gradients, summed over ranks and micro-batches, are larger by than they should be: the
                         number of ranks for a mean over them, times the loss scale
         skip_overflow   leave the update out when the norm is not finite
         """
-        if self.pending or any(_is_thawed(*place) for place in self.frozen):
-            self.finish_backward()
-        self.check_model()
-        self._check_gradients()
         self._reduce_the_rest()
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         culprit = self._first_not_finite() if overflow else None
-        for bucket in self.trained if not overflow else ():
-            if bucket.unit is None:
-                bucket.keep_writes()
         if not overflow:
+            for bucket in self.trained:
+                if bucket.unit is None:
+                    bucket.keep_writes()
             self._update(coefficient / divisor)
-        for bucket in self.trained:
-            bucket.reset_gradients()
+        for gradients in self.reducer.every:
+            gradients.reset()
         return StepResult(norm, coefficient, overflow, culprit)
 
-    def check_model(self) -> None:
-        """Raise RuntimeError where model or optimizer were changed since: that part would not be trained, or not saved.
-
-        It compares identities, and names the parameter.
-        """
-        names = {id(p): name for name, p in self.root.module.named_parameters()}
-        for key, name in names.items():
-            if key not in self.places:
-                raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; "
-                                   "change the model first, then call initialize()")
-        with torch._C.DisableTorchFunctionSubclass():
-            for bucket in self.buckets:
-                for slot in bucket.slots:
-                    if id(slot.parameter) not in names:
-                        raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change "
-                                           "the model, and call initialize() again")
-                    if not _same_memory(slot.parameter, bucket.flat) or slot.parameter.storage_offset() != slot.offset:
-                        raise RuntimeError(
-                            f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), "
-                            "half() or load_state_dict(assign=True) after initialize(), nor assign p.data; to set "
-                            "values, call p.data.copy_(), or zero.safe_set_full_fp32_param()")
-                    if slot.piece is not None and not _same_memory(slot.piece, bucket.master):
-                        raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data "
-                                           "= ...); write into it (p.data.copy_()) instead")
-        for index, params in enumerate(self._pieces_by_group() if self.optimizer else ()):
-            given = self.optimizer.param_groups[index]["params"]
-            if len(given) != len(params) or any(a is not b for a, b in zip(given, params)):
-                raise RuntimeError(f"the params of the optimizer's param group {index} were changed after "
-                                   "initialize(); give the optimizer all of its parameters before it")
-
-    def _check_gradients(self) -> None:
-        """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller set."""
-        for bucket in self.trained:
-            for slot in bucket.slots:
-                gradient = slot.parameter.grad
-                if gradient is None:
-                    if slot.used:
-                        self.drop(slot)
-                elif not isinstance(gradient, TakenGradient):
-                    raise RuntimeError(f"p.grad of {slot.name} was set after backward(), and would not be used; call "
-                                       "zero.safe_set_full_grad(p, value), or change the loss")
-
     def _reduce_the_rest(self) -> None:
-        """Reduce a window that ends without a boundary, as flush() ends it."""
-        if any(not bucket.reduced for bucket in self.trained):
+        """End the backward pass, and a window that ends without a boundary, as flush() ends it; check the model."""
+        if self.reducer.pending or any(slot.parameter.requires_grad for slot in self._frozen):
+            self.finish_backward()
+        check_model(self)
+        check_gradients(self)
+        if not all(gradients.reduced for gradients in self.reducer.every):
             boundary, self.boundary = self.boundary, True
             self.finish_backward()
             self.boundary = boundary
 
     def _agree(self, exact: bool = False) -> float:
         """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""
-        slots = [slot for bucket in self.trained for slot in bucket.slots]
-        square = sum((b.norm_part(exact).double().square() * b.predivide ** 2 for b in self.trained),
-                     torch.zeros((), dtype=torch.float64, device=self.communicator.device))
-        flags = [float(slot.used) for slot in slots] + [float(bucket.late) for bucket in self.trained]
-        for digest in (self.gathered, self.dropped):
+        every, communicator = self.reducer.every, self.communicator
+        places = [(gradients, slot) for gradients in every for slot in gradients.bucket.slots]
+        flags = [float(slot in gradients.used) for gradients, slot in places] + [bool(g.late) for g in every]
+        for digest in (communicator.gathered, self.reducer.dropped):
             flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
-        message = torch.cat([square.view(1), torch.tensor(flags, dtype=torch.float64).to(square.device)])
-        self.communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
+        square = sum((gradients.square(exact) for gradients in every),
+                     torch.zeros((), dtype=torch.float64, device=communicator.device))
+        message = torch.cat([square.view(1), _numbers(flags, communicator.device)])
+        communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
         square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
-        if dropped ** 2 != dropped_squares * self.communicator.world_size:
+        if dropped ** 2 != dropped_squares * communicator.world_size:
             raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were "
                                "summed over all already; drop them on every rank")
-        if gathered ** 2 != gathered_squares * self.communicator.world_size:
+        if gathered ** 2 != gathered_squares * communicator.world_size:
             raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
                                "up; name the module that chooses among them in zero_optimization.leaf_module")
-        late = [b for b, flag in zip(self.trained, flags[len(slots):]) if flag]
+        late = [gradients for gradients, flag in zip(every, flags[len(places):]) if flag]
         if late:
-            # Gradients that came after their bucket was sent, on some rank: sums are linear, so send them after it.
-            for bucket in late:
-                bucket.reduce_late()
-            self._settle()
+            for gradients in late:
+                gradients.reduce_late()
+            self.reducer.settle()
             return self._agree()
         if not (exact or math.isfinite(square)):  # perhaps gradients are finite, and their squares are not
             return self._agree(exact=True)
-        for slot, flag in zip(slots, flags):
-            slot.used = flag > 0
-        self._check_used(slots)
+        for (gradients, slot), flag in zip(places, flags):
+            if flag:
+                gradients.used.add(slot)
+        self._check_used(places)
         return math.sqrt(square)
 
-    def reduce_late(self, buckets: list[Bucket]) -> None:
-        """Reduce what came after its bucket's reduction had begun, on any rank; every rank must call it."""
-        late = torch.tensor([float(bucket.late) for bucket in buckets]).to(self.communicator.device)
-        self.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
-        for bucket, flag in zip(buckets, late.tolist()):
-            if flag:
-                bucket.reduce_late()
-        self._settle()
-
-    def _first_not_finite(self) -> str | None:
-        """The first parameter, in the model's order, whose summed gradient holds infinity or NaN on any rank."""
-        places = [(bucket, slot) for bucket in self.trained for slot in bucket.slots]
-        flags = torch.tensor([float(not b.own_part(b.grad_shard, slot).isfinite().all()) for b, slot in places])
-        flags = flags.to(self.communicator.device)
-        self.communicator.all_reduce(flags, "scalars", what=lambda: "which gradients are not finite").wait()
-        names = [slot.name for (_, slot), flag in zip(places, flags.tolist()) if flag]
-        return names[-1] if names else None  # buckets begin with the model's last parameters
-
-    def _check_used(self, slots: list[Slot]) -> None:
-        unused = [slot.name for slot in slots if not slot.used]
-        if len(unused) == len(slots):
+    def _check_used(self, places: list[tuple[Gradients, Slot]]) -> None:
+        unused = [slot.name for gradients, slot in places if slot not in gradients.used]
+        if len(unused) == len(places):
             raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
                                "depends on parameters of the optimizer")
         if unused and not self.config.ignore_unused_parameters:
             raise RuntimeError(f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient for "
                                f"{', '.join(unused)}")
 
+    def _first_not_finite(self) -> str | None:
+        """The first parameter, in the model's order, whose summed gradient has infinity or NaN on any rank."""
+        slots = [slot for bucket in self.trained for slot in bucket.slots]
+        finite = torch.stack([slot.own(slot.bucket.gradients.sum).isfinite().all().to(self.communicator.device)
+                              for slot in slots])
+        flags = (~finite).float()
+        self.communicator.all_reduce(flags, "scalars", what=lambda: "which gradients are not finite").wait()
+        names = [slot.name for slot, flag in zip(slots, flags.tolist()) if flag]
+        return names[-1] if names else None  # buckets begin with the model's last parameters
+
     def _update(self, factor: float) -> None:
         """Step the optimizer, with its step hooks once around all of it."""
-        hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        optimizer = self.optimizer
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
-        waves = [self.trained] if hooked else self._waves()
         # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
-        fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not hold 1 / factor
-            b.master.dtype == torch.float32 and b.predivide == 1 for b in self.trained
-        ) and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
+            b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.trained
+        ) and getattr(optimizer, "_step_supports_amp_scaling", False)
         if hooked:
-            self._arm(waves[0], factor)
-        self.updating = True
+            for gradients in self.reducer.every:
+                gradients.arm(factor)
+        self.guard.updating = True
         try:
-            Optimizer.profile_hook_step(lambda _: self._step_waves(waves, factor, fused, hooked))(self.optimizer)
+            Optimizer.profile_hook_step(lambda _: self._step_waves(None if hooked else factor, fused))(optimizer)
         finally:
-            self.updating = False
-            for bucket in self.trained:
-                bucket.disarm()
+            self.guard.updating = False
+            for gradients in self.reducer.every:
+                gradients.disarm()
             for name in ("grad_scale", "found_inf"):
-                vars(self.optimizer).pop(name, None)
-        self.optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
+                vars(optimizer).pop(name, None)
+        optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
 
     def _waves(self) -> list[list[Bucket]]:
         """The buckets that are updated together, so that gathering these overlaps with updating the next."""
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
         casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
         known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
-        in_waves = known and (
-            self.sharded.optimizer or self.host is not None or casts)
-        waves = 1 if not in_waves else 8 if self.host is None else len(self.trained)
+        in_waves = known and (self.sharded.optimizer or self.offload.optimizer is not None or casts)
+        waves = 1 if not in_waves else 8 if self.offload.optimizer is None else len(self.trained)
         size = max(1, -(-len(self.trained) // waves))
         return [self.trained[start:start + size] for start in range(0, len(self.trained), size)]
 
-    def _arm(self, wave: list[Bucket], factor: float) -> None:
-        for bucket in wave:
-            bucket.arm(factor * bucket.predivide)
+    def _step_waves(self, factor: float | None, fused: bool) -> None:
+        """Update and publish wave by wave, and wait until every rank has the new weights.
 
-    def _step_waves(self, waves: list[list[Bucket]], factor: float, fused: bool, armed: bool) -> None:
-        """Update and publish wave by wave, and wait until every rank has the new weights."""
+        factor   of the gradients; None: the pieces have them already
+        fused    the optimizer's kernel multiplies by it
+        """
         step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
-        for wave in waves:
-            if not armed:
-                self._arm(wave, 1.0 if fused else factor)
+        for wave in [self.trained] if factor is None else self._waves():
+            for bucket in wave if factor is not None else ():
+                bucket.gradients.arm(1.0 if fused else factor)
             if fused:
-                self.optimizer.grad_scale = torch.tensor(1 / factor, device=wave[0].master.device)
-                self.optimizer.found_inf = torch.zeros_like(self.optimizer.grad_scale)
+                scale = _numbers([1 / factor], wave[0].master.device).float()[0]
+                self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
             step(self.optimizer)
             for bucket in wave:
-                if not armed:
-                    bucket.disarm()
+                if factor is not None:
+                    bucket.gradients.disarm()
                 bucket.keep_state(self.optimizer)
                 bucket.publish()
         for bucket in self.trained:
             bucket.gather.wait()
             # The update went around autograd: a graph from before it must not be used with the new weights.
             torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
-            for slot in bucket.slots:
-                slot.version = slot.parameter._version
+            bucket.note_versions()
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether an engine has the model's parameters."""
+    slots = [_SLOTS.get(id(p)) for p in model.parameters()]
+    return any(slot is not None and slot.bucket.zero is not None for slot in slots)
+
+
+def check_model(zero: Zero) -> None:
+    """Raise RuntimeError where model or optimizer were changed since: that part would not be trained, or not saved.
+
+    It compares identities, and names the parameter.
+    """
+    names = {id(p): name for name, p in zero.model.named_parameters()}
+    slots = {id(slot.parameter): slot for bucket in zero.buckets for slot in bucket.slots}
+    for key, name in names.items():
+        if key not in slots:
+            raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; change "
+                               "the model first, then call initialize()")
+    with torch._C.DisableTorchFunctionSubclass():
+        for key, slot in slots.items():
+            if key not in names:
+                raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change the "
+                                   "model, and call initialize() again")
+            if not _same_memory(slot.parameter, slot.bucket.flat) or slot.parameter.storage_offset() != slot.offset:
+                raise RuntimeError(
+                    f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() or "
+                    "load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call "
+                    "p.data.copy_(), or zero.safe_set_full_fp32_param()")
+            if slot.piece is not None and not _same_memory(slot.piece, slot.bucket.master):
+                raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = ...); "
+                                   "write into it (p.data.copy_()) instead")
+    for index, pieces in enumerate(zero.pieces_by_group()):
+        given = zero.optimizer.param_groups[index]["params"]
+        if len(given) != len(pieces) or any(a is not b for a, b in zip(given, pieces)):
+            raise RuntimeError(f"the params of the optimizer's param group {index} were changed after initialize(); "
+                               "give the optimizer all of its parameters before it")
+
+
+def check_gradients(zero: Zero) -> None:
+    """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller set."""
+    for bucket in zero.trained:
+        for slot in bucket.slots:
+            gradient = slot.parameter.grad
+            if gradient is None:
+                if slot in bucket.gradients.used:
+                    zero.reducer.drop(slot)
+            elif not isinstance(gradient, TakenGradient):
+                raise RuntimeError(f"p.grad of {slot.name} was set after backward(), and would not be used; call "
+                                   "zero.safe_set_full_grad(p, value), or change the loss")
 
 
 # --- Building a model straight into shards ----------------------------------------------------------------------------
 
 
-class Init(Holder):
+class BuiltUnit(Unit):
+    """A module that was built under ``Init``. Views may keep it whole, on each rank others."""
+
+    def acquire(self, user: Any) -> None:
+        """As Unit does; what views have kept whole is gathered anew."""
+        if self.state is UnitState.WHOLE and not self._is_open:
+            for bucket in self.buckets:
+                bucket.keep_changes()
+                bucket.note_versions()
+            self.start_gather()
+        super().acquire(user)
+
+    def release(self, user: Any) -> None:
+        """As Unit does; what views keep whole tells of its next use."""
+        super().release(user)
+        if not self._is_open:
+            for slot in (slot for bucket in self.buckets for slot in bucket.slots):
+                slot.parameter.__class__ = ShardedParameter
+
+    @property
+    def _is_open(self) -> bool:
+        return any(isinstance(user, GatheredParameters) for user in self.users)
+
+
+class Init:
     """A context in which every parameter of a model becomes shards as soon as its module is built.
 
         with zero.Init():
@@ -2522,7 +2667,7 @@ class Init(Holder):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"zero.Init: dtype is {dtype}; allowed: a floating-point dtype")
         self.enabled, self.dtype, self.param_init_fn = enabled, dtype, param_init_fn
-        self.places: dict[int, tuple[Bucket, Slot]] = {}
+        self.buckets: list[Bucket] = []
         self.uses: list[tuple[Bucket, Any, int]] = []  # operations that are over, but for a view: see _settle
         self.modules: list[weakref.ref[nn.Module]] = []  # those that got a parameter of their own
         self.hooks: list[Any] = []
@@ -2545,7 +2690,6 @@ class Init(Holder):
         registration = nn.modules.module
         self.hooks = [registration.register_module_parameter_registration_hook(self._on_parameter),
                       registration.register_module_module_registration_hook(self._on_child)]
-        _LIVE.add(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -2581,9 +2725,8 @@ class Init(Holder):
         for module in modules:
             self._shard(module)
         used = {id(p) for module in modules for p in module.parameters(recurse=False)}
-        for key in self.places.keys() - used:
-            bucket, slot = self.places.pop(key)
-            bucket.slots.remove(slot)
+        for bucket in self.buckets:
+            bucket.slots = [slot for slot in bucket.slots if id(slot.parameter) in used]
 
     def _shard(self, module: nn.Module) -> None:
         """Share out the parameters that a module has itself, but for those that are sharded, or have no values yet."""
@@ -2594,19 +2737,14 @@ class Init(Holder):
             return
         slots: dict[torch.dtype, list[Slot]] = defaultdict(list)
         for name, p in module.named_parameters(recurse=False):
-            if p.is_meta or _is_held(p):
+            if p.is_meta or id(p) in _SLOTS:
                 continue
-            mine = slots[self.dtype if self.dtype and p.is_floating_point() else p.dtype]
-            offset = _round_up(mine[-1].end, ALIGN) if mine else 0
-            mine.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p), type(p)))
+            _append_slot(slots[self.dtype if self.dtype and p.is_floating_point() else p.dtype], name, p)
         for dtype, mine in slots.items():
-            unit = Unit(type(module).__name__, module, 0)
-            bucket = Bucket(mine, Dtypes(dtype, dtype, dtype, dtype), None, False, SHARDED[3], self.communicator,
-                            self.communicator.device, shard_host=self.host)
-            bucket.unit, unit.numel = unit, bucket.numel
-            unit.buckets.append(bucket)
+            unit = BuiltUnit(type(module).__name__, module, 0, self)
+            self.buckets.append(Bucket(mine, Dtypes(dtype, dtype, dtype, dtype), self.communicator, SHARDED[3], unit,
+                                       shard_host=self.host))
             unit.free()
-            self.places |= {id(slot.parameter): (bucket, slot) for slot in mine}
         self._note(module)
         if slots:  # the hook also keeps this object alive as long as the model
             module.register_forward_pre_hook(self._refuse_forward)
@@ -2642,45 +2780,24 @@ class Init(Holder):
                                  "param_init_fn, or a reset_parameters(), that fills it")
 
     def _refuse_forward(self, module: nn.Module, args: tuple) -> None:
-        if any(id(p) in self.places for p in module.parameters(recurse=False)):
+        if any(_owner_of(p) is self for p in module.parameters(recurse=False)):
             raise RuntimeError(f"{type(module).__name__} was built under zero.Init, and each rank has a part of its "
                                "weights; give the model to initialize() first, and call the engine")
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
         """Have the values there, for one operation; what is whole from before may be in it too, so nothing goes yet."""
-        bucket, _ = self.places[id(slot.parameter)]
         user = object()
-        self.hold(bucket.unit, user)
-        return bucket, user, _holders(bucket.flat)
+        slot.bucket.unit.acquire(user)
+        return slot.bucket, user, _holders(slot.bucket.flat)
 
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
         """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
         self.uses.append(user)
         self._settle()
         if user in self.uses:
-            self.let_go(user[0].unit, None)
+            user[0].unit.release(None)
             for tensor in tensors_in(result):
                 weakref.finalize(tensor, self._settle, user[0]).atexit = False
-
-    def hold(self, unit: Unit, user: Any) -> None:
-        """Have it whole for ``user``; what views keep whole is gathered anew, as ranks may keep different views."""
-        if unit.state is UnitState.WHOLE and not self._is_open(unit):
-            for bucket in unit.buckets:
-                bucket.keep_changes()
-                for slot in bucket.slots:
-                    slot.version = slot.parameter._version
-            unit.start_gather()
-        super().hold(unit, user)
-
-    def let_go(self, unit: Unit, user: Any) -> None:
-        """``user`` is done; what views keep whole tells of its next use."""
-        super().let_go(unit, user)
-        if not self._is_open(unit):
-            for slot in (slot for bucket in unit.buckets for slot in bucket.slots):
-                slot.parameter.__class__ = ShardedParameter
-
-    def _is_open(self, unit: Unit) -> bool:
-        return any(isinstance(user, GatheredParameters) for user in unit.users)
 
     @torch.no_grad()
     def _settle(self, dying: Bucket | None = None) -> None:
@@ -2689,16 +2806,33 @@ class Init(Holder):
             if _holders(bucket.flat) - (bucket is dying) <= holders:
                 self.uses = [use for use in self.uses if use[1] is not user]
                 bucket.keep_changes()
-                self.let_go(bucket.unit, user)
+                bucket.unit.release(user)
                 if bucket is dying and not bucket.unit.users:  # Bucket.free() has taken the view for one that stays
                     bucket.flat.untyped_storage().resize_(0)
 
-    def surrender(self, parameter: nn.Parameter) -> None:
+    def surrender(self, slot: Slot) -> None:
         """An engine has the parameter now."""
-        bucket, slot = self.places.pop(id(parameter))
+        bucket = slot.bucket
         bucket.slots.remove(slot)
         self.uses = [use for use in self.uses if use[0] is not bucket]
-        parameter.__class__ = slot.kind
+        slot.parameter.__class__ = slot.kind
+        if not bucket.slots:
+            self.buckets.remove(bucket)
+            bucket.unit.buckets.remove(bucket)
+
+
+@contextmanager
+def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter's whole values; where it was built under ``Init``, that lets go of it afterwards."""
+    slot = _SLOTS.get(id(parameter))
+    if slot is None:
+        yield parameter.data
+        return
+    unit = slot.bucket.unit
+    unit.acquire(parameter)
+    yield parameter.data
+    unit.release(parameter)
+    unit.owner.surrender(slot)
 
 
 def _holders(flat: Tensor) -> int:
@@ -2719,60 +2853,17 @@ def _share_random_state(communicator: Communicator) -> Tensor | None:
 
 def started_group(model: nn.Module) -> bool:
     """Whether ``Init`` started the process group to build this model, so that the model's engine has to end it."""
-    holders = [_holder_of(p) for p in model.parameters()]
-    return any(isinstance(holder, Init) and holder.started_group for holder in holders)
+    owners = [_owner_of(p) for p in model.parameters()]
+    return any(isinstance(owner, Init) and owner.started_group for owner in owners)
 
 
 # --- Reading and writing what is sharded ------------------------------------------------------------------------------
 
 
-# DeepSpeed's documented functions take a parameter alone, so what holds it has to be found: among what is alive.
-_LIVE: "weakref.WeakSet[Holder]" = weakref.WeakSet()
-
-
-def _holder_of(parameter: nn.Parameter) -> Holder | None:
-    for holder in _LIVE:
-        _, slot = holder.places.get(id(parameter), (None, None))
-        if slot is not None and slot.parameter is parameter:
-            return holder
-    return None
-
-
-def _find(parameter: nn.Parameter) -> tuple[Holder, Bucket, Slot]:
-    holder = _holder_of(parameter)
-    if holder is None:
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters "
-                         "of a model that was given to initialize(), until its engine's destroy()")
-    return holder, *holder.places[id(parameter)]
-
-
-def _is_held(parameter: nn.Parameter) -> bool:
-    return _holder_of(parameter) is not None
-
-
-def _kind_of(parameter: nn.Parameter) -> type:
-    """The Python class of a parameter while its values can be used."""
-    return type(parameter) if not _is_held(parameter) else _find(parameter)[2].kind
-
-
-@contextmanager
-def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A parameter's whole values; where it was built under ``Init``, that lets go of it afterwards."""
-    holder = _holder_of(parameter)
-    if holder is None:
-        yield parameter.data
-        return
-    unit = holder.places[id(parameter)][0].unit
-    holder.hold(unit, parameter)
-    yield parameter.data
-    holder.let_go(unit, parameter)
-    holder.surrender(parameter)
-
-
 class GatheredParameters:
     """A context in which parameters are whole, to be read, or written with ``modifier_rank``. All ranks must enter it.
 
-    params          a parameter or several; those that no engine holds are left alone
+    params          a parameter or several; those that no engine has are left alone
     modifier_rank   the rank whose changes to ``params`` all ranks take over at the end. None: reading only
     enabled         False: the context does nothing
     """
@@ -2780,110 +2871,107 @@ class GatheredParameters:
     def __init__(self, params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
                  fwd_module: nn.Module | None = None, enabled: bool = True):
         params = [params] if isinstance(params, Tensor) else list(params)
-        self.places = [_find(p) for p in params if _is_held(p)] if enabled else []
+        self.slots = [_SLOTS[id(p)] for p in params if id(p) in _SLOTS] if enabled else []
+        self.sharded = [slot for slot in self.slots if slot.bucket.unit is not None]
         self.modifier_rank = modifier_rank
         size = dist.get_world_size() if dist.is_initialized() else 1
         if modifier_rank is not None and not (isinstance(modifier_rank, int) and 0 <= modifier_rank < size):
             raise ValueError(f"modifier_rank is {modifier_rank!r}; allowed: a rank from 0 to {size - 1}, or None")
 
     def __enter__(self) -> None:
-        for zero, bucket, _ in self.places:
-            if bucket.unit is not None:
-                zero.hold(bucket.unit, self)
-        sharded = any(bucket.unit is not None for _, bucket, _ in self.places)
-        self.saving = _saving() if sharded else nullcontext()  # what is computed here may go backward after the end
+        for slot in self.sharded:
+            slot.bucket.unit.acquire(self)
+        self.saving = _saving() if self.sharded else nullcontext()  # what is computed here may go backward afterwards
         self.saving.__enter__()
 
     def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
         self.saving.__exit__(None, None, None)
-        moved = [slot.name for _, bucket, slot in self.places if not _same_memory(slot.parameter, bucket.flat)]
+        moved = [slot.name for slot in self.slots if not _same_memory(slot.parameter, slot.bucket.flat)]
         if moved:
             raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket "
                                "kept its values; write into it (p.data.copy_()), with a modifier_rank")
         lost = self._keep_changes() if error is None else []
-        for zero, bucket, _ in self.places:
-            if bucket.unit is not None:
-                zero.let_go(bucket.unit, self)
+        for slot in self.sharded:
+            slot.bucket.unit.release(self)
         if value is not None and "support saved tensor hooks" in str(value):
             raise RuntimeError(NO_TRANSFORMS) from value
         if lost:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
-                             "modifier_rank, and are lost; give the rank whose changes shall be kept")
+                             "modifier_rank, and are lost; give the rank whose changes are to be kept")
 
     def _keep_changes(self) -> list[str]:
         """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
         if self.modifier_rank is not None:
-            for zero, bucket, slot in self.places:
-                values = bucket.flat[slot.offset:slot.end].clone()  # gloo may hold what it sent for a moment longer
-                zero.communicator.broadcast(values, self.modifier_rank)
-                bucket.flat[slot.offset:slot.end] = values
-            for _, bucket, _ in self.places:
-                bucket.keep_changes()
+            for slot in self.slots:
+                values = slot.bucket.flat[slot.offset:slot.end].clone()  # gloo may keep what it sent for a moment
+                slot.bucket.communicator.broadcast(values, self.modifier_rank)
+                slot.bucket.flat[slot.offset:slot.end] = values
+            for slot in self.slots:
+                slot.bucket.keep_changes()
             return []
-        sharded = [(zero, bucket, slot) for zero, bucket, slot in self.places if bucket.unit is not None]
-        if not sharded:
+        if not self.sharded:
             return []
-        communicator = sharded[0][0].communicator
-        changed = torch.tensor([float(bucket.has_changed(slot)) for _, bucket, slot in sharded]).to(communicator.device)
+        communicator = self.sharded[0].bucket.communicator
+        changed = _numbers([slot.bucket.has_changed(slot) for slot in self.sharded], communicator.device)
         communicator.all_reduce(changed, "scalars").wait()  # a rank sees changes in its own shard alone
-        return [slot.name for (_, _, slot), flag in zip(sharded, changed.tolist()) if flag]
+        return [slot.name for slot, flag in zip(self.sharded, changed.tolist()) if flag]
 
 
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
     """A copy of the whole parameter from the masters, in its shape. All ranks must call it, here and below."""
-    _, bucket, slot = _find(parameter)
+    slot = _slot_of(parameter)
+    bucket = slot.bucket
     if bucket.unit is None:
         bucket.keep_writes()
-    if bucket.held is None:
-        return slot.view(bucket.flat).clone()
-    return bucket.collect(slot, bucket.held, bucket.own[0], not bucket.sharded.optimizer)
+    finest, start = bucket.finest
+    return slot.view(finest).clone() if finest is bucket.flat else bucket.collect(slot, finest, start)
 
 
 @torch.no_grad()
 def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the whole parameter, masters included. ``value``, in the parameter's shape, must be the same on all ranks."""
-    zero, bucket, slot = _find(parameter)
+    slot = _slot_of(parameter)
+    bucket = slot.bucket
     _check_shape(slot, value)
     if bucket.unit is None or bucket.unit.state is UnitState.WHOLE:
         slot.view(bucket.flat).copy_(value)
-    for held in (bucket.master, bucket.shard):
-        if held is not None:
-            bucket.scatter(slot, value, held, bucket.own[0])
+    for own in (bucket.master, bucket.shard):
+        if own is not None:
+            bucket.scatter(slot, value, own)
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     """The whole gradient of the window so far, the mean over ranks, before clipping. None if no rank has one."""
-    zero, bucket, slot = _find(parameter)
-    if not bucket.trained:
+    slot = _slot_of(parameter)
+    bucket, gradients, zero = slot.bucket, slot.bucket.gradients, slot.bucket.zero
+    if gradients is None:
         return None
-    if zero.pending:
-        zero.finish_backward()
-    if slot.used and slot.parameter.grad is None:
-        zero.drop(slot)
-    zero.reduce_late([bucket])
-    if bucket.reduced:
-        whole = bucket.collect(slot, bucket.grad_shard, bucket.own[0], not bucket.sharded.optimizer)
-        return whole * (bucket.predivide / zero.divisor)
+    zero.end_if_pending()
+    if slot in gradients.used and slot.parameter.grad is None:
+        zero.reducer.drop(slot)
+    zero.reducer.reduce_late([gradients])
+    if gradients.reduced:
+        return gradients.whole(slot) / zero.divisor
     own = torch.zeros(slot.end - slot.offset, dtype=bucket.dtypes.gradient, device=bucket.flat.device)
-    if slot.filled:
-        slot.view(own, slot.offset).copy_(slot.view(bucket.grad))
-    message = torch.cat([own, own.new_tensor([float(slot.filled)])])
-    zero.communicator.all_reduce(message, "scalars").wait()
+    if slot in gradients.filled:
+        slot.view(own, slot.offset).copy_(slot.view(gradients.buffer))
+    message = torch.cat([own, own.new_tensor([float(slot in gradients.filled)])])
+    bucket.communicator.all_reduce(message, "scalars").wait()
     return slot.view(message[:-1] / zero.divisor, slot.offset) if message[-1] else None
 
 
 @torch.no_grad()
 def safe_set_full_grad(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the whole reduced gradient, as safe_get_full_grad gives it; between backward() and step() at a boundary."""
-    zero, bucket, slot = _find(parameter)
+    slot = _slot_of(parameter)
+    gradients, zero = slot.bucket.gradients, slot.bucket.zero
     _check_shape(slot, value)
-    if zero.pending:
-        zero.finish_backward()
-    if not bucket.reduced:
+    if zero is not None:
+        zero.end_if_pending()
+    if gradients is None or not gradients.reduced:
         raise RuntimeError(f"{slot.name} has no reduced gradient to set; call this between the window's last "
                            "backward() and step()")
-    bucket.scatter(slot, value * (zero.divisor / bucket.predivide), bucket.grad_shard, bucket.own[0])
-    slot.used = True
+    gradients.set_sum(slot, value * zero.divisor)
 
 
 def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor | None:
@@ -2892,51 +2980,50 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
     None for a parameter that is not trained. Raises ValueError where the optimizer keeps no such state, or keeps none
     before the first update.
     """
-    if not _find(parameter)[1].trained:
+    slot = _slot_of(parameter)
+    if not slot.bucket.trained:
         return None
-    bucket, slot, value, scalar = _state_of(parameter, key)
+    value, scalar = _state_of(slot, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
-    part = torch.empty(0, dtype=bucket.master.dtype, device=bucket.master.device)
-    if value is not None:
-        part = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
-    return bucket.collect(slot, part, max(slot.offset, bucket.own[0]), not bucket.sharded.optimizer)
+    part = slot.bucket.master[:0] if value is None else slot.in_order(value)
+    return slot.bucket.collect(slot, part, max(slot.offset, slot.bucket.own[0]))
 
 
 @torch.no_grad()
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
-    bucket, slot, state, scalar = _state_of(parameter, key)
+    slot = _slot_of(parameter)
+    state, scalar = _state_of(slot, key)
     _check_shape(slot, value)
     if scalar is not None:
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
                          "with a value per element")
     if state is not None:
-        state.copy_(bucket.own_values(slot, value))
+        state.copy_(slot.bucket.own_values(slot, value))
 
 
-def _state_of(parameter: nn.Parameter, key: str) -> tuple[Bucket, Slot, Tensor | None, Any]:
-    """A parameter's bucket and slot, this rank's optimizer state of its elements, and state that is one number.
+def _state_of(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
+    """This rank's optimizer state of a parameter's elements, and state that is one number.
 
-    All ranks compare notes, since a rank may hold no part of the parameter.
+    All ranks exchange what they have, since a rank may have no part of the parameter.
     """
-    zero, bucket, slot = _find(parameter)
+    bucket = slot.bucket
     if not bucket.trained:
         raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
-    has_piece = slot.piece is not None
-    state = zero.optimizer.state.get(slot.piece, {})
+    state = bucket.zero.optimizer.state.get(slot.piece, {})
     value = state.get(key)
-    per_element = has_piece and _is_like(key, value, slot.piece.shape)
-    report = (sorted(state), None if per_element else value) if has_piece else None
+    per_element = slot.piece is not None and _is_like(key, value, slot.piece.shape)
+    report = None if slot.piece is None else (sorted(state), None if per_element else value)
     reports = [report]
-    if zero.communicator.world_size > 1 and bucket.sharded.optimizer:
-        reports = [None] * zero.communicator.world_size
+    if bucket.communicator.world_size > 1 and bucket.sharded.optimizer:
+        reports = [None] * bucket.communicator.world_size
         dist.all_gather_object(reports, report)
     keys, scalar = next((r for r in reports if r is not None), ([], None))
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
                          f"{', '.join(keys) or 'none before an update'})")
-    return bucket, slot, value if per_element else None, scalar
+    return value if per_element else None, scalar
 
 
 def _check_shape(slot: Slot, value: Any) -> None:
@@ -3002,13 +3089,13 @@ def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
             bucket.keep_writes()
         size = bucket.numel // zero.communicator.world_size
         mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
-        held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
+        held, start = bucket.finest
         for slot in bucket.slots if bucket.trained or with_frozen else ():
             yield from _cut(slot, "", held, start, mine)
         for slot in bucket.slots if bucket.trained else ():
             for key, value in zero.optimizer.state.get(slot.piece, {}).items():
                 if _is_like(key, value, slot.piece.shape):
-                    flat = value if value.dim() == 1 else _in_memory_order(value, slot.stride)
+                    flat = slot.in_order(value)
                     yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
                 elif _is_in_own_shape(slot, value) and (bucket.sharded.optimizer or zero.communicator.rank == 0):
                     yield slot.name, key, 0, value[None]  # the leading 1 tells it from a stretch
@@ -3057,11 +3144,12 @@ def merge_scalars(every: Sequence[dict[str, dict[str, tuple]]]) -> dict[str, dic
 
 def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
     """Name, shape, layout, dtype and param group of every parameter, and its other names (tied weights)."""
-    zero.check_model()
+    check_model(zero)
     names = {id(p): name for name, p in model.named_parameters()}
     described = {}
     for name, p in model.named_parameters():
-        bucket, slot = zero.places[id(p)]
+        slot = _SLOTS[id(p)]
+        bucket = slot.bucket
         if not (bucket.trained or with_frozen):
             continue
         described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
@@ -3225,7 +3313,7 @@ def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_sta
                               f"it {extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
     for bucket in zero.buckets:
-        low, high = (0, bucket.numel) if bucket.held is None else bucket.own
+        low, high = (0, bucket.numel) if bucket.finest[0] is bucket.flat else bucket.own
         for slot in [slot for slot in bucket.slots if slot.name in saved]:
             facts = saved[slot.name]
             if facts["shape"] != list(slot.shape):
@@ -3247,17 +3335,17 @@ def load_pieces(zero: Zero, reader: CheckpointReader, scalars: dict[str, dict[st
     All ranks must call it.
     """
     for bucket in zero.buckets:
-        held, start = (bucket.flat, 0) if bucket.held is None else (bucket.held, bucket.own[0])
+        held, start = bucket.finest
         for slot in bucket.slots:
             if slot.name in reader.meta["parameters"]:
                 _read_slot(reader, slot, "", held, start)
         if bucket.trained and scalars is not None:
             _load_state(zero, bucket, reader, scalars)
-        if bucket.held is not None:
+        if held is not bucket.flat:
             bucket.publish()
             bucket.gather.wait()
     if zero.optimizer is not None:
-        zero._refill_groups()
+        zero.refill_groups()
 
 
 def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, start: int) -> None:
@@ -3472,13 +3560,17 @@ def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> Counter[tuple[str, str]
                 found[category, place] += storage.nbytes()
 
     for bucket in buckets:
-        entries = [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
+        gradients, entries = bucket.gradients, [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
         state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
         add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
         add("masters", bucket.host, [bucket.master])
-        add("gradients", bucket.host, [bucket.grad if bucket.keeps_buffer else bucket.grad_shard], in_memory=True)
+        if gradients is not None:
+            kept = gradients.buffer if gradients.keeps_buffer else gradients.sum
+            add("gradients", bucket.host, [kept], in_memory=True)
         add("optimizer_state", bucket.host, state)
-    add("live", None, (t for b in buckets for t in (b.flat, b.grad, b.sent, b.landing)))
+    add("live", None, (bucket.flat for bucket in buckets))
+    add("live", None, (t for b in buckets if b.gradients is not None
+                       for t in (b.gradients.buffer, b.gradients.send_buffer, b.gradients.landing)))
     add("live", None, zero.communicator.spare.free)
     return found
 
@@ -3507,28 +3599,23 @@ class RehearsedZero(Zero):
 
     most = looks = 0
 
-    def _check_room(self, model: nn.Module) -> None:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.communicator.watch = self.watch
+
+    def _check_room(self) -> None:
         pass
 
-    def _agree(self) -> float:
+    def _agree(self, exact: bool = False) -> float:
         return 0.0
-
-    def _start_gather(self, unit: Unit) -> None:
-        super()._start_gather(unit)
-        self.watch()
-
-    def _launch(self, bucket: Bucket) -> None:
-        self.watch()  # one bucket is full, and the one before is on its way
-        super()._launch(bucket)
-        self.watch()
 
     def watch(self) -> None:
         """Note what comes and goes now."""
         self.looks += 1
         if self.looks % (len(self.buckets) // 64 | 1):
             return
-        busy = [b for b in self.buckets if b.sent is not None or b.grad is not None and not b.keeps_buffer
-                or b.unit is not None and b.unit.state is not UnitState.SHARDED]
+        busy = [b for b in self.buckets if b.unit is not None and b.has_memory or b.gradients is not None and (
+            b.gradients.send_buffer is not None or b.gradients.buffer is not None and not b.gradients.keeps_buffer)]
         self.most = max(self.most, _measure(self, busy)["live", "device"])
 
 
@@ -3582,18 +3669,21 @@ class StandIn(nn.Module):
         return x
 
 
-class StandInZero(RehearsedZero):
-    """The ``Zero`` of a stand-in, whose gradients come in the exact order of the buckets; a model's do not quite.
+class StandInReducer(Reducer):
+    """The ``Reducer`` of a stand-in, whose gradients come in the exact order of the buckets; a model's do not quite.
 
     So below stage 3 a bucket is sent when the next one has a gradient already, as if its own last one came after that.
     """
 
-    def _launch_ready(self) -> None:
-        if self.sharded.parameters:
-            super()._launch_ready()
-        elif (self.config.overlap_comm and self.reduces_now and len(self.queue) > 1 and self.queue[0].complete
-                and self.queue[1].fired):
-            self._launch(self.queue.popleft())
+    def launch_ready(self) -> None:
+        """As Reducer does, a little later."""
+        if self.zero.gatherer is not None or len(self.queue) > 1 and self.queue[1].arrived:
+            super().launch_ready()
+
+
+class StandInZero(RehearsedZero):
+    """The ``Zero`` of a stand-in."""
+    reducer_class = StandInReducer
 
 
 class StandInOptimizer(Optimizer):
@@ -3683,7 +3773,7 @@ def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Pa
 
 def _rehearse(zero: RehearsedZero, micro_batches: int) -> Estimate:
     """Take two steps, and read what the second one holds and sends; the first learns the order of the units."""
-    model, traffic = zero.root.module, zero.communicator.traffic
+    model, traffic = zero.model, zero.communicator.traffic
     for _ in range(2):
         traffic.clear()
         for boundary in (False, True) if micro_batches > 1 else (True,):

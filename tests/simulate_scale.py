@@ -94,7 +94,7 @@ def live_bytes(state: zero.Zero, model: nn.Module) -> dict[str, int]:
     """Bytes of the storages that are alive, by category; and *update*, gradients that were cast for the masters."""
     found = zero.measure(state, model)
     held = {name: sum(size for (category, _), size in found.items() if category == name) for name in CATEGORIES}
-    passing = {t.untyped_storage()._cdata for b in state.trained for t in (b.grad, b.grad_shard) if t is not None}
+    passing = {t.untyped_storage()._cdata for g in state.reducer.every for t in (g.buffer, g.sum) if t is not None}
     gradients = [p.grad for b in state.trained for p in b.pieces if p.grad is not None]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gradients}
     return held | {"update": sum(size for key, size in storages.items() if key not in passing)}
@@ -207,7 +207,7 @@ def work_of(layers: int, world_size: int, config: zero.ZeroConfig) -> Work:
         with META:
             model = Chain(layers)
         states.append((model, shard(model, config, PRECISIONS["bf16"], world_size)))
-        states[-1][1].watch = lambda: None  # no engine does that
+        states[-1][1].communicator.watch = lambda: None  # no engine does that
 
     def one_step() -> None:
         step(*states[-1])

@@ -159,7 +159,7 @@ def reductions(precision: dict):
     sent = engine.zero.communicator.traffic["reduce-scatter"]
     gradient = zero.safe_get_full_grad(model.head.weight)
     engine.step()
-    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm(), engine.zero.trained[0].predivide
+    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm(), engine.zero.reducer.every[0].predivide
 
 
 def test_gradients_are_sent_in_the_dtype_that_the_config_says(run_ranks):

@@ -252,13 +252,13 @@ def test_param_groups_and_odd_models_are_counted_as_they_are(run_ranks, stage):
 def test_an_estimate_leaves_no_trace():
     """Nor does it matter where it is called."""
     config, model = config_of(3, "bf16"), Tangled()
-    live, state, values = set(zero._LIVE), torch.get_rng_state(), copy.copy(vars(model))
+    places, state, values = set(zero._SLOTS), torch.get_rng_state(), copy.copy(vars(model))
     expected = zero.estimate(model, config, 4)
     for context in (torch.no_grad, torch.inference_mode, torch.autograd.graph.save_on_cpu,
                     lambda: torch.device("meta"), lambda: torch.autocast("cpu")):
         with context():
             assert zero.estimate(model, config, 4) == expected
-    assert torch.equal(torch.get_rng_state(), state) and vars(model) == values and set(zero._LIVE) == live
+    assert torch.equal(torch.get_rng_state(), state) and vars(model) == values and set(zero._SLOTS) == places
     assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
 
 

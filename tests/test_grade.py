@@ -374,29 +374,29 @@ class Communicator:
         self._begin(kind, tensor, 2, what)
         return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
 
-class Bucket:
+class Gradients:
     def take(self, slot, gradient):
-        slot.used = True
-        self.fired.add(slot)
-        if self.launched:
-            slot.late = gradient if slot.late is None else slot.late + gradient
+        self.used.add(slot)
+        self.arrived.add(slot)
+        if self.life in (Life.SENDING, Life.SENT):
+            self.late[slot] = gradient if slot not in self.late else self.late[slot] + gradient
             return
         self._prepare_buffer()
-        place = slot.view(self.grad)
-        place.add_(gradient) if slot.filled else place.copy_(gradient)
-        slot.filled = True
+        place = slot.view(self.buffer)
+        place.add_(gradient) if slot in self.filled else place.copy_(gradient)
+        self.filled.add(slot)
 
-class Zero:
-    def _launch_ready(self):
-        if self.config.overlap_comm and self.reduces_now:
+class Reducer:
+    def launch_ready(self):
+        if self.zero.config.overlap_comm and self.reduces_now:
             while self.queue and self.queue[0].complete:
-                self._launch(self.queue.popleft())
+                self.launch(self.queue.popleft())
 '''
 
 AS_THEY_COME = '''
-            for bucket in [bucket for bucket in self.queue if bucket.complete]:
-                self.queue.remove(bucket)
-                self._launch(bucket)
+            for gradients in [gradients for gradients in self.queue if gradients.complete]:
+                self.queue.remove(gradients)
+                self.launch(gradients)
 '''
 
 STAGE_1 = '''
@@ -474,18 +474,17 @@ class Unit:
             for slot in bucket.slots:
                 slot.parameter.__class__ = ShardedParameter
 
-class Holder:
-    def hold(self, unit, user):
-        unit.users.add(user)
-        if unit.state is UnitState.SHARDED:
-            self._start_gather(unit)
-        if unit.state is UnitState.GATHERING:
-            unit.finish_gather()
+    def acquire(self, user):
+        self.users.add(user)
+        if self.state is UnitState.SHARDED:
+            self.start_gather()
+        if self.state is UnitState.GATHERING:
+            self.finish_gather()
 
-    def let_go(self, unit, user):
-        unit.users.discard(user)
-        if not unit.users and unit.state is not UnitState.SHARDED:
-            self._free(unit)
+    def release(self, user):
+        self.users.discard(user)
+        if not self.users and self.state is not UnitState.SHARDED:
+            self.free()
 '''
 
 RIGHT = {"schedulers:WarmupLR": SCHEDULE, "amp:DynamicLossScaler": SCALER, "amp:Precision.path": PATH,
@@ -533,7 +532,7 @@ WRONG = {
     "an optimizer that is not sharded": (
         "zero:stage_1", NOT_SHARDED, "the optimizer's state is really sharded"),
     "units that are never freed": (
-        "zero:stage_3", STAGE_3[:STAGE_3.index("        unit.users.discard")] + "        unit.users.discard(user)\n",
+        "zero:stage_3", STAGE_3[:STAGE_3.index("        self.users.discard")] + "        self.users.discard(user)\n",
         "only the unit in use and the next one are whole"),
 }
 

@@ -138,10 +138,10 @@ def built(name: str, own_seeds: bool) -> None:
         assert torch.equal(torch.get_rng_state(), before), "this rank's own random state is lost"
     else:
         assert torch.equal(torch.rand(3), after)
-    for bucket in {id(b): b for b, _ in init.places.values()}.values():
+    for bucket in init.buckets:
         assert bucket.flat.untyped_storage().nbytes() == 0, f"{bucket.slots[0].name} is whole"
         assert bucket.shard.untyped_storage().nbytes() == 4 * bucket.numel // dist.get_world_size()
-    assert len(init.places) == len(list(model.parameters()))
+    assert sum(len(bucket.slots) for bucket in init.buckets) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -167,7 +167,7 @@ def most_live(name: str) -> tuple[int, int]:
     finally:
         zero.Bucket.start_gather, zero.Bucket.free = start, finish
     assert model is not None
-    return most[0], max(4 * bucket.numel for bucket, _ in init.places.values())
+    return most[0], max(4 * bucket.numel for bucket in init.buckets)
 
 
 def test_initialising_finished_modules_gathers_one_at_a_time(run_ranks):
@@ -196,7 +196,7 @@ def read_as_views(name: str) -> None:
         p.data.add_(1)
     for p in usual.parameters():
         p.data.add_(1)
-    for bucket in {id(b): b for b, _ in init.places.values()}.values():
+    for bucket in init.buckets:
         assert not bucket.has_memory and not bucket.unit.users, f"{bucket.slots[0].name} is whole"
     assert all(type(p) is zero.ShardedParameter for p in model.parameters()) and not init.uses
     assert_same(whole(model), dict(usual.named_parameters()), name)
@@ -340,7 +340,7 @@ def after_the_context() -> None:
     nn.init.ones_(model["head"].bias)
     with pytest.raises(RuntimeError):
         model["token"].weight @ torch.ones(3)
-    assert all(bucket.unit.state is zero.UnitState.SHARDED for bucket, _ in init.places.values())
+    assert all(bucket.unit.state is zero.UnitState.SHARDED for bucket in init.buckets)
     assert bool((zero.safe_get_full_fp32_param(model["head"].bias) == 1).all())
 
 

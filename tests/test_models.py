@@ -667,7 +667,7 @@ def buffers_alive(stage: int):
     alive, most = [], []
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(bucket.grad is not None for bucket in engine.zero.trained)))
+            lambda _: alive.append(sum(gradients.buffer is not None for gradients in engine.zero.reducer.every)))
     for step in range(3):
         alive.clear()
         engine.backward(loss_of(engine, mine(batches(step))))
@@ -723,8 +723,9 @@ def experts(stage: int):
     finish, launched, held = engine.zero.finish_backward, [], []
 
     def look_and_finish():
-        launched.append(sum(bucket.launched for bucket in engine.zero.trained))
-        held.append(sum(bucket.grad is not None and not bucket.launched for bucket in engine.zero.trained))
+        sent = [g.life in (zero.Life.SENDING, zero.Life.SENT) for g in engine.zero.reducer.every]
+        launched.append(sum(sent))
+        held.append(sum(g.buffer is not None and not s for g, s in zip(engine.zero.reducer.every, sent)))
         finish()
 
     engine.zero.finish_backward = look_and_finish

@@ -374,7 +374,7 @@ def test_create_graph_leaves_no_graph_behind_the_bucket(stage):
         graph = weakref.ref(engine(x).square())
         engine(x).square().mean().backward(create_graph=True)
         for bucket in engine.zero.buckets:
-            held = [bucket.grad, bucket.grad_shard, *(slot.parameter.grad for slot in bucket.slots)]
+            held = [bucket.gradients.buffer, bucket.gradients.sum, *(slot.parameter.grad for slot in bucket.slots)]
             assert not any(t is not None and t.requires_grad for t in held)
         engine.step()
     assert graph() is None

@@ -258,7 +258,7 @@ def test_a_wrong_chapter_fails(tmp_path, run_ranks, text, told):
 
 def test_what_leads_nowhere_is_found(tmp_path):
     chapter = tmp_path / "chapter.md"
-    chapter.write_text("# A heading, two\n`zero.Bucket.take`, `engine.step()`, `zero.Bucket.flat`, `launch.py`, "
+    chapter.write_text("# A heading, two\n`zero.Gradients.take`, `engine.step()`, `zero.Bucket.flat`, `launch.py`, "
                        "`engine.initialize(...)`, [here](#a-heading-two) and [there](chapter.md); `zero.Bucket.fly`, "
                        "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg)\n")
     assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing"]

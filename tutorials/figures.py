@@ -159,7 +159,8 @@ def known_storages(engine: deepspeed.Engine) -> dict[int, tuple[str, int]]:
     for bucket in engine.zero.buckets:
         note("parameters", bucket.flat, bucket.shard)
         note("optimizer state", bucket.master)  # where it is not a part of the parameters
-        note("gradients", bucket.grad, bucket.grad_shard, bucket.sent)
+        if bucket.gradients is not None:
+            note("gradients", bucket.gradients.buffer, bucket.gradients.sum, bucket.gradients.send_buffer)
     for state in engine.optimizer.state.values():
         note("optimizer state", *(v for v in state.values() if isinstance(v, Tensor) and v.dim()))
     note("gradients", *(slot.parameter.grad for bucket in engine.zero.buckets for slot in bucket.slots))

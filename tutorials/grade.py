@@ -209,7 +209,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.spare.take(numel, dtype) and give it back in finish. With one rank nothing is sent, and _sum([own], "
          "out, add) is left.")),
     Exercise(
-        "zero:bucketed_all_reduce", ("Communicator.all_reduce", "Bucket.take", "Zero._launch_ready"),
+        "zero:bucketed_all_reduce", ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
         "Plain data parallelism, done well: gradients go into flat buckets, and full ones out while backward runs.",
         (Check("gradients may come in another order on each rank",
                "Collectives are matched by their order: two ranks that start different ones wait for each other, or "
@@ -226,13 +226,14 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "A bucket that is sent twice, or gradient by gradient, costs the time that buckets save.",
                ("test_zero.py::test_elements_sent_are_those_of_the_table[1-2]",
                 "test_grade.py::test_what_is_counted_is_what_is_sent"))),
-        ("take(slot, gradient): the gradient's place is slot.view(self.grad) once self._prepare_buffer() was called. "
-         "Copy where the place is empty, add where slot.filled says that it is not.",
-         "take also notes slot.used = True, and adds the slot to self.fired, by which the bucket knows that it is "
-         "complete. If self.launched, the sum is already on its way: keep the gradient in slot.late, added to what is "
-         "there. _launch_ready: only where config.overlap_comm and reduces_now.",
-         "_launch_ready starts self._launch(bucket) for the first of self.queue while that is complete, and never one "
-         "behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), then a "
+        ("take(slot, gradient): the gradient's place is slot.view(self.buffer) once self._prepare_buffer() was called. "
+         "Copy where the place is empty, add where it is not: self.filled has the slots whose place is not.",
+         "take also adds the slot to self.used and to self.arrived, by which the bucket knows that it is complete. If "
+         "self.life is Life.SENDING or Life.SENT, the sum is on its way or there: keep the gradient in "
+         "self.late[slot], added to what is there. launch_ready: only where self.zero.config.overlap_comm and "
+         "self.reduces_now.",
+         "launch_ready calls self.launch(gradients) for the first of self.queue while that is complete, and never for "
+         "one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), then a "
          "Handle with dist.all_reduce(..., group=self.reductions, async_op=True) and finish. A sparse gradient needs "
          "to_dense().")),
     Exercise(
@@ -265,7 +266,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
         anew=True),
     Exercise(
         "zero:stage_3", ("Bucket.start_gather", "Bucket.free", "Unit.start_gather", "Unit.finish_gather", "Unit.free",
-                         "Holder.hold", "Holder.let_go"),
+                         "Unit.acquire", "Unit.release"),
         "The heart of stage 3: parameters that come just before their use, and go right after it.",
         (Check("only the unit in use and the next one are whole",
                "A unit that is never freed makes stage 3 a slow stage 2.",
@@ -285,13 +286,13 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "Its memory is gone: reading it would give garbage, not a mistake that one sees.",
                ("test_zero.py::test_touching_a_sharded_parameter_is_an_error_and_not_garbage",))),
         ("A Bucket gives flat its memory, copies its own shard in and all-gathers the rest. A Unit does so for its "
-         "buckets and keeps its state. A Holder counts users: the first one gathers, the last one frees.",
+         "buckets and keeps its state. It also counts users: the first one gathers, the last one frees.",
          "The memory comes and goes with flat.untyped_storage().resize_(bytes): the storage object stays, so that the "
          "parameters, and what autograd saved, remain views of it. Before it goes, wait for the gather under way.",
-         "hold: add the user; SHARDED: self._start_gather(unit), which Zero overrides to count; GATHERING: "
-         "unit.finish_gather(). A prefetched unit comes to hold in state GATHERING. finish_gather gives each "
-         "slot.parameter its class slot.kind back, free makes it a ShardedParameter. let_go: discard the user, and "
-         "self._free(unit), which counts too, where none is left and the state is not SHARDED.")),
+         "acquire: add the user; SHARDED: self.start_gather(); GATHERING: self.finish_gather(). A prefetched unit comes "
+         "to acquire in state GATHERING. finish_gather gives each slot.parameter its class slot.kind back, free makes it "
+         "a ShardedParameter. release: discard the user, and self.free() where none is left and the state is not "
+         "SHARDED.")),
 )}
 
 
