@@ -4,7 +4,7 @@
     .venv/bin/python -m pytest -q --long      the same properties with many more draws
 
 The processes are started once per test session, and each stays for all the tests that need it. They are forked from a
-server that has PyTorch loaded already, since loading it takes longer than most tests.
+server that has PyTorch and the tests' modules loaded already, since loading them takes longer than most tests.
 """
 
 import gc
@@ -20,15 +20,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection as connections
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(Path(__file__).parent)]
+FOLDERS = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tests")]
+sys.path[:0] = FOLDERS
 
 MAX_RANKS = 4
 # Deadlines are for what hangs, not for what is slow: a test must also pass on a machine that is busy with other things.
@@ -47,16 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server that processes are forked from; it loads what they need while the first tests run."""
+    modules = {item.module.__name__ for item in session.items if "run_ranks" in item.fixturenames}
+    if modules and not session.config.option.collectonly:
+        multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", *sorted(modules)])
+        path = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
+            forkserver.ensure_running()
+
+
 # --- In a worker process ----------------------------------------------------------------------------------------------
 
 
-def _serve(rank: int, connection: Any, store_path: str, folders: list[str]) -> None:
+def _serve(rank: int, connection: Any, store_path: str) -> None:
     """Run what comes down ``connection``, in a process group of the size it asks for."""
-    sys.path[:0] = folders
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
     group = None  # (world size, how many groups came before)
@@ -84,7 +93,6 @@ class Ranks:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed"])
         self.workers: list[tuple[Any, Any]] = []
         self.groups = 0
         self.group: tuple[int, int] | None = None
@@ -95,7 +103,7 @@ class Ranks:
         store = tempfile.mktemp(dir=self.folder)
         for rank in range(MAX_RANKS):
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(rank, theirs, store, sys.path[:3]), daemon=True)
+            process = self.context.Process(target=_serve, args=(rank, theirs, store), daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, ours))
