@@ -19,8 +19,11 @@ So with a loss that is the mean over its micro-batch, the gradient is the mean o
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
 
 The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
-data, the engine (which also saves and resumes), ``initialize``, and what else scripts call by DeepSpeed's names. A
-single process needs no launcher; it runs no collective.
+data, the engine, saving and resuming, ``initialize``, and what else scripts call by DeepSpeed's names. A single process
+needs no launcher; it runs no collective.
+
+    python engine.py inspect CHECKPOINT_DIR               what is inside
+    python engine.py consolidate CHECKPOINT_DIR OUT.pt    one plain state dict of it
 """
 
 import argparse
@@ -29,6 +32,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -39,17 +43,18 @@ import time
 import types
 import typing
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle, islice
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +62,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map_only  # has no public name
+from torch.utils._pytree import tree_flatten, tree_map_only  # have no public names
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import amp
@@ -1076,7 +1081,8 @@ class Engine(nn.Module):
         self.world_size = dist.get_world_size()
         self.optimizer: Optimizer | None = None
         self.loader: ShardedLoader | None = None
-        self._saver: _Saver | None = None
+        self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
+        self._writing: Future | None = None
         self._roll_call: _RollCall | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self._micro_steps = self.skipped_steps = 0
@@ -1461,7 +1467,7 @@ class Engine(nn.Module):
         tag = f"global_step{self.global_steps}" if tag is None else tag
 
         def check() -> str:
-            name = zero.folder_name(tag)
+            name = _folder_name(tag)
             if not isinstance(client_state, Mapping | None):
                 raise ValueError(f"client_state is {client_state!r}; allowed: a dict, or None")
             _check_path("save_dir", save_dir)
@@ -1473,49 +1479,23 @@ class Engine(nn.Module):
         if self._inside_window() and self.global_rank == 0:
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
-        save = _Save(Path(save_dir) / zero.folder_name(tag), save_latest, self.config.checkpoint.keep_last)
-        every = _agreed(self._tell)
-        _agreed(lambda: self._fill(save, every, dict(client_state or {}), not exclude_frozen_parameters))
-        save.id = _on_rank_0(save.begin)
-        if self.config.checkpoint.async_:
-            self._saver = self._saver or _Saver(self.config.collective_timeout())
-            self._saver.start(save.write)
-        else:
-            save.write(None)
+        save = _Save(Path(save_dir) / _folder_name(tag), save_latest, self.config.checkpoint.keep_last)
+        save.prepare(self, dict(client_state or {}), not exclude_frozen_parameters)
+        if not self.config.checkpoint.async_:
+            save.write()
+            return True
+        if self._writer is None:  # a thread, for which the program's end waits, and a process group of its own
+            self._writer = (ThreadPoolExecutor(1, "checkpoint"),
+                            dist.new_group(backend="gloo", timeout=self.config.collective_timeout()))
+        thread, group = self._writer
+        self._writing = thread.submit(_write_behind, save, group)
         return True
 
     def wait_for_save(self) -> None:
         """Wait for an asynchronous save, and raise what went wrong in it."""
-        if self._saver is not None:
-            self._saver.wait()
-
-    def _tell(self) -> tuple[dict, dict, dict]:
-        """What the other ranks have to know for a save: generators, buffers, and state that is no value per element."""
-        scalars = zero.scalars_of(self.zero)
-        _to_bytes({"optimizer_state": scalars})  # what can't be sent is refused here
-        return _random_state(), _copies(_persistent_buffers(self.module)), scalars
-
-    def _fill(self, save: "_Save", every: list[tuple], client_state: dict[str, Any], with_frozen: bool) -> None:
-        """Give ``save`` what it will write; ``every`` is what all ranks told of their generators, buffers and state."""
-        first = every[0][1]
-        save.stored = _to_bytes({
-            "training": {key: getattr(self, key) for key in
-                         ("global_steps", "global_samples", "micro_steps", "skipped_steps")},
-            "optimizer": type(self.optimizer).__name__, "scaler": self.scaler.state_dict(),
-            "groups": [{key: value for key, value in group.items() if key != "params"}
-                       for group in (self.optimizer.param_groups if self.optimizer else ())],
-            "schedule": self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None,
-            "scheduler": type(self.lr_scheduler).__name__,
-            "data": None if self.loader is None else self.loader.state_dict(), "client_state": client_state,
-            "random": [generators for generators, *_ in every], "buffers": first,
-            "rank_buffers": [_differing(mine, first) for _, mine, _ in every],
-            "optimizer_state": zero.merge_scalars([scalars for *_, scalars in every])})
-        save.index = {"step": self.global_steps, "time": time.time_ns(), "ranks": self.world_size,
-                      "stage": self.config.zero_optimization.stage,
-                      "parameters": zero.describe_parameters(self.zero, self.module, with_frozen)}
-        save.shares = zero.shares_of(self.zero, with_frozen)
-        if self.config.checkpoint.async_:
-            save.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in save.shares]
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
@@ -1537,12 +1517,12 @@ class Engine(nn.Module):
             _check_path("load_dir", load_dir)
             _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
                          load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
-            return (f"{load_dir} {tag if tag is None else zero.folder_name(tag)} {load_module_strict} "
+            return (f"{load_dir} {tag if tag is None else _folder_name(tag)} {load_module_strict} "
                     f"{load_optimizer_states} {load_lr_scheduler_states} {load_module_only}")
 
         self.wait_for_save()
         self._say_same("load_checkpoint()", check)
-        folder = _on_rank_0(lambda: zero.checkpoint_folder(load_dir, tag))
+        folder = _on_rank_0(lambda: _checkpoint_folder(load_dir, tag))
         if folder is None:
             if self.global_rank == 0:
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
@@ -1550,85 +1530,23 @@ class Engine(nn.Module):
         self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
         with_schedule = load_lr_scheduler_states and not load_module_only and self.lr_scheduler is not None
-        reader, state = self._open_checkpoint(folder, load_module_strict, with_optimizer, with_schedule)
-        with closing(reader):
-            zero.load_pieces(self.zero, reader, state["optimizer_state"] if with_optimizer else None)
-        own = _persistent_buffers(self.module)
-        for name, buffer in self._saved_buffers(state).items():
+        with closing(_Reader(folder)) as reader:
+            seen = _agreed(lambda: _check_fits(self, reader, load_module_strict, with_optimizer, with_schedule))
+            if len(set(seen)) > 1:
+                raise CheckpointError(f"{folder} was saved anew while it was read; load it again")
+            own = zero.describe(self.zero)
+            zero.fill(self.zero, lambda name, *place: reader.read(name, *place, own[name]["stride"]),
+                      reader.optimizer_state() if with_optimizer else None)
+        own, state = _persistent_buffers(self.module), reader.state
+        for name, buffer in _saved_buffers(self, state).items():
             if name in own:
                 own[name].copy_(buffer)
         self.zero_grad()
-        self._window = 0
         if not load_module_only:
-            self._load_training(state, with_optimizer, with_schedule)
+            _restore(self, state, with_optimizer, with_schedule)
+        self._show_scale()
         self._tell_boundary()
         return str(folder), state["client_state"]
-
-    def _open_checkpoint(self, folder: Path, strict: bool, with_optimizer: bool,
-                         with_schedule: bool) -> tuple[zero.CheckpointReader, dict[str, Any]]:
-        """The same checkpoint on every rank, with its plain data; CheckpointError unless it fits this engine."""
-        reader = state = None
-
-        def look() -> int:
-            nonlocal reader, state
-            reader = zero.CheckpointReader(folder)
-            state = reader.state()
-            zero.check_fits(self.zero, reader, strict, with_optimizer)
-            self._check_fits(folder, state, strict, with_optimizer, with_schedule)
-            return reader.meta["checksum"]
-
-        if len(set(_agreed(look))) > 1:
-            raise zero.CheckpointError(f"{folder} was saved anew while it was read; load it again")
-        return reader, state
-
-    def _saved_buffers(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""
-        mine = state["rank_buffers"][self.global_rank] if len(state["rank_buffers"]) == self.world_size else {}
-        return state["buffers"] | mine
-
-    def _check_fits(self, folder: Path, state: dict[str, Any], strict: bool, with_optimizer: bool,
-                    with_schedule: bool) -> None:
-        """Raise CheckpointError unless buffers, optimizer, param groups and schedule are such as the checkpoint has."""
-        saved, own = self._saved_buffers(state), _persistent_buffers(self.module)
-        missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-        if strict and (missing or extra):
-            raise zero.CheckpointError(f"{folder} is of another model: it lacks the buffers {missing or 'none'}, and "
-                                       f"has beside {extra or 'none'}; load it with load_module_strict=False")
-        for name in own.keys() & saved.keys():
-            there, here = saved[name], own[name]
-            if there.shape != here.shape or not torch.can_cast(there.dtype, here.dtype):
-                raise zero.CheckpointError(
-                    f"{folder}: the buffer {name} is {tuple(there.shape)}, {there.dtype}, and in this model "
-                    f"{tuple(here.shape)}, {here.dtype}; give it that shape and dtype before loading")
-        if with_optimizer and state["optimizer"] != type(self.optimizer).__name__:
-            raise zero.CheckpointError(f"{folder} holds the state of {state['optimizer']}, and this engine's optimizer "
-                                       f"is {type(self.optimizer).__name__}; load it with load_optimizer_states=False")
-        groups, now = len(state["groups"]), len(self.optimizer.param_groups) if self.optimizer else 0
-        if (with_optimizer or with_schedule and state["schedule"] is not None) and groups != now:
-            raise zero.CheckpointError(f"{folder} was saved with {groups} param groups, and this engine's optimizer "
-                                       f"has {now}; load it with load_optimizer_states=False and "
-                                       "load_lr_scheduler_states=False")
-        scheduler = type(self.lr_scheduler).__name__
-        if with_schedule and state["schedule"] is not None and state.get("scheduler", scheduler) != scheduler:
-            raise zero.CheckpointError(f"{folder} holds the state of {state['scheduler']}, and this engine's scheduler "
-                                       f"is {scheduler}; load it with load_lr_scheduler_states=False")
-
-    def _load_training(self, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
-        """Counters, rates, schedule, loss scale, random state, and the place in the data."""
-        for key, value in state["training"].items():
-            setattr(self, key, value)
-        if with_optimizer:
-            for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
-                group.update(saved)
-        if with_schedule and state["schedule"] is not None:
-            self.lr_scheduler.load_state_dict(state["schedule"])
-        if state["scaler"].keys() == self.scaler.state_dict().keys():
-            self.scaler.load_state_dict(state["scaler"])
-        self._show_scale()
-        if len(state["random"]) == self.world_size:
-            _set_random_state(state["random"][self.global_rank])
-        if self.loader is not None and state["data"] is not None:
-            self.loader.load_state_dict(state["data"])
 
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
         """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
@@ -1828,35 +1746,6 @@ class _RollCall:
                 [int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else 0 for rank in ranks])
 
 
-class _Saver:
-    """Writes checkpoints in a thread of its own, and speaks to the other ranks' in a process group of its own."""
-
-    def __init__(self, timeout: timedelta | None) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
-        self.thread: threading.Thread | None = None
-        self.failure: BaseException | None = None
-
-    def start(self, write: Callable[[Any], None]) -> None:
-        """Run ``write(group)`` behind training."""
-        def run() -> None:
-            try:
-                write(self.group)
-            except BaseException as error:
-                self.failure = error  # said at once, since no wait() may follow
-                logger.error("%s", error)
-
-        self.thread = threading.Thread(target=run, name="checkpoint")  # no daemon: the program's end waits for it
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Until it has been written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread, failure, self.failure = None, self.failure, None
-            if failure is not None:
-                raise failure
-
-
 def _check_path(name: str, value: Any) -> None:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name} is {value!r}; allowed: the path of a folder")
@@ -1882,241 +1771,20 @@ def _agreed(work: Callable[[], Any], group: Any = None) -> list[Any]:
         result = work()
     except Exception as error:
         cause, failure = error, f"{type(error).__name__}: {error}"
-        if isinstance(error, zero.CheckpointError):
+        if isinstance(error, CheckpointError):
             failure = str(error)
         elif isinstance(error, OSError) and error.strerror:
             failure = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     every = _all_gather((failure, result), group)
     for rank, (failure, _) in enumerate(every):
         if failure is not None:
-            raise zero.CheckpointError(f"rank {rank}: {failure}") from cause
+            raise CheckpointError(f"rank {rank}: {failure}") from cause
     return [result for _, result in every]
 
 
 def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
     """What ``work()`` gives on rank 0, on every rank."""
     return _agreed(work if dist.get_rank() == 0 else lambda: None, group)[0]
-
-
-def _to_bytes(state: dict[str, Any]) -> bytes:
-    """``state`` as the contents of a file that loads safely; CheckpointError names what can't be there."""
-    state = _without_numpy(state)
-    if _load_error(state) is not None:
-        where = next(filter(None, (_find_unsafe(value, key) for key, value in state.items())), "the state")
-        raise zero.CheckpointError(f"{where} can't be saved so that it loads safely; allowed: numbers, text, tensors "
-                                   "and containers of these")
-    stored = io.BytesIO()
-    torch.save(state, stored)
-    return stored.getvalue()
-
-
-def _without_numpy(value: Any) -> Any:
-    """``value`` with Python's numbers in the place of numpy's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) in (dict, OrderedDict):
-        return type(value)((_without_numpy(key), _without_numpy(item)) for key, item in value.items())
-    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
-
-
-def _load_error(value: Any) -> Exception | None:
-    """Why ``value`` can't be saved, or loaded safely."""
-    stored = io.BytesIO()
-    try:
-        torch.save(value, stored)
-        torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
-    except Exception as error:
-        return error
-    return None
-
-
-def _find_unsafe(value: Any, place: str) -> str | None:
-    """Where in ``value``, which lies at ``place``, is something that weights_only=True does not load, and what."""
-    error = _load_error(value)
-    if error is None:
-        return None
-    items = list(value.items() if isinstance(value, dict) else
-                 enumerate(value) if isinstance(value, (list, tuple)) else ())
-    deeper = [_find_unsafe(item, f"{place}[{key!r}]") for key, item in items]
-    return next(filter(None, deeper), f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}),")
-
-
-class _Save:
-    """A checkpoint on its way to the disk.
-
-    Its files have an id in their names that no other save has. Before they are written, rank 0 lists them in a claim,
-    the file ``save_dir/.checkpoint-ID.claim``, on which it has a lock as long as the save lives. What a newer save
-    replaces, or ``keep_last`` lets go, is put into a claim too. ``_sweep`` removes the files of claims that nobody
-    holds, unless an index names them. So what a dead save leaves goes with the next one, and what another job writes
-    stays.
-
-    index, stored, shares   what it will write: the index as far as it is known, the plain data, this rank's numbers
-    """
-
-    index: dict[str, Any]
-    stored: bytes
-    shares: Iterable
-
-    def __init__(self, folder: Path, save_latest: bool, keep_last: int | None):
-        self.folder, self.save_latest, self.keep_last, self.id, self.claim = folder, save_latest, keep_last, "", None
-
-    def begin(self) -> str:
-        """On rank 0: make the folder and the claim; returns the id."""
-        if self.folder.is_symlink():
-            raise zero.CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag "
-                                       "whose folder is none")
-        if (self.folder / "meta.json").exists():
-            try:
-                zero.read_index(self.folder)
-            except zero.CheckpointError:
-                raise zero.CheckpointError(f"{self.folder / 'meta.json'} is there, and is no index of a checkpoint "
-                                           "that this program can read; move it away, or save under another tag"
-                                           ) from None
-        _sweep(self.folder.parent)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.id = secrets.token_hex(8)
-        ranks = range(dist.get_world_size())
-        self.claim = _claim(self.folder, self.id, map(self._file, [*ranks, "state", "meta", "latest"]))
-        return self.id
-
-    def _file(self, what: int | str) -> str:
-        """The name of a rank's file, or of another one."""
-        return f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}"
-
-    def write(self, group: Any) -> None:
-        """Write this rank's file; rank 0 adds the rest and puts the index in its place. Talks only to ``group``."""
-        failure = None
-        try:
-            pieces = _agreed(lambda: zero.write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
-            _on_rank_0(lambda: self._complete(pieces), group)
-        except zero.CheckpointError as error:  # on every rank
-            failure = error
-        finally:  # as the system does where the process dies
-            if self.claim is not None:
-                _let_go(self.claim)
-        _on_rank_0(lambda: _sweep(self.folder.parent), group)
-        if failure is not None:
-            raise zero.CheckpointError(f"{self.folder} was not saved: {failure}") from failure
-
-    def _complete(self, pieces: list[list[dict]]) -> None:
-        """Add the plain data and the index to the ranks' files; then one rename makes them the checkpoint."""
-        folder, state = self.folder, self._file("state")
-        zero.write_synced(folder / state, self.stored)
-        names = map(self._file, [*range(len(pieces)), "state"])
-        files = {name: {"size": (folder / name).stat().st_size} for name in names}
-        files[state]["checksum"] = zlib.crc32(self.stored)
-        zero.write_index(folder / self._file("meta"), self.index | {
-            "files": files, "state": state, "pieces": [piece for theirs in pieces for piece in theirs]})
-        zero.write_synced(folder / self._file("latest"), folder.name.encode())
-        _sync_folder(folder)
-        if (folder / "meta.json").exists():
-            _let_go(_claim(folder, secrets.token_hex(8), zero.read_index(folder)["files"]))
-        os.rename(folder / self._file("meta"), folder / "meta.json")
-        _sync_folder(folder)
-        if self.save_latest:
-            os.rename(folder / self._file("latest"), folder.parent / "latest")
-        _sync_folder(folder.parent)
-        for old in [] if self.keep_last is None else _outdated(folder, self.keep_last):
-            _let_go(_claim(old, secrets.token_hex(8), zero.read_index(old)["files"]))
-            (old / "meta.json").unlink()
-
-
-def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
-    """A new claim on ``files`` of ``folder``, see _Save: its file, open and locked."""
-    file = open(folder.parent / f".checkpoint-{name}.claim", "x")
-    with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
-        _lock(file)
-    json.dump({"folder": folder.name, "files": list(files)}, file)
-    file.flush()
-    os.fsync(file.fileno())
-    return file
-
-
-def _let_go(claim: Any) -> None:
-    with suppress(OSError):
-        _lock(claim, release=True)  # close() would not do where the process was forked since
-    claim.close()
-
-
-def _lock(file: Any, release: bool = False) -> None:
-    """Lock a file, or release it; OSError where another process has locked it, or the system knows no such locks."""
-    if os.name != "posix":
-        raise OSError("no locks on files")
-    import fcntl  # here, as other systems have none
-
-    fcntl.flock(file, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _sweep(save_dir: Path) -> None:
-    """Remove the files of claims that nobody holds, see _Save. What can't be removed or read stays."""
-    for path in save_dir.glob(".checkpoint-*.claim"):
-        with suppress(OSError, ValueError, zero.CheckpointError), open(path) as file:
-            _lock(file)
-            claim = json.load(file)
-            folder = save_dir / zero.folder_name(claim["folder"])
-            kept = zero.read_index(folder)["files"] if (folder / "meta.json").exists() else ()
-            for name in set(claim["files"]) - {"meta.json", *kept}:
-                (folder / Path(name).name).unlink(missing_ok=True)
-            with suppress(OSError):  # others' files are in it, or the checkpoint is
-                folder.rmdir()
-            path.unlink()
-
-
-def _outdated(newest: Path, keep_last: int) -> list[Path]:
-    """The checkpoints of the earliest steps beside ``newest``, so that ``keep_last`` stay.
-
-    Not what ``latest`` or a link names, and no folder that holds no checkpoint.
-    """
-    save_dir, found = newest.parent, []
-    kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
-    with suppress(zero.CheckpointError, OSError):  # latest is damaged
-        kept.add((zero.checkpoint_folder(save_dir) or newest).resolve())
-    for folder in {path.parent for path in save_dir.glob("[!.]*/meta.json")} - {newest}:
-        with suppress(zero.CheckpointError):
-            index = zero.read_index(folder)
-            found += [] if folder.is_symlink() else [(index["step"], index.get("time", 0), folder)]
-    old = [folder for *_, folder in sorted(found)][:max(0, len(found) - keep_last + 1)]
-    return [folder for folder in old if folder.resolve() not in kept]
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of this rank's random generators, as plain data."""
-    numpy_state = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(), "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:])}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds."""
-    return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach()
-            for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set}
-
-
-def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
-    return {name: buffer.cpu().clone() for name, buffer in buffers.items()}
-
-
-def _differing(buffers: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``buffers`` that are not the same in ``others``, such as a rank's own running means."""
-    return {name: buffer for name, buffer in buffers.items() if not torch.equal(buffer, others[name])}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` reach the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 class _Progress:
@@ -2187,6 +1855,601 @@ class _Clock:
                               if name != "offload" or self.engine.zero.offload.optimizer is not None)
             print(f"step {self.engine.global_steps}: {parts}", flush=True)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
+
+
+# --- Save and resume --------------------------------------------------------------------------------------------------
+#
+# A checkpoint is a folder. In the names of its files, ID is the save's own, so that two saves never mix:
+#     meta.json            the index: the parameters, and where each stretch of them lies; with its own checksum
+#     rank_00000.ID.bin    what rank 0 saved, as raw numbers, one stretch after the other; so for every rank
+#     state.ID             plain data: counters, schedule, generators, buffers, and state that is no value per element
+# Beside the folders is the file latest, with the name of the one that load_checkpoint() takes.
+
+
+CheckpointError = zero.CheckpointError
+
+VERSION = 2     # of this format
+CHUNK = 2**20   # bytes that are read at a time to check them
+
+
+class _Piece(NamedTuple):
+    """A share of ``zero.shares``, as the index describes it."""
+    name: str
+    key: str
+    start: int
+    end: int
+    dtype: str
+    file: str
+    offset: int    # in bytes, in the file
+    size: int      # in bytes
+    checksum: int  # crc32
+    shape: list[int] | None = None  # of state in a shape of its own; None: 1-D, from start to end
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[Any]:
+    """A new file, which is on the disk when the block is left."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` reach the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
+    """Write a rank's shares into a file of its own, one after the other; returns the pieces of the index."""
+    offset, pieces = 0, []
+    with _synced(path) as file:
+        for name, key, start, tensor in shares:
+            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            shape = None if tensor.dim() == 1 else list(tensor.shape)
+            pieces.append(_Piece(name, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name, offset,
+                                 len(data), zlib.crc32(data), shape)._asdict())
+            file.write(data)
+            offset += len(data)
+    return pieces
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
+    with _synced(path) as file:
+        file.write(f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    path = folder / "meta.json"
+    try:
+        wrapped = json.loads(path.read_text())
+        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
+                              ) from None
+    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+    if version != VERSION:
+        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads version "
+                              f"{VERSION}; load another tag, or load it with the program that wrote it")
+    return index | {"checksum": checksum}
+
+
+class _Save:
+    """A checkpoint on its way to the disk.
+
+    Before its files are written, rank 0 lists them in a claim, the file ``save_dir/.checkpoint-ID.claim``, on which it
+    has a lock as long as the save lives. What a newer save replaces, or ``keep_last`` lets go, is put into a claim too.
+    ``_sweep`` removes the files of claims that nobody has locked, unless an index names them. So what a dead save
+    leaves goes with the next one, and what another job writes stays.
+    """
+
+    def __init__(self, folder: Path, save_latest: bool, keep_last: int | None):
+        self.folder, self.save_latest, self.keep_last, self.claim = folder, save_latest, keep_last, None
+
+    def prepare(self, engine: Engine, client_state: dict[str, Any], with_frozen: bool) -> None:
+        """Take what will be written, and on rank 0 make the folder and the claim. All ranks must call it."""
+        told = _agreed(lambda: self._take(engine, client_state, with_frozen))
+        self.id = _on_rank_0(lambda: self._begin(told))
+
+    def _take(self, engine: Engine, client_state: dict[str, Any], with_frozen: bool) -> bytes:
+        """Take this rank's numbers; returns its plain data, as the contents of a file."""
+        self.index = {"step": engine.global_steps, "time": time.time_ns(), "ranks": engine.world_size,
+                      "stage": engine.zero_optimization_stage(), "parameters": zero.describe(engine.zero, with_frozen)}
+        self.shares = zero.shares(engine.zero, with_frozen)
+        if engine.config.checkpoint.async_:
+            self.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in self.shares]
+        return _to_bytes(_state_of(engine) | {"client_state": client_state})
+
+    def _begin(self, told: list[bytes]) -> str:
+        self.state = _to_bytes(_merged([_from_bytes(data) for data in told]))
+        if self.folder.is_symlink():
+            raise CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag whose "
+                                  "folder is none")
+        if (self.folder / "meta.json").exists():
+            try:
+                _read_index(self.folder)
+            except CheckpointError:
+                raise CheckpointError(f"{self.folder / 'meta.json'} is there, and is no index of a checkpoint that "
+                                      "this program can read; move it away, or save under another tag") from None
+        _sweep(self.folder.parent)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.id = secrets.token_hex(8)
+        ranks = range(self.index["ranks"])
+        self.claim = _claim(self.folder, self.id, map(self._file, [*ranks, "state", "meta", "latest"]))
+        return self.id
+
+    def _file(self, what: int | str) -> str:
+        """The name of a rank's file, or of another one."""
+        return f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}"
+
+    def write(self, group: Any = None) -> None:
+        """Write this rank's file; rank 0 adds the rest and puts the index in its place. Talks only to ``group``."""
+        failure = None
+        try:
+            pieces = _agreed(lambda: _write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
+            _on_rank_0(lambda: self._publish(sum(pieces, [])), group)
+        except CheckpointError as error:  # on every rank
+            failure = error
+        finally:  # as the system does where the process dies
+            if self.claim is not None:
+                _let_go(self.claim)
+        _on_rank_0(lambda: _sweep(self.folder.parent), group)
+        if failure is not None:
+            raise CheckpointError(f"{self.folder} was not saved: {failure}") from failure
+
+    def _publish(self, pieces: list[dict]) -> None:
+        """Add the plain data and the index to the ranks' files; then one rename makes them the checkpoint."""
+        folder, state, latest = self.folder, self._file("state"), self._file("latest")
+        for name, data in ((state, self.state), (latest, folder.name.encode())):
+            with _synced(folder / name) as file:
+                file.write(data)
+        files = {name: {"size": (folder / name).stat().st_size}
+                 for name in map(self._file, [*range(self.index["ranks"]), "state"])}
+        files[state]["checksum"] = zlib.crc32(self.state)
+        _write_index(folder / self._file("meta"), self.index | {"files": files, "state": state, "pieces": pieces})
+        _sync_folder(folder)
+        if (folder / "meta.json").exists():
+            _let_go(_claim(folder, secrets.token_hex(8), _read_index(folder)["files"]))
+        os.rename(folder / self._file("meta"), folder / "meta.json")
+        _sync_folder(folder)
+        if self.save_latest:
+            os.rename(folder / latest, folder.parent / "latest")
+        _sync_folder(folder.parent)
+        for old in [] if self.keep_last is None else _outdated(folder, self.keep_last):
+            _let_go(_claim(old, secrets.token_hex(8), _read_index(old)["files"]))
+            (old / "meta.json").unlink()
+
+
+def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
+    """A new claim on ``files`` of ``folder``, see _Save: its file, open and locked."""
+    file = open(folder.parent / f".checkpoint-{name}.claim", "x")
+    with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
+        _lock(file)
+    json.dump({"folder": folder.name, "files": list(files)}, file)
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def _let_go(claim: Any) -> None:
+    with suppress(OSError):
+        _lock(claim, release=True)  # close() would not do where the process was forked since
+    claim.close()
+
+
+def _lock(file: Any, release: bool = False) -> None:
+    """Lock a file, or release it; OSError where another process has locked it, or the system knows no such locks."""
+    try:
+        import fcntl  # here, as not all systems have it
+    except ImportError:
+        raise OSError("no locks on files") from None
+    fcntl.flock(file, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sweep(save_dir: Path) -> None:
+    """Remove the files of claims that nobody has locked, see _Save. What can't be removed or read stays."""
+    for path in save_dir.glob(".checkpoint-*.claim"):
+        with suppress(OSError, ValueError, CheckpointError), open(path) as file:
+            _lock(file)
+            claim = json.load(file)
+            folder = save_dir / _folder_name(claim["folder"])
+            kept = _read_index(folder)["files"] if (folder / "meta.json").exists() else ()
+            for name in set(claim["files"]) - {"meta.json", *kept}:
+                (folder / Path(name).name).unlink(missing_ok=True)
+            with suppress(OSError):  # others' files are in it, or the checkpoint is
+                folder.rmdir()
+            path.unlink()
+
+
+def _outdated(newest: Path, keep_last: int) -> list[Path]:
+    """The checkpoints of the earliest steps, so that ``keep_last`` stay with ``newest``.
+
+    Not what ``latest`` or a link names, and no folder without a checkpoint.
+    """
+    save_dir, found = newest.parent, []
+    kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
+    with suppress(CheckpointError, OSError):  # latest is damaged
+        kept.add((_checkpoint_folder(save_dir) or newest).resolve())
+    for folder in {path.parent for path in save_dir.glob("[!.]*/meta.json")} - {newest}:
+        with suppress(CheckpointError):
+            index = _read_index(folder)
+            found += [] if folder.is_symlink() else [(index["step"], index.get("time", 0), folder)]
+    old = [folder for *_, folder in sorted(found)][:max(0, len(found) - keep_last + 1)]
+    return [folder for folder in old if folder.resolve() not in kept]
+
+
+def _write_behind(save: _Save, group: Any) -> None:
+    try:
+        save.write(group)
+    except BaseException as error:
+        logger.error("%s", error)  # at once, since no wait_for_save() may follow
+        raise
+
+
+class _Reader:
+    """A checkpoint's folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
+
+    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """What ``meta.json`` says."""
+        return _read_index(self.folder)
+
+    @cached_property
+    def pieces(self) -> dict[str, dict[str, list[_Piece]]]:
+        """By parameter and key, in order; they cover each element once."""
+        pieces: dict[str, dict[str, list[_Piece]]] = {name: {"": []} for name in self.index["parameters"]}
+        for piece in sorted((_Piece(**raw) for raw in self.index["pieces"]), key=lambda piece: piece.start):
+            pieces[piece.name].setdefault(piece.key, []).append(piece)
+        for name, facts in self.index["parameters"].items():
+            for key, parts in pieces[name].items():
+                shape = parts[0].shape if parts and parts[0].shape is not None else facts["shape"]
+                ends = [0, *(part.end for part in parts)]
+                if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(shape) or any(
+                        part.size != (part.end - part.start) * getattr(torch, part.dtype).itemsize for part in parts):
+                    raise CheckpointError(f"{self.folder}: the pieces of {key or 'the values'} of {name} overlap, "
+                                          "leave gaps, or have another size than their values; load another tag")
+        return pieces
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The plain data."""
+        name = self.index["state"]
+        facts = self.index["files"][name]
+        data = self._bytes(name, 0, facts["size"])
+        if zlib.crc32(data) != facts["checksum"]:
+            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
+        try:
+            return _from_bytes(data)
+        except UnpicklingError:
+            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
+                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
+                                  ) from None
+
+    def keys(self, name: str) -> list[str]:
+        """The optimizer state that is there for a parameter, as numbers."""
+        return [key for key in self.pieces[name] if key]
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state as ``zero.fill`` takes it."""
+        def room(piece: _Piece) -> Any:
+            dtype = getattr(torch, piece.dtype)
+            return dtype if piece.shape is None else torch.empty(piece.shape[1:], dtype=dtype, device="meta")
+
+        return {name: {key: torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
+                       for key, (value, dtype) in entries.items()}
+                | {key: room(self.pieces[name][key][0]) for key in self.keys(name)}
+                for name, entries in self.state["optimizer_state"].items()}
+
+    def verify(self, name: str, key: str = "", start: int = 0, end: float = math.inf) -> None:
+        """Raise CheckpointError unless a parameter, or its state, is undamaged from ``start`` to ``end``."""
+        for piece in self.pieces[name][key]:
+            checksum, needed = 0, piece.shape is not None or piece.start < end and start < piece.end
+            for low in range(0, piece.size, CHUNK) if needed else ():
+                data = self._bytes(piece.file, piece.offset + low, min(CHUNK, piece.size - low))
+                checksum = zlib.crc32(data, checksum)
+            if needed and checksum != piece.checksum:
+                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
+                                      f"{key or 'the values'} of {name} does not match; load another tag")
+
+    def read(self, name: str, key: str, start: int, out: Tensor, stride: list[int]) -> None:
+        """Fill a share of ``zero.shares``, of a parameter whose elements lie by ``stride``."""
+        facts = self.index["parameters"].get(name)
+        if facts is None:  # left as it is
+            return
+        if stride != facts["stride"] and out.dim() == 1:  # saved by a model that lays it out in another way
+            there = self.whole(name, key)
+            flat = torch.empty_strided(there.shape, stride, dtype=there.dtype).copy_(there)
+            out.copy_(flat.as_strided((flat.numel(),), (1,))[start:start + len(out)])
+            return
+        flat = out.view(-1)
+        for piece in self.pieces[name][key]:
+            low, high = max(start, piece.start), min(start + len(flat), piece.end)
+            if low < high:
+                dtype = getattr(torch, piece.dtype)
+                data = self._bytes(piece.file, piece.offset + (low - piece.start) * dtype.itemsize,
+                                   (high - low) * dtype.itemsize)
+                flat[low - start:high - start] = torch.from_numpy(data).view(dtype)
+
+    def whole(self, name: str, key: str = "") -> Tensor:
+        """A parameter, or its state, in the parameter's shape."""
+        facts, pieces = self.index["parameters"][name], self.pieces[name][key]
+        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
+        self.read(name, key, 0, flat, facts["stride"])
+        return flat.as_strided(facts["shape"], facts["stride"])
+
+    def _bytes(self, name: str, start: int, size: int) -> np.ndarray:
+        """The bytes of a file from ``start`` on; fewer than ``size`` where it ends."""
+        if name not in self.files:
+            path = self.folder / Path(name).name
+            try:
+                self.files[name] = open(path, "rb", buffering=0)
+            except OSError as error:
+                raise CheckpointError(f"{path} can't be read ({error.strerror}): the checkpoint is not complete, or is "
+                                      "being saved anew; load another tag") from None
+        self.files[name].seek(start)
+        return np.fromfile(self.files[name], np.uint8, size)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+
+def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
+    """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
+    if tag is not None:
+        return Path(directory) / _folder_name(tag)
+    latest = Path(directory) / "latest"
+    try:
+        return Path(directory) / _folder_name(latest.read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
+                              "one into it, or load by a tag") from None
+
+
+def _folder_name(tag: Any) -> str:
+    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
+    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
+            or name.startswith((".", " ")) or name.endswith((".", " "))):
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
+    return name
+
+
+# What a checkpoint has of an engine: taken, checked, and put back.
+
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def _state_of(engine: Engine) -> dict[str, Any]:
+    """This rank's plain data: all that is no share of a parameter."""
+    def entry(value: Any) -> tuple[Any, str | None]:  # numbers, so that those of all ranks can be compared
+        is_number = isinstance(value, Tensor) and value.dim() == 0
+        return (value.item(), str(value.dtype)[6:]) if is_number else (value, None)
+
+    scheduler = engine.lr_scheduler
+    return {"training": {key: getattr(engine, key) for key in COUNTERS},
+            "optimizer": type(engine.optimizer).__name__, "scaler": engine.scaler.state_dict(),
+            "groups": [{key: value for key, value in group.items() if key != "params"}
+                       for group in (engine.optimizer.param_groups if engine.optimizer else ())],
+            "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
+            "scheduler": type(scheduler).__name__,
+            "data": None if engine.loader is None else engine.loader.state_dict(),
+            "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module)),
+            "optimizer_state": {name: {key: entry(value) for key, value in kept.items()}
+                                for name, kept in zero.scalars(engine.zero).items()}}
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plain data of all ranks: rank 0's, each one's generators, and the buffers in which it differs."""
+    buffers, kept = states[0]["buffers"], {}
+    for name, entries in (item for state in states for item in state["optimizer_state"].items()):
+        known = kept.setdefault(name, entries)
+        for key in known.keys() | entries.keys():
+            if not _same(known.get(key), entries.get(key)):
+                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
+                                      "has a part of the parameter; it can be saved at stage 0")
+    return states[0] | {"random": [state["random"] for state in states], "optimizer_state": kept, "rank_buffers": [
+        {name: buffer for name, buffer in state["buffers"].items() if not torch.equal(buffer, buffers[name])}
+        for state in states]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    (a, kind), (b, other) = tree_flatten(a), tree_flatten(b)
+    return kind == other and all(
+        type(x) is type(y) and (x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else
+                                bool(x == y or x != x and y != y)) for x, y in zip(a, b))  # NaN is like NaN
+
+
+def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: bool, with_schedule: bool) -> int:
+    """Raise CheckpointError unless all that this rank loads is undamaged and fits; returns the index's checksum."""
+    saved, own, state, folder = reader.index["parameters"], zero.describe(engine.zero), reader.state, reader.folder
+    zero.check_fits(engine.zero, saved, str(folder), strict, with_optimizer)
+    for name, key, start, values in zero.shares(engine.zero, whole=True):
+        if name in saved and not key:
+            mine = (start, start + len(values)) if saved[name]["stride"] == own[name]["stride"] else ()
+            for each in ["", *(reader.keys(name) if with_optimizer else ())]:
+                reader.verify(name, each, *mine)
+    _check_buffers(engine, state, folder, strict)
+    groups, now = len(state["groups"]), len(engine.optimizer.param_groups) if engine.optimizer else 0
+    with_schedule = with_schedule and state["schedule"] is not None
+    for matters, what, there, here, key in (
+            (with_optimizer, "optimizer", state["optimizer"], type(engine.optimizer).__name__, "load_optimizer_states"),
+            (with_schedule, "scheduler", state["scheduler"], type(engine.lr_scheduler).__name__,
+             "load_lr_scheduler_states"),
+            (with_optimizer or with_schedule, "number of param groups", groups, now,
+             "load_optimizer_states=False and load_lr_scheduler_states")):
+        if matters and there != here:
+            raise CheckpointError(f"{folder} has the state of the {what} {there}, and this engine's {what} is {here}; "
+                                  f"load it with {key}=False")
+    return reader.index["checksum"]
+
+
+def _saved_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""
+    mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
+    return state["buffers"] | mine
+
+
+def _check_buffers(engine: Engine, state: dict[str, Any], folder: Path, strict: bool) -> None:
+    saved, own = _saved_buffers(engine, state), _persistent_buffers(engine.module)
+    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if strict and (missing or extra):
+        raise CheckpointError(f"{folder} is of another model: it lacks the buffers {missing or 'none'}, and also has "
+                              f"{extra or 'none'}; load it with load_module_strict=False")
+    for name in own.keys() & saved.keys():
+        there, here = saved[name], own[name]
+        if there.shape != here.shape or not torch.can_cast(there.dtype, here.dtype):
+            raise CheckpointError(f"{folder}: the buffer {name} is {tuple(there.shape)}, {there.dtype}, and in this "
+                                  f"model {tuple(here.shape)}, {here.dtype}; give it that shape and dtype before "
+                                  "loading")
+
+
+def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
+    """Put back counters, rates, schedule, loss scale, random state, and the place in the data."""
+    for key, value in state["training"].items():
+        setattr(engine, key, value)
+    if with_optimizer:
+        for group, saved in zip(engine.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
+    if with_schedule and state["schedule"] is not None:
+        engine.lr_scheduler.load_state_dict(state["schedule"])
+    if state["scaler"].keys() == engine.scaler.state_dict().keys():
+        engine.scaler.load_state_dict(state["scaler"])
+    if len(state["random"]) == engine.world_size:
+        _set_random_state(state["random"][engine.global_rank])
+    if engine.loader is not None and state["data"] is not None:
+        engine.loader.load_state_dict(state["data"])
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of this rank's random generators, as plain data."""
+    numpy_state = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
+            "python": random.getstate(), "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:])}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds."""
+    return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach()
+            for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set}
+
+
+def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    return {name: buffer.cpu().clone() for name, buffer in buffers.items()}
+
+
+def _to_bytes(value: Any, place: str = "") -> bytes:
+    """``value`` as the contents of a file that loads safely; CheckpointError names what in it can't be."""
+    value, stored = tree_map_only(np.generic, np.generic.item, value), io.BytesIO()
+    try:
+        torch.save(value, stored)
+        _from_bytes(stored.getvalue())
+    except Exception as error:
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
+        for key, part in parts.items():
+            _to_bytes(part, f"{place}[{key!r}]" if place else key)
+        raise CheckpointError(f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}), can't be saved so "
+                              "that it loads safely; allowed: numbers, text, tensors and containers of these") from None
+    return stored.getvalue()
+
+
+def _from_bytes(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+# The command line, and what needs no engine.
+
+
+def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
+    """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
+
+    dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
+    """
+    whole: dict[str, Tensor] = {}
+    with closing(_Reader(folder)) as reader:
+        for name, facts in reader.index["parameters"].items():
+            if with_frozen or facts["trained"]:
+                reader.verify(name)
+                tensor = reader.whole(name)
+                whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                whole |= dict.fromkeys(facts["aliases"], whole[name])
+        return whole | reader.state["buffers"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: python engine.py consolidate|inspect CHECKPOINT_DIR ..."""
+    parser = argparse.ArgumentParser(prog="engine.py",
+                                     description="Look into checkpoints, or make plain state dicts of them.")
+    parser.add_argument("command", choices=["inspect", "consolidate"], help="print what is inside, or write one state "
+                                                                            "dict that model.load_state_dict takes")
+    parser.add_argument("directory", metavar="CHECKPOINT_DIR", help="the save_dir of save_checkpoint()")
+    parser.add_argument("output", metavar="OUT.pt", nargs="?", help="what consolidate writes")
+    parser.add_argument("--tag", help="default: the one that the file latest names")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
+    options = parser.parse_args(argv)
+    if (options.command == "consolidate") != (options.output is not None):
+        parser.error("consolidate needs OUT.pt, and inspect takes none")
+    try:
+        folder = _existing_folder(options.directory, options.tag)
+        if options.command == "inspect":
+            print(_inspection(_Reader(folder)))
+            return 0
+        whole = consolidate(folder, getattr(torch, options.dtype) if options.dtype else None)
+        torch.save(whole, options.output)
+        print(f"wrote {options.output}: {len(whole)} tensors, {sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB")
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"engine.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _existing_folder(directory: str | os.PathLike, tag: Any) -> Path:
+    folder = _checkpoint_folder(directory, tag)
+    if folder is None:
+        raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag")
+    return folder
+
+
+def _inspection(reader: _Reader) -> str:
+    index = reader.index
+    rows = [f"{reader.folder}: step {index['step']}, saved at stage {index['stage']} by {index['ranks']} rank(s)"]
+    for name, facts in index["parameters"].items():
+        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
+        state = ", ".join(reader.keys(name)) or "no optimizer state"
+        rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
+    rows.append(f"{len(index['parameters'])} parameters, {sum(f['size'] for f in index['files'].values()):,} bytes in "
+                f"{len(index['files'])} files")
+    return "\n".join(rows)
 
 
 # --- initialize() -----------------------------------------------------------------------------------------------------
@@ -2461,7 +2724,7 @@ ABSENT = {
         "engine.get_type",
     "`utils.set_z3_leaf_modules()` and the key `leaf_module` of the config say this":
         "utils.*z3_leaf*",
-    "`python zero.py consolidate` does this":
+    "`python engine.py consolidate` does this":
         "utils.zero_to_fp32.convert_*",
     "`safe_get_full_*` and `safe_set_full_*` do this for whole parameters":
         "utils.safe_*_local_* utils.safe_update_* utils.tensor_fragment",
@@ -2528,10 +2791,7 @@ def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str | os.PathLike, 
                                              exclude_frozen_parameters: bool = False,
                                              lazy_mode: bool = False) -> dict[str, Tensor]:
     """A checkpoint's whole state dict in fp32; ``tag`` as in load_checkpoint(). ``lazy_mode`` has no effect."""
-    folder = zero.checkpoint_folder(checkpoint_dir, tag)
-    if folder is None:
-        raise zero.CheckpointError(f"there is no checkpoint in {checkpoint_dir}, which has no file latest; give a tag")
-    return zero.consolidate(folder, torch.float32, not exclude_frozen_parameters)
+    return consolidate(_existing_folder(checkpoint_dir, tag), torch.float32, not exclude_frozen_parameters)
 
 
 def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str | os.PathLike,
@@ -2573,3 +2833,7 @@ utils = _Names("utils", {"logger": logger} | {
 checkpoint = _Names("checkpoint", {"utils": _Names("checkpoint.utils", {
     "clone_tensors_for_torch_save": clone_tensors_for_torch_save})})
 runtime = _Names("runtime", {"lr_schedules": schedulers})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

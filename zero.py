@@ -33,12 +33,10 @@ the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
-shards, reading and writing what is sharded, what a checkpoint's files hold, and what a model will take. To understand
+shards, reading and writing what is sharded, the shares of a checkpoint, and what a model will take. To understand
 ZeRO, read up to ``Zero``'s end; the rest are uses of it.
 With one process there is nothing to shard: no collective runs at any stage.
 
-    python zero.py inspect CHECKPOINT_DIR                 what is inside
-    python zero.py consolidate CHECKPOINT_DIR OUT.pt      one plain state dict of it
     python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold and send, stage by stage
 """
 
@@ -47,28 +45,24 @@ import copy
 import ctypes
 import gc
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-import pickle
 import shutil
 import socket
 import sys
 import tempfile
 import time
 import weakref
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1381,19 +1375,6 @@ def _round_up(size: int, multiple: int) -> int:
 def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
     """Whether an entry of an optimizer's state has a value per element, as against one for the whole parameter."""
     return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two entries of an optimizer's state, of any kind, say the same."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b or (a != a and b != b))  # NaN is like NaN
 
 
 # --- Units: what stage 3 gathers and frees together -------------------------------------------------------------------
@@ -3032,73 +3013,42 @@ def _check_shape(slot: Slot, value: Any) -> None:
         raise ValueError(f"the value for {slot.name} is {given}; allowed: a tensor of shape {tuple(slot.shape)}")
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-
-VERSION = 2       # of the files' format; version 1, which had no such number, is still read
-CHUNK = 2**20     # bytes that are read at a time to check them
+# --- Shares of a checkpoint -------------------------------------------------------------------------------------------
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read; the message names the file, the parameter and what to do."""
 
 
-@dataclass
-class Piece:
-    """A stretch of a parameter, or of its optimizer state, in a checkpoint's file.
+# A stretch of a parameter, or of its optimizer state: the parameter's name, the state's key ("" for the parameter
+# itself), the first element as it lies in memory, and the values, 1-D. Whoever loads takes the stretches it needs, so a
+# checkpoint knows nothing of buckets, stages or ranks. State in a shape of its own (Adafactor's rows) comes whole, with
+# a leading dimension of 1.
+Share = tuple[str, str, int, Tensor]
 
-    start, end   in elements of the parameter as it lies in memory; whoever loads it takes the stretches that it needs,
-                 so a checkpoint knows nothing of buckets, stages or the number of ranks that will read it
-    shape        of state that is not an element's (Adafactor's rows); None: 1-D, from start to end
+
+def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterator[Share]:
+    """What this rank saves: its slice of every bucket, parameter by parameter, as views.
+
+    whole   all that this rank has of each, also what other ranks have too: what ``fill`` writes into
     """
-    name: str
-    key: str       # "": the parameter itself, in the dtype of its master; else the optimizer state's name
-    start: int
-    end: int
-    dtype: str
-    file: str
-    offset: int    # in bytes, in the file
-    size: int      # in bytes
-    checksum: int  # crc32
-    shape: list | None = None
-
-
-Share = tuple[str, str, int, Tensor]  # a parameter's name, a key as in Piece, the first element, and the values
-
-
-def write_pieces(shares: Iterable[Share], path: Path) -> list[dict]:
-    """Write a rank's shares into a file of its own, and see them on the disk; returns the pieces of the index."""
-    offset, pieces = 0, []
-    with open(path, "wb") as file:
-        for parameter, key, start, tensor in shares:
-            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            shape = None if tensor.dim() == 1 else list(tensor.shape)
-            pieces.append(asdict(Piece(parameter, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name,
-                                       offset, len(data), zlib.crc32(data), shape)))
-            file.write(data)
-            offset += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return pieces
-
-
-def shares_of(zero: Zero, with_frozen: bool = True) -> Iterator[Share]:
-    """What this rank saves: its slice of every bucket, parameter by parameter, whoever holds it beside this rank."""
+    rank, ranks = zero.communicator.rank, zero.communicator.world_size
     for bucket in zero.buckets:
-        if bucket.unit is None:
+        if not (bucket.trained or with_frozen):
+            continue
+        if bucket.unit is None and not whole:
             bucket.keep_writes()
-        size = bucket.numel // zero.communicator.world_size
-        mine = size * zero.communicator.rank, size * (zero.communicator.rank + 1)
+        size = bucket.numel // ranks
+        mine = (0, bucket.numel) if whole else (size * rank, size * (rank + 1))
         held, start = bucket.finest
-        for slot in bucket.slots if bucket.trained or with_frozen else ():
+        for slot in bucket.slots:
             yield from _cut(slot, "", held, start, mine)
-        for slot in bucket.slots if bucket.trained else ():
-            for key, value in zero.optimizer.state.get(slot.piece, {}).items():
+            for key, value in _state_of_piece(zero, slot).items():
                 if _is_like(key, value, slot.piece.shape):
                     flat = slot.in_order(value)
                     yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
-                elif _is_in_own_shape(slot, value) and (bucket.sharded.optimizer or zero.communicator.rank == 0):
-                    yield slot.name, key, 0, value[None]  # the leading 1 tells it from a stretch
+                elif _is_in_own_shape(slot, value) and (whole or bucket.sharded.optimizer or rank == 0):
+                    yield slot.name, key, 0, value[None]
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
@@ -3108,375 +3058,90 @@ def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) 
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
+def _state_of_piece(zero: Zero, slot: Slot) -> dict[str, Any]:
+    return {} if slot.piece is None else zero.optimizer.state.get(slot.piece, {})
+
+
 def _is_in_own_shape(slot: Slot, value: Any) -> bool:
     """Whether state that is not an element's is a tensor for a parameter of which this rank has all."""
     return isinstance(value, Tensor) and value.dim() > 0 and slot.piece.numel() == slot.shape.numel()
 
 
-def scalars_of(zero: Zero) -> dict[str, dict[str, tuple]]:
-    """The optimizer state that is no value per element, such as a step count, by the parameter's name.
-
-    An entry is a pair: a number and its tensor's dtype, or else what the optimizer keeps, of any kind, and None.
-    """
-    found: dict[str, dict] = {}
-    for bucket in zero.trained:
-        for slot in bucket.slots:
-            state = zero.optimizer.state.get(slot.piece, {})
-            if state:
-                found[slot.name] = {
-                    key: (value.item(), str(value.dtype)[6:]) if isinstance(value, Tensor) and value.dim() == 0
-                    else (value, None) for key, value in state.items()
-                    if not (_is_like(key, value, slot.piece.shape) or _is_in_own_shape(slot, value))}
-    return found
+def scalars(zero: Zero) -> dict[str, dict[str, Any]]:
+    """The optimizer state that ``shares`` leaves out, such as step counts: by the parameter's name, what is kept."""
+    return {slot.name: {key: value for key, value in _state_of_piece(zero, slot).items()
+                        if not (_is_like(key, value, slot.piece.shape) or _is_in_own_shape(slot, value))}
+            for bucket in zero.trained for slot in bucket.slots if _state_of_piece(zero, slot)}
 
 
-def merge_scalars(every: Sequence[dict[str, dict[str, tuple]]]) -> dict[str, dict[str, tuple]]:
-    """What all ranks' ``scalars_of`` say together; CheckpointError where they differ on a parameter."""
-    merged: dict[str, dict] = {}
-    for name, entries in (item for found in every for item in found.items()):
-        known = merged.setdefault(name, entries)
-        for key in (known.keys() | entries.keys()) if known is not entries else ():
-            if not _same(known.get(key), entries.get(key)):
-                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
-                                      "holds a part of the parameter; it can be saved at stage 0")
-    return merged
-
-
-def describe_parameters(zero: Zero, model: nn.Module, with_frozen: bool = True) -> dict[str, dict]:
-    """Name, shape, layout, dtype and param group of every parameter, and its other names (tied weights)."""
+def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
+    """Shape, layout, dtype and param group of every parameter by name, and its other names (tied weights)."""
     check_model(zero)
-    names = {id(p): name for name, p in model.named_parameters()}
-    described = {}
-    for name, p in model.named_parameters():
-        slot = _SLOTS[id(p)]
-        bucket = slot.bucket
-        if not (bucket.trained or with_frozen):
-            continue
-        described[name] = {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
-                           "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": []}
-    for alias, p in model.named_parameters(remove_duplicate=False):
-        if alias != names[id(p)] and names[id(p)] in described:
-            described[names[id(p)]]["aliases"].append(alias)
-    return described
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, p in zero.model.named_parameters(remove_duplicate=False):
+        names[id(p)].append(name)
+    places = [(_SLOTS[each].bucket, _SLOTS[each], known) for each, known in names.items()]
+    return {known[0]: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
+                       "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": known[1:]}
+            for bucket, slot, known in places if bucket.trained or with_frozen}
 
 
-def write_index(path: Path, index: dict[str, Any]) -> None:
-    """Write an index with its checksum, and see it on the disk."""
-    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
-    write_synced(path, f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
-    path = folder / "meta.json"
-    try:
-        wrapped = json.loads(path.read_text())
-        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
-                              ) from None
-    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
-        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
-    if version not in (1, VERSION):
-        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads versions 1 to "
-                              f"{VERSION}; load another tag, or with the program that wrote it")
-    return index | {"checksum": checksum}
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file, and see it on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class CheckpointReader:
-    """An opened checkpoint folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
-
-    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
-
-    meta     what ``meta.json`` says: the parameters, the pieces, ranks, stage and step
-    pieces   by parameter and by key
-    """
-
-    def __init__(self, folder: Path):
-        self.folder, self.meta = folder, read_index(folder)
-        self.files: dict[str, Any] = {}
-        self.pieces: dict[str, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
-        for raw in self.meta["pieces"]:
-            self.pieces[raw["name"]][raw["key"]].append(Piece(**raw))
-        for name, facts in self.meta["files"].items():
-            path = folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != facts["size"] or Path(name).name != name:
-                raise CheckpointError(f"{path} {'is missing' if size is None else f'has {size} bytes'}, where the "
-                                      f"checkpoint has {facts['size']}: it is not complete, or is being saved anew; "
-                                      "load another tag")
-
-    def keys(self, name: str) -> list[str]:
-        """The optimizer state that is there for a parameter, value by value."""
-        return [key for key in self.pieces[name] if key]
-
-    def verify(self, name: str, key: str, start: int = 0, end: int | None = None) -> None:
-        """Raise CheckpointError unless a parameter, or its state, is there once, undamaged from start to end.
-
-        Every piece is checked by a rank that reads it.
-        """
-        size = math.prod(self.meta["parameters"][name]["shape"])
-        end = size if end is None else end
-        covered, pieces, what = 0, sorted(self.pieces[name][key], key=lambda p: p.start), key or "the values"
-        for piece in pieces:
-            alone = piece.shape is not None and len(pieces) == 1 and piece.end == math.prod(piece.shape)
-            stretch = piece.shape is None and (piece.start < piece.end or not size)
-            if piece.start != covered or not (alone or stretch) or (
-                    piece.size != (piece.end - piece.start) * getattr(torch, piece.dtype).itemsize):
-                raise CheckpointError(f"{self.folder}: the pieces of {what} of {name} overlap, or leave gaps, or have "
-                                      "another size than their values; load another tag")
-            covered = size if alone else piece.end
-            if not alone and (piece.start >= end or piece.end <= start):
-                continue
-            if self._checksum(piece) != piece.checksum:
-                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
-                                      f"{what} of {name} does not match; load another tag")
-        if covered != size:
-            raise CheckpointError(f"{self.folder} lacks a part of {what} of {name}; load another tag")
-
-    def read(self, name: str, key: str, start: int, out: Tensor) -> None:
-        """The elements of a parameter from ``start`` on, as it lies in memory, into the 1-D ``out``."""
-        for piece in self.pieces[name][key]:
-            low, high = max(start, piece.start), min(start + out.numel(), piece.end)
-            if low < high:
-                out[low - start:high - start] = self._values(piece, low - piece.start, high - piece.start)
-
-    def whole(self, name: str, key: str = "") -> Tensor:
-        """A parameter, or state of it, in its shape."""
-        pieces, facts = self.pieces[name][key], self.meta["parameters"][name]
-        if pieces and pieces[0].shape is not None:
-            return self._values(pieces[0], 0, pieces[0].end).view(pieces[0].shape[1:])
-        flat = torch.empty(math.prod(facts["shape"]), dtype=getattr(torch, (pieces[0].dtype if pieces else
-                                                                            facts["dtype"])))
-        self.read(name, key, 0, flat)
-        return flat.as_strided(facts["shape"], facts["stride"])
-
-    def state(self) -> dict[str, Any]:
-        """Counters, schedule, buffers and the like: the one file of plain data."""
-        name = self.meta.get("state", "state.pt")
-        data = (self.folder / name).read_bytes()
-        if zlib.crc32(data) != self.meta["files"][name]["checksum"]:
-            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
-        try:
-            state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        except pickle.UnpicklingError:
-            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
-                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
-                                  ) from None
-        if "scalars" in self.meta:  # version 1
-            state["optimizer_state"] = {owner: {key: (value, "float32") for key, value in numbers.items()}
-                                        for owner, numbers in self.meta["scalars"].items()}
-        return state
-
-    def close(self) -> None:
-        """Close the files. What is read after it opens them anew."""
-        for file in self.files.values():
-            file.close()
-        self.files.clear()
-
-    def _open(self, piece: Piece, start: int) -> Any:
-        """The file with a piece, at the piece's byte ``start``."""
-        if piece.file not in self.files:
-            self.files[piece.file] = open(self.folder / piece.file, "rb")
-        self.files[piece.file].seek(piece.offset + start)
-        return self.files[piece.file]
-
-    def _checksum(self, piece: Piece) -> int:
-        file, checksum = self._open(piece, 0), 0
-        for start in range(0, piece.size, CHUNK):
-            checksum = zlib.crc32(file.read(min(CHUNK, piece.size - start)), checksum)
-        return checksum
-
-    def _values(self, piece: Piece, low: int, high: int) -> Tensor:
-        """Its elements from ``low`` to ``high``."""
-        values = torch.empty(high - low, dtype=getattr(torch, piece.dtype))
-        room = memoryview(values.view(torch.uint8).numpy())
-        if self._open(piece, low * values.itemsize).readinto(room) != len(room):
-            raise CheckpointError(f"{self.folder / piece.file} ends too early; load another tag")
-        return values
-
-
-def check_fits(zero: Zero, reader: CheckpointReader, strict: bool, optimizer_states: bool) -> None:
-    """Raise CheckpointError, with nothing changed, unless the checkpoint has what this rank needs, undamaged."""
-    saved, own = reader.meta["parameters"], {slot.name: slot for bucket in zero.buckets for slot in bucket.slots}
+def check_fits(zero: Zero, saved: Mapping[str, Mapping[str, Any]], source: str, strict: bool, with_state: bool) -> None:
+    """Raise CheckpointError unless ``saved``, which describes the parameters in ``source``, fits the model."""
+    own = describe(zero)
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if strict and (missing or extra):
-        raise CheckpointError(f"{reader.folder} is of another model: it lacks {missing or 'nothing'}, and has beside "
-                              f"it {extra or 'nothing'}; load it into the model that saved it, or with "
+        raise CheckpointError(f"{source} is of another model: it lacks {missing or 'nothing'}, and also has "
+                              f"{extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
-    for bucket in zero.buckets:
-        low, high = (0, bucket.numel) if bucket.finest[0] is bucket.flat else bucket.own
-        for slot in [slot for slot in bucket.slots if slot.name in saved]:
-            facts = saved[slot.name]
-            if facts["shape"] != list(slot.shape):
-                raise CheckpointError(f"{reader.folder}: {slot.name} has the shape {facts['shape']}, and in this model "
-                                      f"{list(slot.shape)}")
-            group = facts.get("group")
-            if optimizer_states and None not in (group, bucket.group) and group != bucket.group:
-                raise CheckpointError(f"{reader.folder}: {slot.name} was in the optimizer's param group {group}, and "
-                                      f"is in {bucket.group} now; load it with load_optimizer_states=False")
-            mine = (low - slot.offset, high - slot.offset) if tuple(facts["stride"]) == slot.stride else (0, None)
-            for key in ["", *(reader.keys(slot.name) if optimizer_states else ())]:
-                reader.verify(slot.name, key, *mine)
+    for name in own.keys() & saved.keys():
+        here, there = own[name], saved[name]
+        if there["shape"] != here["shape"]:
+            raise CheckpointError(f"{source}: {name} has the shape {there['shape']}, and in this model {here['shape']}")
+        groups = there.get("group"), here["group"]
+        if with_state and None not in groups and groups[0] != groups[1]:
+            raise CheckpointError(f"{source}: {name} was in the optimizer's param group {groups[0]}, and is in "
+                                  f"{groups[1]} now; load it with load_optimizer_states=False")
 
 
 @torch.no_grad()
-def load_pieces(zero: Zero, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]] | None) -> None:
-    """Take over parameters and, where ``scalars`` are given, optimizer state, each rank the stretches that it holds.
+def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[str, dict[str, Any]] | None) -> None:
+    """Take over saved values, each rank what it has of every parameter. All ranks must call it.
 
-    All ranks must call it.
+    read    ``read(name, key, first element, out)`` writes saved values into ``out``, a share's
+    state   the optimizer's, in place of what it has, by name and key: a dtype stands for values per element, and a meta
+            tensor for state in a shape of its own, which ``read`` brings. None: the optimizer's stays
     """
-    for bucket in zero.buckets:
-        held, start = bucket.finest
+    for bucket in zero.trained if state is not None else ():
         for slot in bucket.slots:
-            if slot.name in reader.meta["parameters"]:
-                _read_slot(reader, slot, "", held, start)
-        if bucket.trained and scalars is not None:
-            _load_state(zero, bucket, reader, scalars)
-        if held is not bucket.flat:
-            bucket.publish()
-            bucket.gather.wait()
-    if zero.optimizer is not None:
-        zero.refill_groups()
+            before = zero.optimizer.state.pop(slot.piece, {})
+            if slot.piece is not None and slot.name in state:
+                zero.optimizer.state[slot.piece] = {
+                    key: _entry(value, slot.piece, before.get(key), partial(read, slot.name, key, 0),
+                                zero.optimizer.param_groups[bucket.group]) for key, value in state[slot.name].items()}
+        bucket.keep_state(zero.optimizer)
+    for name, key, start, values in shares(zero, whole=True):
+        if not key or state is not None and values.dim() == 1:
+            read(name, key, start, values)
+    for bucket in zero.buckets:
+        bucket.publish()
+        bucket.gather.wait()
 
 
-def _read_slot(reader: CheckpointReader, slot: Slot, key: str, held: Tensor, start: int) -> None:
-    """A parameter's elements into ``held``, as far as it lies there."""
-    low, high = max(slot.offset, start), min(slot.end, start + held.numel())
-    if low >= high:
-        return
-    out = held[low - start:high - start]
-    if tuple(reader.meta["parameters"][slot.name]["stride"]) == slot.stride:
-        reader.read(slot.name, key, low - slot.offset, out)
-    else:  # saved by a model that lays it out in another way
-        flat = torch.empty(slot.end - slot.offset, dtype=held.dtype)
-        slot.view(flat, slot.offset).copy_(reader.whole(slot.name, key))
-        out.copy_(flat[low - slot.offset:high - slot.offset])
-
-
-def _load_state(zero: Zero, bucket: Bucket, reader: CheckpointReader, scalars: dict[str, dict[str, tuple]]) -> None:
-    """The optimizer state of a bucket; of a parameter that was never updated, the optimizer begins anew."""
-    state, group, device = zero.optimizer.state, zero.optimizer.param_groups[bucket.group], bucket.master.device
-    place = device if group.get("fused") or group.get("capturable") else "cpu"  # of step counts
-    for slot in bucket.slots:
-        before = state.pop(slot.piece, {})
-        if slot.piece is None or slot.name not in scalars:
-            continue
-        entry: dict[str, Any] = {
-            key: torch.tensor(value, dtype=getattr(torch, dtype), device=place) if dtype else
-            value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-            for key, (value, dtype) in scalars[slot.name].items()}
-        for key in reader.keys(slot.name):
-            piece = reader.pieces[slot.name][key][0]
-            if piece.shape is not None:
-                entry[key] = reader.whole(slot.name, key).to(device)
-                continue
-            dtype = getattr(torch, piece.dtype)
-            fits = key in before and before[key].shape == slot.piece.shape and before[key].dtype == dtype
-            entry[key] = before[key] if fits else torch.zeros_like(slot.piece, dtype=dtype, requires_grad=False)
-            flat = entry[key].as_strided((entry[key].numel(),), (1,))
-            _read_slot(reader, slot, key, flat, max(slot.offset, bucket.own[0]))
-        state[slot.piece] = entry
-    bucket.keep_state(zero.optimizer)
-
-
-def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
-    """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
-
-    dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
-    """
-    reader, whole = CheckpointReader(folder), {}
-    for name, facts in reader.meta["parameters"].items():
-        if not (with_frozen or facts["trained"]):
-            continue
-        reader.verify(name, "")
-        tensor = reader.whole(name)
-        whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        whole |= dict.fromkeys(facts["aliases"], whole[name])
-    return whole | reader.state()["buffers"]
-
-
-def checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
-    """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
-    if tag is not None:
-        return Path(directory) / folder_name(tag)
-    latest = Path(directory) / "latest"
-    try:
-        return Path(directory) / folder_name(latest.read_text().strip())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
-                              "one into it, or load by a tag") from None
-
-
-def folder_name(tag: Any) -> str:
-    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
-    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
-    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
-            or name.startswith((".", " ")) or name.endswith((".", " "))):
-        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
-    return name
-
-
-def _main(argv: list[str] | None = None) -> int:
-    """The command line: python zero.py consolidate|inspect CHECKPOINT_DIR ..., or estimate ..."""
-    parser = argparse.ArgumentParser(
-        prog="zero.py", description="Look into checkpoints, make plain state dicts of them, or estimate memory.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    parts = [commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes"),
-             commands.add_parser("inspect", help="print what is inside")]
-    for part in parts:
-        part.add_argument("directory", metavar="CHECKPOINT_DIR", help="the save_dir of save_checkpoint()")
-        part.add_argument("--tag", help="default: the one that the file latest names")
-    parts[0].add_argument("output", metavar="OUT.pt")
-    parts[0].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
-    part = commands.add_parser("estimate", help="print what a rank holds and sends at stages 0 to 3")
-    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
-    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
-    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
-                                       "does not (default: bf16, with gradients in bf16)")
-    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
-    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
-    options = parser.parse_args(argv)
-    try:
-        if options.command == "estimate":
-            print(_estimate_command(options))
-            return 0
-        folder = checkpoint_folder(options.directory, options.tag)
-        if folder is None:
-            raise CheckpointError(f"{options.directory} holds no checkpoint: there is no file latest")
-        if options.command == "consolidate":
-            whole = consolidate(folder, getattr(torch, options.dtype) if options.dtype else None)
-            torch.save(whole, options.output)
-            print(f"wrote {options.output}: {len(whole)} tensors, "
-                  f"{sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB")
-        else:
-            print(_inspection(CheckpointReader(folder)))
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"zero.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _inspection(reader: CheckpointReader) -> str:
-    meta = reader.meta
-    rows = [f"{reader.folder}: step {meta['step']}, saved at stage {meta['stage']} by {meta['ranks']} rank(s)"]
-    for name, facts in meta["parameters"].items():
-        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
-        state = ", ".join(reader.keys(name)) or "no optimizer state"
-        rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
-    rows.append(f"{len(meta['parameters'])} parameters, {sum(f['size'] for f in meta['files'].values()):,} bytes in "
-                f"{len(meta['files'])} files")
-    return "\n".join(rows)
+def _entry(value: Any, piece: nn.Parameter, before: Any, read: Callable, group: Mapping[str, Any]) -> Any:
+    """An entry of a piece's optimizer state, from what ``fill`` is given, in the memory of the one before if it fits."""
+    if isinstance(value, torch.dtype):  # to be filled with the shares
+        new = torch.zeros_like(piece, dtype=value, requires_grad=False)
+        fits = _is_like("", before, new.shape) and (before.dtype, before.stride()) == (value, new.stride())
+        return before if fits else new
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_meta:
+        new = torch.empty_like(value, device=piece.device)
+        read(new[None])
+        return new
+    on_device = value.dim() > 0 or group.get("fused") or group.get("capturable")  # else a step count: on the CPU
+    return value.to(piece.device if on_device else "cpu")
 
 
 # --- What it will take ------------------------------------------------------------------------------------------------
@@ -4005,6 +3670,29 @@ def check_ranks_agree(description: Sequence[str], device: torch.device) -> None:
     ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
     raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the "
                      "same config and the same model")
+
+
+def _main(argv: list[str] | None = None) -> int:
+    """The command line: python zero.py estimate ..."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["inspect"], ["consolidate"]):
+        import engine  # only here: it has the files of checkpoints, and the features need no sibling
+        return engine.main(arguments)
+    parser = argparse.ArgumentParser(prog="zero.py", description="Estimate memory and traffic.")
+    part = parser.add_subparsers(dest="command", required=True).add_parser(
+        "estimate", help="print what a rank holds and sends at stages 0 to 3")
+    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
+    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
+    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
+                                       "does not (default: bf16, with gradients in bf16)")
+    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
+    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
+    try:
+        print(_estimate_command(parser.parse_args(arguments)))
+    except (ValueError, OSError) as error:
+        print(f"zero.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

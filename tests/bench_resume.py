@@ -65,7 +65,7 @@ def main() -> None:
     engine.step()
     folder = Path(options.dir) / "bench_resume"
     plain = folder / f"plain_{engine.global_rank}.pt"
-    shares = [tensor.clone() for *_, tensor in zero.shares_of(engine.zero)]
+    shares = [tensor.clone() for *_, tensor in zero.shares(engine.zero)]
     times: dict[str, list[float]] = {name: [] for name in ("save", "load", "torch.save", "torch.load", "copy", "async")}
     for round_ in range(options.rounds):
         if engine.global_rank == 0:
@@ -77,7 +77,7 @@ def main() -> None:
         times["torch.load"].append(timed(lambda: [
             own.copy_(new) for own, new in zip(shares, torch.load(plain, weights_only=True))]))
         times["load"].append(timed(lambda: engine.load_checkpoint(folder, "sync")))
-        times["copy"].append(timed(lambda: [tensor.clone() for *_, tensor in zero.shares_of(engine.zero)],
+        times["copy"].append(timed(lambda: [tensor.clone() for *_, tensor in zero.shares(engine.zero)],
                                    on_all=False))
         engine.config.checkpoint.async_ = True
         times["async"].append(timed(lambda: engine.save_checkpoint(folder, "async"), on_all=False))
