@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import launch
 from conftest import DEADLINE, ROOT, Ranks, free_port
+from programs import Program
 from test_train_gpt import SMALL, losses, run_script
 
 STEP_LOSS = re.compile(r"step +(\d+)/\d+  loss (\d+\.\d+)")
@@ -195,32 +196,6 @@ train_gpt.main()
 TRAINING = [*SMALL, "--report=1", f"--data={ROOT / 'engine.py'}", f"--plot={os.devnull}"]
 
 
-def launch_here(arguments: list[str], variables: dict[str, str], printed: Path) -> None:
-    """Be ``python launch.py``, in a process of one's own; what it prints goes into two files."""
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
-    os.environ |= variables | {"CUDA_VISIBLE_DEVICES": ""}
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(printed.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.exit(launch.main(arguments))
-
-
-class Launcher:
-    """A launcher in the background: forked, as the tests' ranks are, with PyTorch loaded already."""
-
-    def __init__(self, run_ranks: Ranks, printed: Path, arguments: list[str], **variables: str) -> None:
-        self.printed = printed
-        self.process = run_ranks.context.Process(target=launch_here, args=(arguments, variables, printed))
-        self.process.start()
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for its end: the exit code, and what it printed."""
-        self.process.join(DEADLINE)
-        out, err = (self.printed.with_suffix(f".{name}").read_text() for name in ("out", "err"))
-        assert self.process.exitcode is not None, err
-        return self.process.exitcode, out, err
-
-
 class Launches:
     """Launchers that run side by side, as each takes a while; each test collects its own."""
 
@@ -240,16 +215,15 @@ class Launches:
             ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
         self.killed = self._start([str(folder / "killed.py")])
 
-    def _start(self, arguments: list[str], **variables: str) -> Launcher:
+    def _start(self, arguments: list[str], **variables: str) -> Program:
         printed = self.folder / f"launcher{len(self.running)}"
-        self.running.append(Launcher(self.run_ranks, printed, arguments, TMPDIR=str(self.folder), **variables))
+        self.running.append(Program(self.run_ranks, printed, ["launch.py", *arguments], TMPDIR=str(self.folder),
+                                    **variables))
         return self.running[-1]
 
     def stop(self) -> None:
         for launcher in self.running:
-            launcher.process.terminate()  # and with it its processes
-        for launcher in self.running:
-            launcher.process.join(DEADLINE)
+            launcher.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)  # they run beside the tests above
@@ -301,8 +275,8 @@ def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request)
         pytest.skip("six restarts take a minute or two; --long runs it")
     common = [*TRAINING, "--steps=3000", "--report=100"]
     (together, _), moments = run_ranks(run_script, 2, common), random.Random(0)
-    launcher = Launcher(run_ranks, tmp_path / "printed", [
-        "--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
+    launcher = Program(run_ranks, tmp_path / "printed", [
+        "launch.py", "--nproc_per_node", "2", "--max_restarts", "6", str(ROOT / "tutorials" / "train_gpt.py"), *common,
         f"--save_dir={tmp_path / 'runs'}", "--save_every=20", "--resume"], OMP_NUM_THREADS="1")
     pid = launcher.process.pid
     for _ in range(6):

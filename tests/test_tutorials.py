@@ -8,7 +8,8 @@ files can be named as from the project's folder. A traceback names the line of t
 
     ```python                   runs here; all these blocks of a chapter share one namespace
     ```python ranks=2           runs on as many processes, in a namespace of its own; rank 0's output counts
-    ```sh                       runs with bash; python and torchrun are those of this interpreter
+    ```sh                       runs with bash; python and torchrun are those of this interpreter. Where all lines are
+                                ``python SCRIPT ARGS``, in processes that have PyTorch loaded already
     ```sh skip                  too slow to run: its scripts must exist and know the options that they are given
     ```output                   directly behind one of these: what it prints. Needed where something is printed
     ```output tolerance=0.2     words are compared exactly, numbers within 1 % or this; ``...`` ends a line in anything
@@ -35,7 +36,8 @@ import torch.distributed as dist
 import torch.distributed.run
 
 import checkpointing
-from conftest import DEADLINE, ROOT
+from conftest import DEADLINE, ROOT, Ranks
+from programs import Program
 
 CHAPTERS = sorted((ROOT / "tutorials").glob("*.md"))
 MODULES = "engine zero amp checkpointing schedulers launch".split()
@@ -83,6 +85,16 @@ def run_python(code: str, chapter: str, line: int, folder: str, namespace: dict 
         exec(compile("\n" * (line - 1) + code, chapter, "exec"), {"__name__": "__main__"} if namespace is None
              else namespace)
     return printed.getvalue()
+
+
+def run_programs(block: Block, folder: Path, run_ranks: Ranks) -> str:
+    """What commands ``python SCRIPT ARGS`` print, errors last; they must succeed."""
+    printed = ""
+    for command in block.code.splitlines():
+        code, out, err = Program(run_ranks, folder / "printed", shlex.split(command)[1:], folder).end()
+        printed += out + err
+        assert code == 0, f"{block.place}: exit code {code}:\n{printed}"
+    return printed
 
 
 def run_shell(block: Block, folder: Path) -> str:
@@ -169,6 +181,8 @@ def run_chapter(chapter: Path, folder: Path, run_ranks: Any) -> None:
             check_output(block, run(block.code, str(chapter), block.line, str(folder))[0])
         elif block.language == "sh" and "skip" in block.words:
             check_command(block, folder)
+        elif block.language == "sh" and all(re.match(r"python \w+\.py\b", line) for line in block.code.splitlines()):
+            check_output(block, run_programs(block, folder, run_ranks))
         elif block.language == "sh":
             check_output(block, run_shell(block, folder))
         else:
@@ -244,9 +258,10 @@ def test_how_lines_are_compared(shown, printed, agree):
     ("```python ranks=2\nimport torch.distributed as dist\nprint(dist.get_world_size())\n```\n```output\n3\n```\n",
      "shows 3 and prints 2"),
     ("```sh\npython -c 'raise SystemExit(3)'\n```\n", "exit code 3"),
+    ("```sh\npython launch.py --nproc_per_node 0\n```\n", "exit code 2: usage:"),
     ("```sh skip\npython launch.py --nproc_per_node 2 --fast\n```\n", "launch.py has no option --fast"),
     ("```output\n1\n```\n", "behind no block")],
-    ids=["no output shown", "other number", "nothing printed", "ranks", "exit code", "unknown option", "stray output"])
+    ids=["no output shown", "other number", "nothing printed", "ranks", "exit code", "a script's", "unknown option", "stray output"])
 def test_a_wrong_chapter_fails(tmp_path, run_ranks, text, told):
     chapter = tmp_path / "chapter.md"
     chapter.write_text(text)

@@ -22,11 +22,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]  # as a script, without conftest
-import engine as deepspeed  # noqa: E402
-import train_gpt  # noqa: E402
-from conftest import DEADLINE  # noqa: E402
+import engine as deepspeed
+import train_gpt
+from conftest import Ranks
+from programs import Program
 
 ADDRESSES = ["10.71.0.1", "10.71.0.2"]
 CARD = "cable"  # the network interface's name, on both
@@ -112,21 +111,16 @@ class Machines:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
     @contextmanager
-    def launch(self, options: list[str], script: list[str]) -> Iterator[list[subprocess.Popen]]:
-        """A launcher per machine; stopped at the end if they still run."""
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        launchers = [subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, str(ROOT / "launch.py"), "--node_rank", str(number),
-             "--rdzv_endpoint", f"{ADDRESSES[0]}:29500", *options, *script], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment | {"OMP_NUM_THREADS": "1"})
-            for number, name in enumerate(self.names)]
+    def launch(self, run_ranks: Ranks, options: list[str], folder: Path) -> Iterator[list[Program]]:
+        """A launcher of this file per machine; stopped at the end if they still run."""
+        launchers = [Program(run_ranks, folder / name, ["launch.py", "--node_rank", str(number), "--rdzv_endpoint",
+                                                        f"{ADDRESSES[0]}:29500", *options, __file__, str(folder)],
+                             network=name, OMP_NUM_THREADS="1") for number, name in enumerate(self.names)]
         try:
             yield launchers
         finally:
             for launcher in launchers:
-                launcher.terminate()  # and with it its processes
-            for launcher in launchers:
-                launcher.communicate(timeout=DEADLINE)
+                launcher.stop()
 
 
 @pytest.fixture()
@@ -157,13 +151,12 @@ def read(path: Path) -> list:
 
 def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path, request):
     each = 2 if request.config.getoption("--long") else 1  # processes per machine
-    script = [__file__, str(tmp_path)]
-    with machines.launch(["--nnodes", "2", "--nproc_per_node", str(each)], script) as launchers:
+    with machines.launch(run_ranks, ["--nnodes", "2", "--nproc_per_node", str(each)], tmp_path) as launchers:
         (stages,), (whole,) = run_ranks(train_at_all_stages, 1), run_ranks(train, 1, 2, STEPS)
-        said = [launcher.communicate(timeout=DEADLINE)[1] for launcher in launchers]
+        ends = [launcher.end() for launcher in launchers]
     for rank in range(2 * each):
         path = tmp_path / f"rank{rank}.json"
-        assert path.exists(), said
+        assert path.exists(), ends
         place, losses = read(path)
         assert place == {"RANK": str(rank), "LOCAL_RANK": str(rank % each), "WORLD_SIZE": str(2 * each),
                          "GLOO_SOCKET_IFNAME": CARD}
@@ -171,8 +164,8 @@ def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machine
             assert list(losses[stage]) == [1, 2, 3]
             assert_close(losses[stage], stages[stage], f"rank {rank} of {2 * each}, stage {stage}")
     assert not (tmp_path / "last.json").exists(), "trained on with the cable cut"
-    for launcher, machine in zip(launchers, said):
-        assert launcher.returncode == 1, machine
+    for code, _, machine in ends:
+        assert code == 1, machine
         summary = machine[machine.index("launch.py: error: "):]
         assert re.search(r"failed on rank \d with exit code 1\n", summary) and "Traceback" in summary, machine
         assert re.search("Timed out waiting|Connection closed by peer|Connection reset by peer", summary), machine
@@ -189,11 +182,11 @@ def test_with_the_cable_cut_one_machine_goes_on_without_the_other(machines, run_
                "--rdzv_conf", "last_call_timeout=5,read_timeout=20"]
     for name in machines.names:  # a dead connection ends after seconds, not after Linux' quarter of an hour
         machines.ip("netns", "exec", name, "sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2")
-    with machines.launch(options, [__file__, str(tmp_path)]) as launchers:
+    with machines.launch(run_ranks, options, tmp_path) as launchers:
         (whole,) = run_ranks(train, 1, 2, STEPS)
-        said = [launcher.communicate(timeout=DEADLINE)[1] for launcher in launchers]
-    assert launchers[0].returncode == 0 and "restart 1 of at most 1, 2 process(es) in all" in said[0], said[0]
-    assert launchers[1].returncode == 1 and "other machines can't be reached" in said[1].splitlines()[-1], said[1]
+        (code, _, first), (lost, _, second) = [launcher.end() for launcher in launchers]
+    assert code == 0 and "restart 1 of at most 1, 2 process(es) in all" in first, first
+    assert lost == 1 and "other machines can't be reached" in second.splitlines()[-1], second
     last = read(tmp_path / "last.json")
     assert list(last) == list(range(SAVED + 1, STEPS + 1))
     assert_close(last, whole, "resumed on one machine of two")
