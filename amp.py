@@ -32,17 +32,14 @@ This file knows nothing of sharding: it says which dtype goes where, casts input
 """
 
 import copy
-import logging
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger("engine.amp")
 
 MAX_SCALE_POWER = 126  # a loss scale of 2 to this power, or one over it, is still an ordinary fp32 number
 
@@ -54,32 +51,26 @@ NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "
 # --- The config -------------------------------------------------------------------------------------------------------
 
 
+def _key(default: Any, **rules: Any) -> Any:
+    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``."""
+    return field(default=default, metadata=rules)
+
+
 @dataclass
 class FP16Config:
     """The ``fp16`` section."""
     enabled: bool = False
     auto_cast: bool = False               # cast floating-point inputs of the model to fp16
-    loss_scale: float = 0.0               # a fixed loss scale; 0: dynamic
-    initial_scale_power: int = 16         # the dynamic scale starts at 2 to this power
-    loss_scale_window: int = 1000         # steps without overflow after which the scale doubles
-    hysteresis: int = 2                   # overflows that it takes until the scale halves
+    loss_scale: float = _key(0.0, choices=(0,), least=2.0**-MAX_SCALE_POWER, most=2.0**MAX_SCALE_POWER)  # 0: dynamic
+    initial_scale_power: int = _key(16, least=0, most=MAX_SCALE_POWER)  # the dynamic scale starts at 2 to this power
+    loss_scale_window: int = _key(1000, least=1)  # steps without overflow after which the scale doubles
+    hysteresis: int = _key(2, least=1)    # overflows that it takes until the scale halves
     consecutive_hysteresis: bool = False  # any step without overflow gives the hysteresis back, not only a full window
-    min_loss_scale: float = 1.0           # an overflow at this scale is an error
+    min_loss_scale: float = _key(1.0, above=0)  # an overflow at this scale is an error
     fp16_master_weights_and_grads: bool = False  # masters, optimizer state and accumulation in fp16 too
     keep_fp32: list | None = None         # modules that stay in fp32: class names, or patterns of module names
 
     def __post_init__(self) -> None:
-        if not 0 <= self.initial_scale_power <= MAX_SCALE_POWER:
-            raise ValueError(f"fp16.initial_scale_power is {self.initial_scale_power}; allowed: a number from 0 to "
-                             f"{MAX_SCALE_POWER}, as fp32 holds no larger scale")
-        for key in ("loss_scale_window", "hysteresis"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"fp16.{key} is {getattr(self, key)}; allowed: a number from 1 up")
-        if self.loss_scale and not 2.0 ** -MAX_SCALE_POWER <= self.loss_scale <= 2.0 ** MAX_SCALE_POWER:
-            raise ValueError(f"fp16.loss_scale is {self.loss_scale}; allowed: 0 (dynamic), or a number from 2 to the "
-                             f"power of -{MAX_SCALE_POWER} to 2 to the power of {MAX_SCALE_POWER}, as fp32 holds it")
-        if not 0 < self.min_loss_scale < float("inf"):
-            raise ValueError(f"fp16.min_loss_scale is {self.min_loss_scale}; allowed: a number above 0")
         if self.enabled and not self.loss_scale and 2.0 ** self.initial_scale_power < self.min_loss_scale:
             raise ValueError(f"fp16.min_loss_scale is {self.min_loss_scale}; allowed: at most the initial scale, 2 to "
                              f"the power of initial_scale_power = {self.initial_scale_power}")
@@ -91,42 +82,38 @@ class BF16Config:
     enabled: bool = False
     auto_cast: bool = False                # cast floating-point inputs of the model to bf16
     check_grad_overflow: bool = True       # skip a step whose gradients are not finite
-    immediate_grad_update: bool = False    # no effect: gradients are always taken as autograd finishes them
+    immediate_grad_update: bool = False    # no effect
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
     bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
     keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "immediate_grad_update": "gradients are always taken as autograd finishes them",
+        **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+                         "min_loss_scale"), "bf16 has the range of fp32 and needs no loss scale")}
 
     def __post_init__(self) -> None:
         if self.bf16_optimizer_states != self.bf16_master_weights_and_grads:
             raise ValueError(f"bf16.bf16_optimizer_states is {self.bf16_optimizer_states}; allowed: the value of "
                              "bf16_master_weights_and_grads, since PyTorch's optimizers keep their state in the dtype "
                              "of the weights that they update")
-        if self.immediate_grad_update:
-            logger.warning("bf16.immediate_grad_update has no effect: gradients are always taken as they are finished")
 
 
 @dataclass
 class AutocastConfig:
     """The ``torch_autocast`` section: weights stay in fp32, and PyTorch chooses the dtype of each operation."""
     enabled: bool = False
-    dtype: str = "bfloat16"                           # or "float16", which brings fp16's dynamic loss scale
+    dtype: torch.dtype = _key(torch.bfloat16, choices={
+        name: dtype for name, dtype in NAMES.items() if dtype is not torch.float32})  # fp16 brings its loss scale
     lower_precision_safe_modules: list | None = None  # classes whose gradients are reduced in ``dtype``; none: no class
-
-    def __post_init__(self) -> None:
-        if NAMES.get(self.dtype) not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"torch_autocast.dtype is {self.dtype!r}; allowed: bfloat16 or float16")
 
 
 @dataclass
 class DataTypesConfig:
     """The ``data_types`` section."""
-    grad_accum_dtype: str | None = None   # fp32, bf16 or fp16; none: fp32, or that of 16-bit masters
-    param_dtype: str | None = None        # has to agree with fp16.enabled and bf16.enabled; fp32 where neither is
-    buffer_dtype: str | None = None       # of floating-point buffers; none: each as the model has it
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            _dtype(f"data_types.{f.name}", getattr(self, f.name))
+    grad_accum_dtype: torch.dtype | None = _key(None, choices=NAMES)  # none: fp32, or that of 16-bit masters
+    param_dtype: torch.dtype | None = _key(None, choices=NAMES)   # has to agree with fp16.enabled and bf16.enabled
+    buffer_dtype: torch.dtype | None = _key(None, choices=NAMES)  # of floating-point buffers; none: as they are
 
 
 @dataclass
@@ -136,28 +123,21 @@ class PrecisionConfig:
     bf16: BF16Config = field(default_factory=BF16Config)
     torch_autocast: AutocastConfig = field(default_factory=AutocastConfig)
     data_types: DataTypesConfig = field(default_factory=DataTypesConfig)
-    communication_data_type: str | None = None
+    communication_data_type: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _dtype("communication_data_type", self.communication_data_type)
         if self.fp16.enabled and self.bf16.enabled:
             raise ValueError("fp16 and bf16 are both enabled; allowed: one of them")
         mode = "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
-        if _dtype("", self.data_types.param_dtype) not in (None, NAMES[mode]):
-            raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype!r}; allowed: {mode}, which "
+        if self.data_types.param_dtype not in (None, NAMES[mode]):
+            raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype}; allowed: {mode}, which "
                              "fp16.enabled and bf16.enabled say, or null")
-
-
-def _dtype(key: str, name: str | None) -> torch.dtype | None:
-    if name is not None and name not in NAMES:
-        raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
-    return None if name is None else NAMES[name]
 
 
 # --- Which dtype where ------------------------------------------------------------------------------------------------
 
 
-class Path(NamedTuple):
+class Dtypes(NamedTuple):
     """The dtypes that one parameter goes through."""
     compute: torch.dtype    # the parameter itself, in forward and backward
     master: torch.dtype     # what the optimizer updates, and its state
@@ -166,57 +146,54 @@ class Path(NamedTuple):
 
 
 class Precision:
-    """A config's precision, applied to one model.
+    """A config's precision for one model: ``apply`` changes it, ``path`` says what its parameters become.
 
-    On construction the model's buffers are cast, if ``buffer_dtype`` says so, and modules that stay in fp32 get hooks
-    that cast what goes in and comes out. Its parameters are left as they are: ``path`` says what they become.
+    ``kept``: the modules that stay in fp32; ``safe``: those whose gradients autocast's dtype is enough for.
     """
 
-    def __init__(self, config: PrecisionConfig, model: nn.Module, device: torch.device):
+    def __init__(self, config: PrecisionConfig, device: torch.device, kept: Iterable[nn.Module] = (),
+                 safe: Iterable[nn.Module] = ()):
         self.config, self.device = config, device
         self.half = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
         self.name = "fp16" if config.fp16.enabled else "bf16"
         self.section = getattr(config, self.name)
-        kept = _matching(model, self.section.keep_fp32 or [], f"{self.name}.keep_fp32") if self.half else []
-        self.kept = {id(p) for module in kept for p in module.parameters()}
-        safe = _matching(model, config.torch_autocast.lower_precision_safe_modules or [],
-                         "torch_autocast.lower_precision_safe_modules") if config.torch_autocast.enabled else []
+        self.modules = list(kept)
+        self.kept = {id(p) for module in self.modules for p in module.parameters()}
         self.low = {id(p) for module in safe for p in module.parameters(recurse=False)}
-        if config.data_types.buffer_dtype:
-            self._cast_buffers(model, kept, NAMES[config.data_types.buffer_dtype])
-        inside = {id(child) for module in kept for child in module.modules() if child is not module}
-        for module in kept:
+
+    def apply(self, model: nn.Module) -> None:
+        """Cast the model's buffers, if ``buffer_dtype`` says so, and what goes into and out of modules in fp32."""
+        stay = {id(b) for module in self.modules for b in module.buffers()}
+        for module in model.modules() if self.config.data_types.buffer_dtype else ():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and id(buffer) not in stay:
+                    module._buffers[name] = buffer.to(self.config.data_types.buffer_dtype)
+        inside = {id(child) for module in self.modules for child in module.modules() if child is not module}
+        for module in self.modules:
             if id(module) not in inside:  # a module inside of one that is kept meets fp32 anyway
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs: (cast(args, torch.float32), cast(kwargs, torch.float32)), with_kwargs=True)
                 module.register_forward_hook(lambda _, args, output: cast(output, self.half))
 
-    def _cast_buffers(self, model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -> None:
-        stay = {id(b) for module in kept for b in module.buffers()}
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point() and id(buffer) not in stay:
-                    module._buffers[name] = buffer.to(dtype)
-
-    def path(self, parameter: nn.Parameter) -> Path:
+    def path(self, parameter: nn.Parameter) -> Dtypes:
         """The dtypes of a parameter."""
         given, config = parameter.dtype, self.config
         if not parameter.is_floating_point():
-            return Path(given, given, given, given)
-        compute = master = _dtype("", config.data_types.param_dtype) or given
+            return Dtypes(given, given, given, given)
+        compute = master = config.data_types.param_dtype or given
         if self.half:
             compute = torch.float32 if id(parameter) in self.kept else self.half
             is_16_bit = config.fp16.fp16_master_weights_and_grads or config.bf16.bf16_master_weights_and_grads
             master = compute if is_16_bit else torch.float32
-        gradient = _dtype("", config.data_types.grad_accum_dtype) or master
-        low = NAMES[config.torch_autocast.dtype] if id(parameter) in self.low else None
-        return Path(compute, master, gradient, _dtype("", config.communication_data_type) or low or gradient)
+        gradient = config.data_types.grad_accum_dtype or master
+        low = config.torch_autocast.dtype if id(parameter) in self.low else None
+        return Dtypes(compute, master, gradient, config.communication_data_type or low or gradient)
 
     def autocast(self) -> AbstractContextManager:
         """The context of the model's forward."""
         if not self.config.torch_autocast.enabled:
             return nullcontext()
-        return torch.autocast(self.device.type, NAMES[self.config.torch_autocast.dtype])
+        return torch.autocast(self.device.type, self.config.torch_autocast.dtype)
 
     def cast_inputs(self, value: Any) -> Any:
         """The model's inputs: as they are, or where ``auto_cast`` says so floating-point tensors in 16 bits."""
@@ -235,7 +212,7 @@ class Precision:
     def make_scaler(self) -> "LossScaler":
         """The loss scaler that goes with this precision."""
         fp16 = self.config.fp16
-        autocasts_fp16 = self.config.torch_autocast.enabled and NAMES[self.config.torch_autocast.dtype] == torch.float16
+        autocasts_fp16 = self.config.torch_autocast.enabled and self.config.torch_autocast.dtype == torch.float16
         if not (fp16.enabled or autocasts_fp16):
             return LossScaler(1.0)
         return LossScaler(fp16.loss_scale) if fp16.loss_scale else DynamicLossScaler(
@@ -249,31 +226,18 @@ class Precision:
 
     def table(self, model: nn.Module, scaler: "LossScaler") -> str:
         """The precision in force, as text: how many parameters go which way."""
-        counts: dict[Path, int] = {}
+        counts: dict[Dtypes, int] = {}
         for p in model.parameters():
             counts[self.path(p)] = counts.get(self.path(p), 0) + p.numel()
         rows = [f"{'parameters':>14}  {'compute':<9}{'masters, state':<16}{'accumulation':<14}reduction"]
-        short = {dtype: name for name, dtype in list(NAMES.items())[:3]}
+        short = {dtype: name for name, dtype in reversed(NAMES.items())}
         for path, count in counts.items():
             a, b, c, d = (short.get(dtype, str(dtype).removeprefix("torch.")) for dtype in path)
             rows.append(f"{count:>14,}  {a:<9}{b:<16}{c:<14}{d}")
         autocast = self.config.torch_autocast
-        rows.append(f"autocast: {autocast.dtype if autocast.enabled else 'off'}; loss scale: {scaler}; "
+        rows.append(f"autocast: {short[autocast.dtype] if autocast.enabled else 'off'}; loss scale: {scaler}; "
                     f"steps with gradients that are not finite are {'skipped' if self.skips_overflow else 'taken'}")
         return "\n".join(rows)
-
-
-def _matching(model: nn.Module, wanted: list, key: str) -> list[nn.Module]:
-    """The modules that class names or patterns of module names mean; each has to mean one."""
-    found: list[nn.Module] = []
-    for what in wanted:
-        hits = [m for name, m in model.named_modules() if what == type(m).__name__
-                or what == f"{type(m).__module__}.{type(m).__qualname__}" or name and fnmatchcase(name, str(what))]
-        if not hits:
-            raise ValueError(f"{key} holds {what!r}, but the model has no such module; allowed: class names, and "
-                             "patterns of names such as 'blocks.*.norm'")
-        found += [m for m in hits if m not in found]
-    return found
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -23,7 +23,7 @@ their values alone goes unnoticed.
 
     CheckpointingConfig   the section ``activation_checkpointing``; its presence turns recomputation on
     checkpoint            one call is a region, of one block or of several; for code that picks its own regions
-    configure             how ``checkpoint`` works: DeepSpeed's function and arguments
+    configure             how ``checkpoint`` works; ``engine.py`` has DeepSpeed's function of this name
     apply                 each block of a model is a region, without changing its code: what the config section does
 
 Limits: what a custom autograd function stores on ``ctx`` without ``save_for_backward`` is not dropped; a region stays
@@ -31,24 +31,20 @@ on one device's backward thread; no ``torch.func`` and no ``torch.compile``, whi
 mode refuses a kept result that was modified in place (``ReLU(inplace=True)`` after a convolution).
 """
 
-import json
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
-from functools import partial
-from os import PathLike
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # has no public name
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten  # has no public name
 
 logger = logging.getLogger("checkpointing")
 
@@ -63,40 +59,21 @@ class RecomputationError(RuntimeError):
 @dataclass
 class CheckpointingConfig:
     """The section ``activation_checkpointing``. Its presence is the switch: ``{}`` recomputes the default blocks."""
-    partition_activations: bool = False           # no effect: there is no model parallelism to divide them over
-    cpu_checkpointing: bool = False               # hold the regions' inputs in pinned host memory; GPU only
-    contiguous_memory_optimization: bool = False  # no effect: PyTorch's allocator reuses freed blocks as they are
-    number_checkpoints: int | None = None         # no effect: each block is a region; checkpoint() takes several
+    cpu_checkpointing: bool = False                # hold the regions' inputs in pinned host memory; GPU only
     synchronize_checkpoint_boundary: bool = False  # wait for the GPU before and after each block; GPU only
-    profile: bool = False                         # measure bytes kept and seconds recomputed; waits for the GPU too
+    profile: bool = False        # measure bytes kept and seconds recomputed; waits for the GPU too
     modules: list | None = None  # class names, or patterns of module names; null: the default blocks; []: none
-    mode: str = "full"           # "full": recompute everything; "selective": keep matrix products and attention
+    mode: str = field(default="full", metadata={"choices": ("full", "selective")})  # recompute everything, or keep
+                                                                                    # matrix products and attention
+    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    partition_activations: bool = False
+    contiguous_memory_optimization: bool = False
+    number_checkpoints: int | None = field(default=None, metadata={"least": 1})
 
-    def __post_init__(self) -> None:
-        def refuse(key: str, allowed: str) -> None:
-            raise ValueError(f"activation_checkpointing.{key} is {getattr(self, key)!r}; allowed: {allowed}")
-
-        for f in fields(self):
-            if f.type is bool and not isinstance(getattr(self, f.name), bool):
-                refuse(f.name, "true or false")
-        number = self.number_checkpoints
-        if number is not None and (type(number) is not int or number < 1):
-            refuse("number_checkpoints", "a whole number from 1 up, or null")
-        if self.mode not in ("full", "selective"):
-            refuse("mode", "'full' or 'selective'")
-        if self.modules is not None and not (isinstance(self.modules, list)
-                                             and all(isinstance(name, str) for name in self.modules)):
-            refuse("modules", "a list of class names or patterns of module names, or null")
-
-    def without_effect(self) -> list[str]:
-        """The keys that are set and change nothing on this machine, with the reasons."""
-        reasons = {"contiguous_memory_optimization": "PyTorch's allocator has no need of it",
-                   "partition_activations": "it divides what model-parallel ranks hold alike, and there are none",
-                   "number_checkpoints": "each block is a region; call checkpoint() around several for larger ones"}
-        if not torch.cuda.is_available():
-            reasons |= {"cpu_checkpointing": "what is kept is in host memory already",
-                        "synchronize_checkpoint_boundary": "there is no GPU to wait for"}
-        return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if getattr(self, key)]
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "partition_activations": "it divides what model-parallel ranks hold alike, and there are none",
+        "contiguous_memory_optimization": "PyTorch's allocator has no need of it",
+        "number_checkpoints": "each block is a region; call checkpoint() around several for larger ones"}
 
 
 # --- What a second run needs beside the arguments ---------------------------------------------------------------------
@@ -192,9 +169,9 @@ class _Slot:
 class _Region:
     """One call in the forward pass, which runs again when backward needs what it saved.
 
-    It keeps the call's arguments but no tensor of the graph within, and is itself kept by the slots it gave to autograd:
-    what backward has used, or the user has dropped, goes away with its slot. A tensor computed here would, through its
-    graph, keep slots that keep the region: a cycle that Python's garbage collector can't see.
+    It keeps the call's arguments, but no tensor with a graph within, and is itself kept by the slots that it gave to
+    autograd: what backward has used, or the user has dropped, goes away with its slot. A tensor computed here would,
+    through its graph, keep slots that keep the region: a cycle that Python's garbage collector can't see.
     """
 
     def __init__(self, settings: "Checkpointing", name: str, function: Callable, args: tuple, kwargs: dict):
@@ -206,7 +183,8 @@ class _Region:
         self.surroundings = _Surroundings(tensors)
         self.saved: list[tuple] = []  # per tensor autograd saved: weakly its slot, and its metadata
         self.filled_in = -1           # the backward pass that the slots' values belong to
-        self.reuse: Any = nullcontext()  # the selective mode: hands out kept results in place of computing them
+        # The selective mode: expensive operations in order, their results and these results' versions.
+        self.kept: deque[tuple] | None = deque() if settings.config.mode == "selective" else None
         settings.note(name, calls=1, bytes_kept=sum(t.nbytes for t in tensors if not isinstance(t, nn.Parameter)))
 
     def run(self, args: tuple, kwargs: dict) -> Any:
@@ -216,11 +194,11 @@ class _Region:
             self.saved.append((weakref.ref(slot), _metadata(tensor)))
             return slot
 
-        keep: Any = nullcontext()
-        if self.settings.config.mode == "selective":
-            keep, self.reuse = create_selective_checkpoint_contexts(partial(_policy, self.settings, self.name))
-        with saved_tensors_hooks(pack, _unpack), keep:
-            return self.function(*args, **kwargs)
+        with saved_tensors_hooks(pack, _unpack), nullcontext() if self.kept is None else _KeepResults(self.kept):
+            output = self.function(*args, **kwargs)
+        results = (tensor for _, result, _ in self.kept or () for tensor in _tensors(result))
+        self.settings.note(self.name, bytes_kept=sum(result.nbytes for result in results))
+        return output
 
     def recompute(self, backward_pass: int) -> None:
         """Run the call again, as far as it saves tensors, and fill the slots that still exist."""
@@ -229,7 +207,8 @@ class _Region:
                                       self.structure)
         # Hazard: kept results are handed out once, so that memory is free as soon as backward is done with it. A second
         # backward call, through a graph that was retained, has to compute them.
-        reuse, self.reuse = self.reuse, nullcontext()
+        kept, self.kept = self.kept, None
+        reuse = nullcontext() if kept is None else _ReuseResults(self.name, kept)
         filled = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -247,9 +226,6 @@ class _Region:
                 self.function(*args, **kwargs)
         except _EnoughError:
             pass
-        except RuntimeError as error:
-            error.add_note(f"This happened when {self.name} was recomputed in backward.")
-            raise
         self.filled_in = backward_pass
         self.settings.note(self.name, recomputations=1, seconds_recomputed=self.settings.boundary() - started)
         if filled < len(self.saved):
@@ -288,6 +264,11 @@ def _metadata(tensor: Tensor) -> tuple:
     return tensor.dtype, tuple(tensor.shape), tensor.device
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 class _EnoughError(Exception):
     """Ends a recomputation. An Exception, so that module hooks registered with ``always_call`` still run."""
 
@@ -306,14 +287,50 @@ def _is_kept(operation: Any, args: tuple, kwargs: dict) -> bool:
     return operation in EXPENSIVE and not (dict(zip(names, args)) | kwargs).get("dropout_p")
 
 
-def _policy(settings: "Checkpointing", name: str, context: Any, operation: Any, *args: Any,
-            **kwargs: Any) -> CheckpointPolicy:
-    """PyTorch asks this once for each operation of a forward pass, below autograd."""
-    if not _is_kept(operation, args, kwargs):
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    results = (leaf for leaf in tree_leaves(context.op_output) if isinstance(leaf, Tensor))
-    settings.note(name, bytes_kept=sum(result.nbytes for result in results))
-    return CheckpointPolicy.MUST_SAVE
+def _alias(result: Any) -> Any:
+    """The tensors in ``result`` without their place in the graph, but with their version counters."""
+    # Private: a dispatch mode runs below the layer that counts versions, and has to switch it on again.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tree_map_only(Tensor, Tensor.detach, result)
+
+
+# PyTorch's create_selective_checkpoint_contexts compares every operation of both runs, and fails where the cheap ones
+# differ: autocast takes a weight that two layers share from its cache in the first run, and casts it in the second.
+
+
+class _KeepResults(TorchDispatchMode):
+    """Sees every operation of a forward pass, below autograd, and keeps the results of the expensive ones."""
+
+    def __init__(self, kept: deque[tuple]):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if _is_kept(operation, args, kwargs or {}):
+            alias = _alias(result)
+            self.kept.append((operation, alias, [tensor._version for tensor in _tensors(alias)]))
+        return result
+
+
+class _ReuseResults(TorchDispatchMode):
+    """The inverse: hands out the kept results in order, in place of computing them again."""
+
+    def __init__(self, name: str, kept: deque[tuple]):
+        super().__init__()
+        self.name, self.kept = name, kept
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not _is_kept(operation, args, kwargs or {}):
+            return operation(*args, **(kwargs or {}))
+        expected, result, versions = self.kept.popleft() if self.kept else (None, None, [])
+        if operation is not expected:
+            raise RecomputationError(f"{self.name}: an expensive operation was {expected} in the forward pass and is "
+                                     f"{operation} when recomputed")
+        if versions != [tensor._version for tensor in _tensors(result)]:
+            raise RuntimeError(f"{self.name}: the kept result of {operation} was modified in place; use the "
+                               "out-of-place operation (such as ReLU without inplace=True), or the mode 'full'")
+        return _alias(result)
 
 
 # --- Settings, and what they chose ------------------------------------------------------------------------------------
@@ -337,6 +354,10 @@ class Checkpointing:
 
     def __init__(self, config: CheckpointingConfig, blocks: Mapping[str, nn.Module] | None = None):
         self.config = config
+        for key, reason in {"cpu_checkpointing": "what is kept is in host memory already",
+                            "synchronize_checkpoint_boundary": "there is no GPU to wait for"}.items():
+            if getattr(config, key) and not torch.cuda.is_available():
+                logger.warning("activation_checkpointing.%s has no effect: %s", key, reason)
         self.blocks = [_Block(self, name, module) for name, module in (blocks or {}).items()]
         self.profiles: dict[str, Profile] = {}
 
@@ -395,15 +416,11 @@ class _Block:
 # --- The public functions ---------------------------------------------------------------------------------------------
 
 
-def apply(model: nn.Module, config: CheckpointingConfig, default_blocks: Sequence[nn.Module]) -> Checkpointing:
-    """Make ``model`` recompute what ``config`` says, from outside: ``config.modules``, or else ``default_blocks``."""
-    if config.modules is None:
-        names = {id(module): name for name, module in model.named_modules()}
-        blocks = {names[id(block)]: block for block in default_blocks}
-    else:
-        blocks = _matching(model, config.modules)
-    for text in config.without_effect():
-        logger.warning("activation_checkpointing.%s", text)
+def apply(modules: Mapping[str, nn.Module], config: CheckpointingConfig) -> Checkpointing:
+    """Make these modules of a model recompute as ``config`` says; of modules within one another, the outermost."""
+    inside = {id(part) for module in modules.values() if not _is_list(module)
+              for part in module.modules() if part is not module}
+    blocks = {name: module for name, module in modules.items() if id(module) not in inside and not _is_list(module)}
     if not blocks:
         logger.warning("activation_checkpointing has no effect on this model, as %s",
                        "no repeated blocks were found in it; name them in activation_checkpointing.modules"
@@ -411,24 +428,9 @@ def apply(model: nn.Module, config: CheckpointingConfig, default_blocks: Sequenc
     return Checkpointing(config, blocks)
 
 
-def _matching(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
-    """The modules that the class names or patterns mean; of modules within one another the outermost."""
-    chosen: dict[str, nn.Module] = {}
-    inside: set[int] = set()  # ids of the modules of chosen modules
-    unmatched = set(patterns)
-    for name, module in model.named_modules():  # outer ones come first
-        matched = {p for p in patterns if type(module).__name__ == p or fnmatchcase(name, p)}
-        if not matched or isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # these have no forward
-            continue
-        unmatched -= matched
-        if id(module) not in inside:
-            chosen[name] = module
-            inside |= {id(part) for part in module.modules()}
-    if unmatched:
-        names = sorted({type(module).__name__ for module in model.modules()})
-        raise ValueError(f"activation_checkpointing.modules has {sorted(unmatched)}, which no module matches; allowed: "
-                         f"class names ({', '.join(names)}) and patterns of module names, such as 'layers.*'")
-    return chosen
+def _is_list(module: nn.Module) -> bool:
+    """Whether it is of a kind that has no forward."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 _DEFAULTS = Checkpointing(CheckpointingConfig())
@@ -441,32 +443,9 @@ def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return _explicit.run(name, function, args, kwargs)
 
 
-def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | PathLike | None = None,
-              partition_activations: bool | None = None, contiguous_checkpointing: bool | None = None,
-              num_checkpoints: int | None = None, checkpoint_in_cpu: bool | None = None,
-              synchronize: bool | None = None, profile: bool | None = None) -> Checkpointing:
-    """Set up ``checkpoint()``, with DeepSpeed's arguments; returns the object whose ``report()`` has the profile.
-
-    ``deepspeed_config``, a whole config or the path of one, may have a section ``activation_checkpointing``; the other
-    arguments, where they are given, win over it.
-    """
+def configure(config: CheckpointingConfig) -> Checkpointing:
+    """Set up ``checkpoint()``; returns the object whose ``report()`` has the profile."""
     global _explicit
-    if mpu_ is not None:
-        raise ValueError(f"mpu_ is {mpu_!r}; allowed: None, as there is no model parallelism here")
-    if isinstance(deepspeed_config, (str, PathLike)):
-        deepspeed_config = json.loads(Path(deepspeed_config).read_text())
-    section = dict((deepspeed_config or {}).get("activation_checkpointing") or {})
-    given = {"partition_activations": partition_activations, "contiguous_memory_optimization": contiguous_checkpointing,
-             "number_checkpoints": num_checkpoints, "cpu_checkpointing": checkpoint_in_cpu,
-             "synchronize_checkpoint_boundary": synchronize, "profile": profile}
-    section |= {key: value for key, value in given.items() if value is not None}
-    known = [f.name for f in fields(CheckpointingConfig)]
-    for key in section:
-        if key not in known:
-            raise ValueError(f"unknown key activation_checkpointing.{key} (known: {', '.join(known)})")
-    config = CheckpointingConfig(**section)
-    for text in config.without_effect():
-        logger.warning("activation_checkpointing.%s", text)
     _explicit = Checkpointing(config)
     return _explicit
 

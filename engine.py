@@ -54,7 +54,7 @@ from itertools import cycle, islice
 from numbers import Integral, Real
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only  # have no public na
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import amp
-import checkpointing
+import checkpointing as recompute
 import schedulers
 import zero
 
@@ -80,11 +80,20 @@ class ConfigError(ValueError):
     """An invalid config: the message names the key, what was given and what is allowed."""
 
 
+def _key(default: Any, **rules: Any) -> Any:
+    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``; see _convert."""
+    return field(default=default, metadata=rules)
+
+
 @dataclass
 class OptimizerConfig:
     """The ``optimizer`` section."""
     type: str                                    # "Adam", "Muon" or another that build_optimizer knows
     params: dict = field(default_factory=dict)   # its keyword arguments, such as lr
+
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "adam_w_mode": "it counts inside optimizer.params", "torch_adam": "it counts inside optimizer.params",
+        "legacy_fusion": "the optimizer is PyTorch's"}
 
 
 @dataclass
@@ -99,16 +108,23 @@ class CommsLoggerConfig:
     """The ``comms_logger`` section."""
     enabled: bool = False   # print a table of all collectives with every progress line, and at destroy()
 
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "prof_all": "all collectives are counted", "prof_ops": "all collectives are counted",
+        "verbose": "the table comes with progress lines", "debug": "the table comes with progress lines"}
+
 
 @dataclass
 class CheckpointConfig:
     """The ``checkpoint`` section."""
     async_: bool = False           # "async": write behind training, from a copy in host memory
-    keep_last: int | None = None   # how many checkpoints stay; older ones go once a new one is complete. None: all
+    keep_last: int | None = _key(None, least=1)  # how many checkpoints stay; older ones go once a new one is complete.
+                                                 # None: all
 
-    def __post_init__(self) -> None:
-        if self.keep_last is not None and self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last is {self.keep_last}; allowed: a whole number from 1 up, or null")
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "load_universal": "any checkpoint loads at any stage and number of ranks",
+        "parallel_write": "every rank always writes its own share",
+        "tag_validation": "ranks that save under different tags always raise",
+        "use_node_local_storage": "all ranks save into one folder, which all must reach"}
 
 
 MAX_TIMEOUT = 10**9  # seconds, 31 years: the clocks of PyTorch's process groups overflow soon above
@@ -117,11 +133,12 @@ MAX_TIMEOUT = 10**9  # seconds, 31 years: the clocks of PyTorch's process groups
 @dataclass
 class Config:
     """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
-    train_batch_size: int | None = None                # per optimizer step, over all ranks and micro-batches
-    train_micro_batch_size_per_gpu: int | None = None  # per rank and backward pass
-    gradient_accumulation_steps: int | None = None     # micro-batches per optimizer step; 1 unless the sizes say more
-    gradient_clipping: float = 1.0                     # largest global gradient norm (2-norm); 0 does not clip
-    steps_per_print: int | None = None                 # optimizer steps between progress lines; none prints nothing
+    train_batch_size: int | None = _key(None, least=1)  # per optimizer step, over all ranks and micro-batches
+    train_micro_batch_size_per_gpu: int | None = _key(None, least=1)  # per rank and backward pass
+    gradient_accumulation_steps: int | None = _key(None, least=1)  # micro-batches per optimizer step; 1 unless the
+                                                                   # sizes say more
+    gradient_clipping: float = _key(1.0, least=0)      # largest global gradient norm (2-norm); 0 does not clip
+    steps_per_print: int | None = _key(None, least=1)  # optimizer steps between progress lines; none prints nothing
     dataloader_drop_last: bool = False                 # drop an epoch's last micro-batch when it is smaller
     zero_allow_untested_optimizer: bool = False        # shard an optimizer that is not known to work element by element
     wall_clock_breakdown: bool = False                 # print what a step's time goes into
@@ -132,34 +149,35 @@ class Config:
     bf16: amp.BF16Config = field(default_factory=amp.BF16Config)
     torch_autocast: amp.AutocastConfig = field(default_factory=amp.AutocastConfig)
     data_types: amp.DataTypesConfig = field(default_factory=amp.DataTypesConfig)
-    communication_data_type: str | None = None         # fp32, fp16 or bf16: what gradients are summed in over ranks
-    gradient_allreduce_op: str = "mean"                # over ranks; or "sum"
+    communication_data_type: torch.dtype | None = _key(None, choices=amp.NAMES)  # what ranks sum gradients in
+    gradient_allreduce_op: str = _key("mean", choices=("mean", "sum"))  # over ranks
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
-    activation_checkpointing: checkpointing.CheckpointingConfig | None = None  # there: recompute, see _says_off
-    gradient_predivide_factor: float = 1.0             # divide by it before the sum, and by ranks / factor after
+    activation_checkpointing: recompute.CheckpointingConfig | None = None  # there: recompute, see _says_off
+    gradient_predivide_factor: float = _key(1.0, above=0)  # divide by it before the sum, and by ranks / factor after
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     managed_gradient_accumulation: bool = True         # false: the caller ends each window, by calling step()
     dump_state: bool = False                           # print the whole config and what became of it at the start
     debug: bool = False                                # compare, before each collective, what ranks are about to do
-    timeout: float | None = None                       # seconds a collective may take; none: as PyTorch (Gloo 1800)
+    timeout: float | None = _key(None, above=0, below=MAX_TIMEOUT)  # seconds a collective may take; none: as PyTorch
+                                                                    # (Gloo 1800)
 
-    SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    SIZES: ClassVar = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "allgather_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
+        "aio": "the system reads and writes the files of offload",
+        "disable_allgather": "parameters are always gathered by all-gather",
+        "disable_python_gc": "Python's garbage collection is the script's own business",
+        "flops_profiler": "wall_clock_breakdown prints times; torch.profiler counts operations",
+        "log_level": "Python's logging has it",
+        "memory_breakdown": "engine.memory_report() tells what takes memory",
+        "sparse_gradients": "sparse gradients are summed densely",
+        "vocabulary_size": "nothing depends on it",
+        "zero_force_ds_cpu_optimizer": "the optimizer is PyTorch's, on any device",
+        **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"),
+                        "no log is written; the script can log what engine.get_lr() and the loss tell")}
 
     def __post_init__(self) -> None:
-        for key in (*self.SIZES, "steps_per_print"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; allowed: a whole number from 1 up")
-        if not 0 <= self.gradient_clipping < float("inf"):
-            raise ConfigError(f"gradient_clipping is {self.gradient_clipping}; allowed: a number from 0 (no clipping)")
-        if self.gradient_allreduce_op not in ("mean", "sum"):
-            raise ConfigError(f"gradient_allreduce_op is {self.gradient_allreduce_op!r}; allowed: mean or sum")
-        if self.timeout is not None and not 0 < self.timeout < MAX_TIMEOUT:
-            raise ConfigError(f"timeout is {self.timeout}; allowed: a number of seconds above 0 and below "
-                              f"{MAX_TIMEOUT}, or null for PyTorch's own")
-        if not 0 < self.gradient_predivide_factor < float("inf"):
-            raise ConfigError(f"gradient_predivide_factor is {self.gradient_predivide_factor}; allowed: a number "
-                              "above 0")
         self.precision()
 
     def precision(self) -> amp.PrecisionConfig:
@@ -207,46 +225,7 @@ NOT_HERE |= {f"zero_optimization.{key}" for key in (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather", "zenflow")}
 
-# Keys that are accepted and change nothing; a warning says why. Those of the sections' own dataclasses are there.
-NOT_NEEDED = {
-    "allgather_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
-    "aio": "the system reads and writes the files of offload",
-    "disable_allgather": "parameters are always gathered by all-gather",
-    "disable_python_gc": "Python's garbage collection is the script's own business",
-    "flops_profiler": "wall_clock_breakdown prints times; torch.profiler counts operations",
-    "log_level": "Python's logging has it",
-    "memory_breakdown": "engine.memory_report() tells what takes memory",
-    "sparse_gradients": "sparse gradients are summed densely",
-    "vocabulary_size": "nothing depends on it",
-    "zero_force_ds_cpu_optimizer": "the optimizer is PyTorch's, on any device",
-    "optimizer.adam_w_mode": "it counts inside optimizer.params",
-    "optimizer.torch_adam": "it counts inside optimizer.params",
-    "optimizer.legacy_fusion": "the optimizer is PyTorch's",
-    "checkpoint.load_universal": "any checkpoint loads at any stage and number of ranks",
-    "checkpoint.parallel_write": "every rank always writes its own share",
-    "checkpoint.tag_validation": "ranks that save under different tags always raise",
-    "checkpoint.use_node_local_storage": "all ranks save into one folder, which all must reach",
-    "comms_logger.prof_all": "all collectives are counted",
-    "comms_logger.prof_ops": "all collectives are counted",
-    "comms_logger.verbose": "the table comes with progress lines",
-    "comms_logger.debug": "the table comes with progress lines",
-    "zero_optimization.compute_grad_norm": "the norm is always taken, as it tells of overflow",
-    "zero_optimization.cpu_offload_use_pin_memory": "pin_memory of the offload sections says it",
-    "zero_optimization.elastic_checkpoint": "any checkpoint loads at any number of ranks",
-    "zero_optimization.stage3_model_persistence_threshold": "stage3_param_persistence_threshold alone says what stays",
-}
-NOT_NEEDED |= dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"),
-                            "no log is written; the script can log what engine.get_lr() and the loss tell")
-NOT_NEEDED |= dict.fromkeys(
-    (f"bf16.{key}" for key in ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
-                               "min_loss_scale")), "bf16 has the range of fp32 and needs no loss scale")
-NOT_NEEDED |= dict.fromkeys(
-    (f"zero_optimization.{key}" for key in (
-        "enable_sanity_checks", "legacy_stage1", "log_trace_cache_warnings", "memory_efficient_linear",
-        "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
-        "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params",
-        "use_multi_rank_bucket_allreduce")), "it steers DeepSpeed's own code")
-# Of these, "false" is worth a word as well.
+# Of the keys without effect (NO_EFFECT of each section), those where "false" is worth a word as well.
 ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "optimizer.adam_w_mode"}
 
 # Former spellings: where the value goes now, and what it becomes where that is not the value itself.
@@ -264,16 +243,24 @@ FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.{now}", lambda on: {
 
 # Where "auto" has no default that can be right: these name what the caller wants.
 UNDECIDED = ("*.type", "*.stage", "*.device", "*.nvme_path")
-# Of these texts, capital letters mean the same.
-CHOICES = {"gradient_allreduce_op", "communication_data_type", "grad_accum_dtype", "param_dtype", "buffer_dtype",
-           "dtype", "device", "mode"}
 
 
 @dataclass
 class _Remarks:
-    """What a config holds that load_config() has to say a word about."""
+    """What a config holds that the reader has to say a word about."""
+    former: list[str] = field(default_factory=list)    # former spellings
     autos: list[str] = field(default_factory=list)     # keys that are "auto", and not needed
     without_effect: list[str] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Log them, on rank 0."""
+        warnings = list(self.former)
+        if self.autos:
+            warnings.append(f'"auto", so the default or what the other keys say: {", ".join(self.autos)}')
+        if self.without_effect:
+            warnings.append(f"without effect here: {'; '.join(self.without_effect)}")
+        for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
+            logger.warning("config: %s", text)
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
@@ -282,31 +269,32 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     Former spellings and keys that have no effect here are taken, with a warning on rank 0. So is "auto" where it leaves
     no question open: the key then has its default.
     """
-    raw = _plain(_read(Path(config)) if isinstance(config, (str, os.PathLike)) else config, "")
-    remarks = _Remarks()
-    warnings = _respell(raw) if isinstance(raw, dict) else []
+    raw, remarks = read_config(config), _Remarks()
+    if isinstance(raw, dict):
+        remarks.former = _respell(raw)
     result = _parse(Config, raw, "", remarks)
     if _says_off(raw.get("activation_checkpointing")):
         result.activation_checkpointing = None
     _settle_params(result, remarks)
     _refuse_undecided(result, remarks.autos)
-    if remarks.autos:
-        warnings.append(f'"auto", so the default or what the other keys say: {", ".join(remarks.autos)}')
-    if remarks.without_effect:
-        warnings.append(f"without effect here: {'; '.join(remarks.without_effect)}")
-    for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
-        logger.warning("config: %s", text)
+    remarks.tell()
     return result
 
 
-def _read(path: Path) -> Any:
-    """The content of a JSON file, in which comments (#, //, /* */) and commas before a closing bracket may stand."""
+def read_config(config: Mapping[str, Any] | str | os.PathLike) -> Any:
+    """A config as it was given, without comments: from a dictionary or a JSON file.
+
+    In a file, comments (#, //, /* */) and commas before a closing bracket may stand.
+    """
+    if not isinstance(config, (str, os.PathLike)):
+        return _plain(config, "")
+    path = Path(config)
     try:
         text = path.read_text(encoding="utf-8-sig")
         for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # as blanks, so that errors name the place
             text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
                           lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return _plain(json.loads(text, object_pairs_hook=_without_duplicates), "")
     except OSError as error:
         raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -354,7 +342,7 @@ def _respell(raw: dict[str, Any]) -> list[str]:
         if value is None or _is_auto(value):
             continue
         if becomes:
-            value = becomes(_convert(bool, value, former, _Remarks()))
+            value = becomes(_convert(bool, {}, value, former, _Remarks()))
         given = place.setdefault(new, value)
         if given != value and not (becomes and isinstance(given, dict) and value.items() <= given.items()):
             raise ConfigError(f"{former} is the former spelling of {now} and says {value!r}, but {now} is {given!r}; "
@@ -399,16 +387,20 @@ def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
     # A key that is a word of Python's, such as async, has a field with an underscore behind it.
     names = {f.name.removesuffix("_"): f for f in fields(cls)}
     known, hints, values = list(names), typing.get_type_hints(cls), {}
+    idle = getattr(cls, "NO_EFFECT", {})
     for key, value in raw.items():
         if key not in known:
-            _judge_other(f"{path}{key}", value, known, remarks)
+            _judge_other(f"{path}{key}", value, known, idle.get(key), remarks)
             continue
         has_default = names[key].default is not names[key].default_factory  # else both are MISSING
         if _is_auto(value):
             remarks.autos.append(f"{path}{key}")
             if has_default:
                 continue
-        values[names[key].name] = _convert(hints[names[key].name], value, f"{path}{key}", remarks)
+        f = names[key]
+        values[f.name] = _convert(hints[f.name], f.metadata, value, f"{path}{key}", remarks)
+        if key in idle and values[f.name] != f.default:
+            remarks.without_effect.append(f"{path}{key} ({idle[key]})")
     for f in fields(cls):
         if f.name not in values and f.default is f.default_factory:
             raise ConfigError(f"{path}{f.name} is missing")
@@ -418,8 +410,8 @@ def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
         raise ConfigError(str(error)) from None
 
 
-def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> None:
-    """Refuse a key that this engine doesn't have, unless it says that something is off, or has no effect."""
+def _judge_other(path: str, value: Any, known: list[str], idle: str | None, remarks: _Remarks) -> None:
+    """Refuse a key that is no field, unless it says that something is off. ``idle``: why it has no effect, if so."""
     key = path.rpartition(".")[2]
     if path == "bf16.loss_scale" and not _is_off(value):
         raise ConfigError(f"bf16.{key} is {value!r}, but bf16 has the range of fp32 and needs no loss scale; "
@@ -428,13 +420,13 @@ def _judge_other(path: str, value: Any, known: list[str], remarks: _Remarks) -> 
         return
     if path in NOT_HERE:
         raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
-    if path not in NOT_NEEDED:
+    if idle is None:
         sections = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
         homes = [name for name, section in sections.items() if path in vars(section())]
         hint = f"; its place is in {homes[0]}" if len(homes) == 1 else _nearest(key, known)
         raise ConfigError(f"unknown key {path}, set to {value!r}{hint} (known: {', '.join(known)})")
     if not _is_off(value) or path in ALWAYS_ON and value is not None:
-        remarks.without_effect.append(f"{path} ({NOT_NEEDED[path]})")
+        remarks.without_effect.append(f"{path} ({idle})")
 
 
 def _says_off(section: Any) -> bool:
@@ -463,13 +455,16 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _convert(hint: Any, value: Any, path: str, remarks: _Remarks) -> Any:
+def _convert(hint: Any, rules: Mapping[str, Any], value: Any, path: str, remarks: _Remarks) -> Any:
     """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several of these.
 
-    Where text can only mean a number or a truth value, it does; so do 0 and 1. A section that is off is not judged.
+    ``rules`` are the field's metadata: ``choices``, of which a mapping has the values that names stand for, and the
+    range of a number: ``least``, ``most``, ``above``, ``below``. Where text can only mean a number or a truth value, it
+    does; so do 0 and 1. A section that is off is not judged.
     """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    number, word = _number(value), value.lower() if isinstance(value, str) else None
+    choices, number = rules.get("choices", ()), _number(value)
+    word = str(value).lower() if isinstance(value, (str, torch.dtype)) else None
     for kind in kinds:
         if is_dataclass(kind) and isinstance(value, Mapping) and _is_off(value):
             if _is_auto(value.get("enabled")):
@@ -480,19 +475,41 @@ def _convert(hint: Any, value: Any, path: str, remarks: _Remarks) -> Any:
                 return kind()
         if is_dataclass(kind) and value is not None:
             return _parse(kind, value, f"{path}.", remarks)
-        if kind is float and number is not None:
+        if kind is float and number is not None and _is_within(number, rules):
             return float(number)
-        if kind is int and number is not None and abs(number) < 2**63 and number == int(number):
+        if kind is int and number is not None and abs(number) < 2**63 and number == int(number) \
+                and _is_within(number, rules):
             return int(number)  # JSON files like to write 5e8
         if kind is bool and (isinstance(value, bool) or number in (0, 1) or word in ("true", "false")):
             return word == "true" if word and number is None else bool(number if number is not None else value)
         if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return list(value)
-        if kind in (str, dict, types.NoneType) and isinstance(value, kind):
-            return word if path.rpartition(".")[2] in CHOICES else value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object",
-             list: "a list of strings", types.NoneType: "null"}
-    raise ConfigError(f"{path} is {value!r}; allowed: {' or '.join(names.get(k, 'an object') for k in kinds)}")
+        if kind in (str, torch.dtype) and word in choices:
+            return choices[word] if isinstance(choices, Mapping) else word
+        if kind in (str, dict, types.NoneType) and isinstance(value, kind) and not (kind is str and choices):
+            return value
+    raise ConfigError(f"{path} is {value!r}; allowed: {_allowed(kinds, rules)}")
+
+
+def _is_within(number: float, rules: Mapping[str, Any]) -> bool:
+    """Whether a field with these ``rules`` may have the number."""
+    if "choices" in rules and (number in rules["choices"] or len(rules) == 1):
+        return number in rules["choices"]
+    return math.isfinite(number) and rules.get("least", number) <= number <= rules.get("most", number) \
+        and rules.get("above", -math.inf) < number < rules.get("below", math.inf)
+
+
+def _allowed(kinds: Iterable[type], rules: Mapping[str, Any]) -> str:
+    """What a field of these kinds and ``rules`` may have, in words."""
+    span = "".join(f" {word} {rules[key]:g}" for key, word in (
+        ("least", "from"), ("above", "above"), ("most", "to"), ("below", "and below")) if key in rules)
+    span += " up" if "least" in rules and "most" not in rules else ""
+    names = {int: f"a whole number{span}", float: f"a number{span}", bool: "true or false", str: "a string",
+             dict: "an object", list: "a list of strings", types.NoneType: "null"}
+    chosen = (str, torch.dtype) if span else (int, float, str, torch.dtype)  # kinds of which the choices are all
+    words = [str(choice) for choice in rules.get("choices", ())]
+    words += [names.get(kind, "an object") for kind in kinds if not (words and kind in chosen)]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _number(value: Any) -> int | float | None:
@@ -528,6 +545,15 @@ def _check_param(value: Any, path: str, is_flag: bool, is_text: bool = False) ->
             or isinstance(value, (Real, str)) and not is_text and not is_number:
         raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if is_flag else 'a finite number'}")
     return number if is_number and not is_text else value
+
+
+def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[str, Any], Any]:
+    """The scheduler section of a config, which may be the section itself, and the optimizer's rate, if it has one."""
+    raw = read_config(config)
+    settings = load_config({"scheduler": raw} if isinstance(raw, dict) and "type" in raw else raw)
+    if settings.scheduler is None:
+        raise ConfigError("the config has no scheduler section")
+    return asdict(settings.scheduler), settings.optimizer and settings.optimizer.params.get("lr")
 
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
@@ -1070,8 +1096,8 @@ class Engine(nn.Module):
     engine has and this one has not are in ABSENT, with what to do without them.
     """
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device, local_rank: int,
-                 started_process_group: bool):
+    def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
+                 local_rank: int, started_process_group: bool):
         super().__init__()
         self.module = model
         self.config = config
@@ -1086,7 +1112,7 @@ class Engine(nn.Module):
         self._roll_call: _RollCall | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self._micro_steps = self.skipped_steps = 0
-        self.checkpointing: checkpointing.Checkpointing | None = None
+        self.checkpointing: recompute.Checkpointing | None = None
         self._started_process_group = started_process_group
         self._in_no_sync = False
         self._window = 0  # micro-batches of the accumulation window that are done
@@ -1094,7 +1120,7 @@ class Engine(nn.Module):
         self._step_applied = False
         self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
         self._grad_norm = 0.0
-        self.precision = amp.Precision(config.precision(), model, device)
+        self.precision = precision
         self.scaler = self.precision.make_scaler()
         self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
         self._clock = _Clock(self) if config.wall_clock_breakdown else None
@@ -2510,13 +2536,14 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             _check_data(training_data)
             zero.check_memory(model)
             zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
+            precision, recomputed = _precision(settings, model, device), _recomputed(settings, model)
         except Exception as error:  # the caller's functions may raise anything
             failure = error
         _raise_on_all(failure, [] if failure else _describe_training(model, chosen, schedule, training_data), device)
 
-        engine = Engine(model, settings, device, local_rank, started)
+        engine = Engine(model, settings, precision, device, local_rank, started)
         engine.optimizer, engine.lr_scheduler = chosen, schedule
-        _equip(engine, training_data, collate_fn)
+        _equip(engine, training_data, collate_fn, recomputed)
     except BaseException:
         if put_back:
             put_back()
@@ -2572,9 +2599,49 @@ def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
     return put_back
 
 
-def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
+def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str, nn.Module]:
+    """The modules, by name, that the config's ``key`` means: class names, or patterns of module names."""
+    found: set[str] = set()
+    for what in wanted:
+        hits = {name for name, module in model.named_modules()
+                if what in (type(module).__name__, f"{type(module).__module__}.{type(module).__qualname__}")
+                or name and fnmatchcase(name, what)}
+        if not hits:
+            names = sorted({type(module).__name__ for module in model.modules()})
+            raise ConfigError(f"{key} has {what!r}, which no module matches{_nearest(what, names)} (allowed: patterns "
+                              f"of module names, such as 'layers.*', and class names: {', '.join(names)})")
+        found |= hits
+    return {name: module for name, module in model.named_modules() if name in found}
+
+
+def _precision(settings: Config, model: nn.Module, device: torch.device) -> amp.Precision:
+    """What the config says of precision, with the modules that it names."""
+    kept = {key: section.keep_fp32 for key, section in (("fp16", settings.fp16), ("bf16", settings.bf16))
+            if section.enabled and section.keep_fp32}
+    kept = {name: module for key, names in kept.items() for name, module in
+            find_modules(model, names, f"{key}.keep_fp32").items()}
+    autocast = settings.torch_autocast
+    safe = find_modules(model, autocast.lower_precision_safe_modules or (),
+                        "torch_autocast.lower_precision_safe_modules") if autocast.enabled else {}
+    return amp.Precision(settings.precision(), device, kept.values(), safe.values())
+
+
+def _recomputed(settings: Config, model: nn.Module) -> dict[str, nn.Module] | None:
+    """The modules whose activations are recomputed; None: there is no such section."""
+    section = settings.activation_checkpointing
+    if section is None:
+        return None
+    if section.modules is not None:
+        return find_modules(model, section.modules, "activation_checkpointing.modules")
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(block)]: block for block in zero.find_blocks(model).values()}
+
+
+def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None,
+           recomputed: dict[str, nn.Module] | None) -> None:
     """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
     model, settings, device = engine.module, engine.config, engine.device
+    engine.precision.apply(model)
     buffers: dict[int, Tensor] = {}
     for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
         for name, b in module._buffers.items():
@@ -2583,9 +2650,8 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if engine.world_size > 1:
         _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)
-    if settings.activation_checkpointing is not None:
-        blocks = list(zero.find_blocks(model).values())
-        engine.checkpointing = checkpointing.apply(model, settings.activation_checkpointing, blocks)
+    if recomputed is not None:
+        engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
@@ -2814,8 +2880,33 @@ class _Names:
         raise AttributeError(_why_absent(path) or f"{path} is not here, nor is it a name of DeepSpeed's that is known")
 
 
+def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike | None = None,
+              partition_activations: bool | None = None, contiguous_checkpointing: bool | None = None,
+              num_checkpoints: int | None = None, checkpoint_in_cpu: bool | None = None,
+              synchronize: bool | None = None, profile: bool | None = None) -> recompute.Checkpointing:
+    """Set up ``checkpointing.checkpoint()``, with DeepSpeed's arguments; its ``report()`` has the profile.
+
+    ``deepspeed_config``, a whole config or the path of one, may have a section ``activation_checkpointing``; the other
+    arguments, where they are given, win over it.
+    """
+    if mpu_ is not None:
+        raise ValueError(f"mpu_ is {mpu_!r}; allowed: None, as there is no model parallelism here")
+    raw, remarks = read_config(deepspeed_config or {}), _Remarks()
+    section = raw.get("activation_checkpointing") or {} if isinstance(raw, dict) else raw
+    given = {"partition_activations": partition_activations, "contiguous_memory_optimization": contiguous_checkpointing,
+             "number_checkpoints": num_checkpoints, "cpu_checkpointing": checkpoint_in_cpu,
+             "synchronize_checkpoint_boundary": synchronize, "profile": profile}
+    if isinstance(section, dict):
+        section |= {key: value for key, value in given.items() if value is not None}
+    config = _parse(recompute.CheckpointingConfig, section, "activation_checkpointing.", remarks)
+    remarks.tell()
+    return recompute.configure(config)
+
+
 DeepSpeedEngine = Engine
 
+checkpointing = _Names("checkpointing", {name: value for name, value in vars(recompute).items() if name[0] != "_"} | {
+    "configure": configure})
 comm = _Names("comm", {"init_distributed": init_distributed, "get_local_rank": partial(dist.get_node_local_rank, 0)} | {
     name: getattr(dist, name) for name in (
         "ReduceOp", "ProcessGroup", "P2POp", "is_available", "is_initialized", "get_rank", "get_world_size",

@@ -302,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:  # there is no public way to make it optional
         if action.dest == "training_script":
             action.nargs, action.required, action.metavar = "?", False, "SCRIPT"
-    for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "tee"):  # None: not given; PET_...: PyTorch's way
+    for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "tee"):  # None: not given; PET_...: as PyTorch
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
     example = parser.add_argument_group("the example")
     example.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",

@@ -26,13 +26,11 @@ import argparse
 import copy
 import difflib
 import inspect
-import json
 import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -462,20 +460,17 @@ def _of_group(raw: Any, name: str, group: int, groups: int) -> Any:
 
 class LinearDecayLR(MultiPhaseLR):
     """A straight line from ``start_lr`` (default: the optimizer's rate) to ``end_lr`` at step ``total_num_steps``."""
+    curve = "linear"
 
     def __init__(self, optimizer: Optimizer, total_num_steps: int, end_lr: Rates = 0.0, start_lr: Rates | None = None,
                  last_batch_iteration: int = -1):
-        phase = {"type": "linear", "steps": total_num_steps, "start_lr": start_lr, "end_lr": end_lr}
+        phase = {"type": self.curve, "steps": total_num_steps, "start_lr": start_lr, "end_lr": end_lr}
         super().__init__(optimizer, [phase], last_batch_iteration)
 
 
-class CosineDecayLR(MultiPhaseLR):
+class CosineDecayLR(LinearDecayLR):
     """Half a cosine from ``start_lr`` (default: the optimizer's rate) to ``end_lr`` at step ``total_num_steps``."""
-
-    def __init__(self, optimizer: Optimizer, total_num_steps: int, end_lr: Rates = 0.0, start_lr: Rates | None = None,
-                 last_batch_iteration: int = -1):
-        phase = {"type": "cosine", "steps": total_num_steps, "start_lr": start_lr, "end_lr": end_lr}
-        super().__init__(optimizer, [phase], last_batch_iteration)
+    curve = "cosine"
 
 
 class StepDecayLR(MultiPhaseLR):
@@ -522,20 +517,9 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
         raise ValueError(f"{name}: {error}") from error
 
 
-def _section(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler section of a config, which may be the section itself."""
-    section = config.get("scheduler", config)
-    if not isinstance(section, dict):
-        raise ValueError(f"scheduler is {section!r}; allowed: an object with a type and params")
-    return section
-
-
 def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[list[dict[str, Any]]]:
     """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are."""
     real = source.optimizer if isinstance(source, LRScheduler) else None
-    section = {} if real else _section(source)
-    if not real:
-        lr = ((source.get("optimizer") or {}).get("params") or {}).get("lr", lr)
     groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
                                              for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
     stand_in = torch.optim.SGD([{**group, "params": [torch.zeros(())]} for group in groups])
@@ -543,7 +527,7 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[l
         warnings.simplefilter("ignore")  # PyTorch misses the optimizer's steps
         # The memo makes the stand-in the copy of the optimizer, also for schedulers inside the scheduler.
         schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
-            build(stand_in, section.get("type"), section.get("params"))
+            build(stand_in, source.get("type"), source.get("params"))
         seen = []
         for _ in range(steps):
             seen.append([dict(group) for group in stand_in.param_groups])
@@ -551,15 +535,15 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[l
     return seen
 
 
-def preview(config_or_scheduler: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.001) -> list[list[float]]:
+def preview(schedule: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.001) -> list[list[float]]:
     """The rates of the next ``steps`` optimizer steps: one row per step, one column per param group.
 
-    A config is a DeepSpeed config or its scheduler section; it is followed from its first step, over an optimizer with
-    the config's rate, else ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
+    A dict is a config's scheduler section, with ``type`` and ``params``; it is followed from its first step, over an
+    optimizer with the rate ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
     and neither it nor its optimizer is touched.
     """
     steps = _number("steps", steps, whole=True)
-    return [[float(group["lr"]) for group in groups] for groups in _walk(config_or_scheduler, steps, lr)]
+    return [[float(group["lr"]) for group in groups] for groups in _walk(schedule, steps, lr)]
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -580,19 +564,19 @@ GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at 
                                  {"type": "constant", "steps": 500}, {"type": "cosine", "steps": 350, "end_lr": 0.0}]})]
 
 
-def draw(configs: Sequence[dict[str, Any]], steps: int, output: str, lr: Rates = 0.01) -> None:
-    """Draw each config over ``steps`` steps, a panel each: rates as lines, momentum dashed where it moves."""
+def draw(sections: Sequence[dict[str, Any]], steps: int, output: str, lr: Rates = 0.01) -> None:
+    """Draw each scheduler section over ``steps`` steps, a panel each: rates as lines, momentum dashed where it moves.
+    """
     import matplotlib.figure  # here, so that training does not wait for it
 
-    columns = min(3, len(configs))
-    rows = -(-len(configs) // columns)
+    columns = min(3, len(sections))
+    rows = -(-len(sections) // columns)
     figure = matplotlib.figure.Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
-    for position, config in enumerate(configs, 1):
-        seen = _walk(config, steps, lr)
+    for position, section in enumerate(sections, 1):
+        seen = _walk(section, steps, lr)
         axis = figure.add_subplot(rows, columns, position)
         axis.plot([[group["lr"] for group in groups] for groups in seen], linewidth=2)
-        axis.set(title=_section(config)["type"], xlabel="optimizer step", ylabel="learning rate",
-                 ylim=(0, None))
+        axis.set(title=section["type"], xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
         axis.grid(alpha=0.3)
         if len(seen[0]) > 1:
             axis.legend([f"group {i}" for i in range(len(seen[0]))])
@@ -613,13 +597,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01], metavar="RATE",
                         help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
     options = parser.parse_args(argv)
+    sections, lr = [{"type": name, "params": params} for name, params in GALLERY], options.lr
     try:
         _number("--steps", options.steps, low=1)
-        config = json.loads(Path(options.config).read_text()) if options.config else None
-        if options.config and not isinstance(config, dict):
-            raise ValueError(f"{options.config} must hold a JSON object, a DeepSpeed config or its scheduler section")
-        gallery = [{"type": name, "params": params} for name, params in GALLERY]
-        draw([config] if options.config else gallery, options.steps, options.output, options.lr)
+        if options.config:
+            from engine import read_scheduler  # the reader of configs; only the command line needs it
+
+            section, rate = read_scheduler(options.config)
+            sections, lr = [section], options.lr if rate is None else rate
+        draw(sections, options.steps, options.output, lr)
     except (OSError, ValueError) as error:
         sys.exit(f"schedulers.py: error: {error}")
     print(f"wrote {options.output}")

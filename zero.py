@@ -64,7 +64,7 @@ from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,12 @@ class OffloadOptimizer:
     pipeline_read: bool = False
     pipeline_write: bool = False
 
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "buffer_count": "buckets and units are the buffers",
+        "fast_init": "files are written once, at the start",
+        "pipeline_read": "the system reads ahead in the files",
+        "pipeline_write": "the system writes the files behind the step"}
+
     def __post_init__(self) -> None:
         _check_offload("offload_optimizer", self)
         if not 0 <= self.ratio <= 1:
@@ -117,6 +123,11 @@ class OffloadParam:
     buffer_size: int = 10**8
     max_in_cpu: int = 10**9
 
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "buffer_count": "buckets and units are the buffers",
+        "buffer_size": "buckets and units are the buffers",
+        "max_in_cpu": "the system keeps in memory what fits of the files"}
+
     def __post_init__(self) -> None:
         _check_offload("offload_param", self)
 
@@ -126,7 +137,6 @@ def _check_offload(key: str, section: OffloadOptimizer | OffloadParam) -> None:
         raise ValueError(f"zero_optimization.{key}.device is {section.device!r}; allowed: none, cpu or nvme")
     if section.device == "nvme" and not section.nvme_path:
         raise ValueError(f"zero_optimization.{key}.nvme_path is missing, and device is nvme; needed: a folder")
-    _warn_without_effect(f"zero_optimization.{key}", section)
 
 
 @dataclass
@@ -155,6 +165,27 @@ class ZeroConfig:
     stage3_module_granularity_threshold: int = 0
     stage3_gather_16bit_weights_on_model_save: bool = False
 
+    NO_EFFECT: ClassVar[dict[str, str]] = {
+        "allgather_partitions": "parameters are always gathered by all-gather",
+        "allgather_bucket_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
+        "contiguous_gradients": "gradients always lie in flat buckets",
+        "round_robin_gradients": "every bucket is divided evenly among all ranks",
+        "load_from_fp32_weights": "master weights are always kept in full",
+        "sub_group_size": "the optimizer steps bucket by bucket",
+        "compute_grad_norm": "the norm is always taken, as it tells of overflow",
+        "cpu_offload_use_pin_memory": "pin_memory of the offload sections says it",
+        "elastic_checkpoint": "any checkpoint loads at any number of ranks",
+        "stage3_max_reuse_distance": "a unit is freed after each use",
+        "stage3_module_granularity_threshold": "units are found by find_units, or given by leaf_module",
+        "stage3_model_persistence_threshold": "stage3_param_persistence_threshold alone says what stays",
+        "stage3_gather_16bit_weights_on_model_save": "a call that needs whole weights gathers them by itself",
+        **dict.fromkeys((
+            "enable_sanity_checks", "legacy_stage1", "log_trace_cache_warnings", "memory_efficient_linear",
+            "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
+            "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential",
+            "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce"),
+            "it steers DeepSpeed's own code")}
+
     def __post_init__(self) -> None:
         if self.stage not in SHARDED:
             raise ValueError(f"zero_optimization.stage is {self.stage}; allowed: 0, 1, 2 or 3")
@@ -169,14 +200,6 @@ class ZeroConfig:
             logger.warning("zero_optimization.offload_param has no effect at stage %d, which keeps whole parameters "
                            "where they are used; stage 3 offloads them", self.stage)
             self.offload_param = OffloadParam()
-        _warn_without_effect("zero_optimization", self)
-
-
-def _warn_without_effect(path: str, section: Any) -> None:
-    """Say which keys were set although they do nothing here, and why they don't."""
-    names = [f.name for f in fields(section) if f.name in NO_EFFECT and getattr(section, f.name) != f.default]
-    if names:
-        logger.warning("%s: without effect here: %s", path, "; ".join(f"{name} ({NO_EFFECT[name]})" for name in names))
 
 
 class Sharded(NamedTuple):
@@ -188,24 +211,6 @@ class Sharded(NamedTuple):
 
 SHARDED = {0: Sharded(False, False, False), 1: Sharded(True, False, False), 2: Sharded(True, True, False),
            3: Sharded(True, True, True)}
-
-NO_EFFECT = {
-    "allgather_partitions": "parameters are always gathered by all-gather",
-    "allgather_bucket_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
-    "contiguous_gradients": "gradients always lie in flat buckets",
-    "round_robin_gradients": "every bucket is shared out evenly among all ranks",
-    "load_from_fp32_weights": "master weights are always kept in full",
-    "sub_group_size": "the optimizer steps bucket by bucket",
-    "stage3_max_reuse_distance": "a unit is freed after each use",
-    "stage3_module_granularity_threshold": "units are found by find_units, or given by leaf_module",
-    "stage3_gather_16bit_weights_on_model_save": "a call that needs whole weights gathers them by itself",
-    "buffer_count": "buckets and units are the buffers",
-    "buffer_size": "buckets and units are the buffers",
-    "max_in_cpu": "the system keeps in memory what fits of the files",
-    "fast_init": "files are written once, at the start",
-    "pipeline_read": "the system reads ahead in the files",
-    "pipeline_write": "the system writes the files behind the step",
-}
 
 ALIGN = 64  # elements; parameters and shards start at multiples of it: 128 bytes in half precision, 256 in fp32
 

@@ -48,9 +48,9 @@ def with_torch(blocks: nn.Sequential, region: int = 1, mode: str = "full") -> Ca
 def with_ours(blocks: nn.Sequential, region: int = 1, **config: str) -> Callable[[Tensor], Tensor]:
     """A forward pass that recomputes by ``checkpointing.apply``, or by ``checkpoint`` around several blocks."""
     if region == 1:
-        checkpointing.apply(blocks, checkpointing.CheckpointingConfig(**config), list(blocks))
+        checkpointing.apply(dict(blocks.named_children()), checkpointing.CheckpointingConfig(**config))
         return blocks
-    checkpointing.configure(None, {"activation_checkpointing": config})
+    checkpointing.configure(checkpointing.CheckpointingConfig(**config))
 
     def forward(x: Tensor) -> Tensor:
         for start in range(0, len(blocks), region):

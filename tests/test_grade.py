@@ -301,15 +301,15 @@ class Precision:
     def path(self, parameter):
         given = parameter.dtype
         if not parameter.is_floating_point():
-            return Path(given, given, given, given)
+            return Dtypes(given, given, given, given)
         compute = master = given
         if self.half:
             compute = torch.float32 if id(parameter) in self.kept else self.half
             small = self.config.fp16.fp16_master_weights_and_grads or self.config.bf16.bf16_master_weights_and_grads
             master = compute if small else torch.float32
-        gradient = _dtype("", self.config.data_types.grad_accum_dtype) or master
-        low = NAMES[self.config.torch_autocast.dtype] if id(parameter) in self.low else None
-        return Path(compute, master, gradient, _dtype("", self.config.communication_data_type) or low or gradient)
+        gradient = self.config.data_types.grad_accum_dtype or master
+        low = self.config.torch_autocast.dtype if id(parameter) in self.low else None
+        return Dtypes(compute, master, gradient, self.config.communication_data_type or low or gradient)
 '''
 
 CHECKPOINT = '''

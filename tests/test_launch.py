@@ -84,8 +84,8 @@ def test_user_errors_take_one_line_and_a_code(tmp_path):
             (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
             (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that are meant"), \
             (["--exclude=a"], "under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2"), \
-            (["--hostfile", "hosts", __file__], "--hostfile is not an option here: nothing is started on other machines; "
-             "run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
+            (["--hostfile", "hosts", __file__], "--hostfile is not an option here: nothing is started on other "
+             "machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
         code, out, err = run_main(arguments)
         assert code == 2 and told in err.splitlines()[-1]
 

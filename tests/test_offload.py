@@ -218,8 +218,8 @@ def test_offload_that_cannot_be_meant_is_refused(section, told):
 
 
 def test_keys_without_effect_are_told(caplog):
-    zero.OffloadOptimizer(device="cpu", buffer_count=7)
-    assert "zero_optimization.offload_optimizer: without effect here: buffer_count" in caplog.text
+    deepspeed.load_config({"zero_optimization": {"offload_optimizer": {"device": "cpu", "buffer_count": 7}}})
+    assert "without effect here: zero_optimization.offload_optimizer.buffer_count (buckets" in caplog.text
     config = zero.ZeroConfig(stage=2, offload_param=zero.OffloadParam(device="cpu"))
     assert "offload_param has no effect at stage 2" in caplog.text and config.offload_param.device == "none"
 

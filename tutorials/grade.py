@@ -147,7 +147,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "Norms and routers in 16 bits can make a run diverge.",
                ("test_amp.py::test_chosen_modules_stay_in_fp32[fp16-torch.float16]",
                 "test_amp.py::test_chosen_modules_stay_in_fp32[bf16-torch.bfloat16]"))),
-        ("Four answers, one per field of Path. self.half is the 16-bit dtype, or None; self.kept holds the id() of "
+        ("Four answers, one per field of Dtypes. self.half is the 16-bit dtype, or None; self.kept holds the id() of "
          "each parameter that stays in fp32.",
          "compute: half, or fp32 for what is kept. master: fp32, unless the config asks for 16-bit masters. gradient: "
          "data_types.grad_accum_dtype, or that of the master. reduction: communication_data_type, or that of the "
