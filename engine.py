@@ -1092,8 +1092,8 @@ class Engine(nn.Module):
     global_samples   samples they used, over all ranks
     micro_steps      calls of ``step()``: micro-batches on this rank
 
-    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. Names that DeepSpeed's
-    engine has and this one has not are in ABSENT, with what to do without them.
+    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. For names that
+    DeepSpeed's engine has and this one has not, see tutorials/coming_from_deepspeed.md.
     """
 
     def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
@@ -1160,20 +1160,18 @@ class Engine(nn.Module):
         return self.scaler.scale
 
     def __getattr__(self, name: str) -> Any:
-        """The model's own attribute, as in DeepSpeed; an AttributeError says more of names that DeepSpeed has."""
+        """The model's own attribute, as in DeepSpeed."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             module = vars(self).get("_modules", {}).get("module")
             if name.startswith("__") or module is None:  # such as a copy in the making
                 raise
-        reason = _why_absent(f"engine.{name}")
-        if reason and not hasattr(module, name):
-            raise AttributeError(reason)
         try:
             return getattr(module, name)
         except AttributeError as error:
-            raise AttributeError(f"neither the engine nor its model has the attribute {name!r}: {error}") from None
+            raise AttributeError(f"neither the engine nor its model has the attribute {name!r} ({error}){ELSEWHERE}"
+                                 ) from None
 
     # Changes between steps. Every rank must make them.
 
@@ -2761,91 +2759,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 __version__ = "0.19.8"  # of the DeepSpeed whose documented behaviour this follows: what scripts ask the version for
 
-# What DeepSpeed has and this engine has not: why, and the names, as shell patterns. README.md has the same table, and a
-# test keeps the two alike. "engine." stands for what initialize() returns, anything else for what hangs on the module.
-ABSENT = {
-    "inference is not covered; the trained model is `engine.module`":
-        "init_inference default_inference_config InferenceEngine DeepSpeedInferenceConfig DeepSpeedHybridEngine "
-        "inference model_implementations module_inject replace_transformer_layer",
-    "pipeline, tensor, sequence and expert parallelism are not covered":
-        "pipe PipelineModule PipelineEngine DualPipeV* moe *tp_model_init* set_autotp_mode sequence "
-        "engine.*moe* engine.*expert* engine.gate_modules engine.*autotp* engine.tensor_parallel_config engine.mpu "
-        "engine.mesh_device engine.pipeline_parallelism engine.*all_to_all_group engine.is_first_weights_*",
-    "all ranks are data-parallel: `engine.global_rank`, `engine.world_size`, and `deepspeed.comm`":
-        "utils.groups utils.get_*parallel* engine.*data_parallel* engine.*dp_world_size engine.*mp_world_size "
-        "engine.get_*_parallel_* engine.seq* engine.checkpoint_mp_rank engine.dist_backend",
-    "there are no kernels here: the config's optimizers, and `torch.optim` (`fused=True`), take their place":
-        "ops DeepSpeedTransformer* linear",
-    "PyTorch has this: `torch.accelerator`, and `engine.device`":
-        "accelerator get_accelerator utils.get_accelerator",
-    "PyTorch has this: a `torch.device` is a context, `with torch.device('meta'):`":
-        "OnDevice utils.OnDevice utils.init_on_device",
-    "`load_config()` checks a config and gives a `Config`; errors are `ConfigError`":
-        "DeepSpeedConfig DeepSpeedConfigError load_ds_config",
-    "`initialize()` takes `training_data` and returns the loader, which is `engine.loader`":
-        "DeepSpeedDataLoader utils.RepeatingLoader engine.training_data* engine.deepspeed_io engine.collate_fn "
-        "engine.set_data_post_process_func engine.is_*_style_dataset",
-    "the optimizer stays a `torch.optim.Optimizer`: `engine.optimizer`":
-        "DeepSpeedOptimizer* DeepSpeedSchedulerCallable set_optimizer_flags engine.basic_optimizer engine.client_* "
-        "engine.get_type",
-    "`utils.set_z3_leaf_modules()` and the key `leaf_module` of the config say this":
-        "utils.*z3_leaf*",
-    "`python engine.py consolidate` does this":
-        "utils.zero_to_fp32.convert_*",
-    "`safe_get_full_*` and `safe_set_full_*` do this for whole parameters":
-        "utils.safe_*_local_* utils.safe_update_* utils.tensor_fragment",
-    "Python's `logging` does this, on `engine.global_rank` 0":
-        "log_dist utils.log_dist* utils.see_memory_usage utils.instrument_w_nvtx",
-    "this is elsewhere: `deepspeed.zero`, `deepspeed.checkpointing`, `deepspeed.DeepSpeedEngine`":
-        "runtime.zero runtime.activation_checkpointing runtime.engine",
-    "the key `comms_logger` prints this":
-        "comm.log_summary comm.configure",
-    "this part of DeepSpeed is not covered":
-        "autotuning checkpoint.* compile compression datastates monitor nebula profiling runtime.* git_* "
-        "engine.autotuning_* engine.curriculum_* engine.*data_efficiency* engine.data_sampling_* engine.random_ltd_* "
-        "engine.set_custom_curriculum_learning_schedule engine.flops_profiler_* engine.monitor engine.zenflow* "
-        "engine.*compile* engine.get_autosp_backend engine.register_compile_pass engine.load_universal_checkpoint "
-        "engine.uses_parallelization_pass_only engine.optimized_linear_*",
-    "offload is the config's alone, `zero_optimization.offload_optimizer` and `offload_param`":
-        "engine.offload_states engine.reload_states engine.*offload* engine.aio_config engine.swap_tensor_config "
-        "engine.cpuadam_cores_perc engine.zero_use_cpu_optimizer",
-    "it is a value of the config: `engine.config` has it":
-        "engine.bf16_* engine.fp16_* engine.torch_autocast_* engine.dataloader_drop_last engine.*dynamic_*scale* "
-        "engine.gradient_predivide_factor engine.postscale_gradients engine.managed_gradient_accumulation "
-        "engine.optimizer_* engine.scheduler_* engine.get_optimizer_configuration engine.steps_per_print "
-        "engine.wall_clock_breakdown engine.dump_state engine.log_level engine.communication_data_type "
-        "engine.get_data_types engine.zero_* engine.gradient_average engine.is_sanity_checks_enabled "
-        "engine.checkpoint_* engine.use_node_local_storage engine.save_*zero_checkpoint",
-    "`train_batch_size()`, `train_micro_batch_size_per_gpu()` and `gradient_accumulation_steps()` tell this":
-        "engine.get_batch_info",
-    "`engine.module.state_dict()` (stages 0 to 2) and `engine.consolidated_fp32_state_dict()` give the weights":
-        "engine.module_state_dict",
-    "load weights into the model before `initialize()`, or by `load_checkpoint(load_module_only=True)`":
-        "engine.load_module_state_dict",
-    "`engine.save_16bit_model()` is its name now":
-        "engine.save_fp16_model",
-    "`backward()` and `step()` do this":
-        "engine.*allreduce* engine.all_gather_scalar engine.clip_fp32_gradients engine.sparse_all_gather "
-        "engine.coalesce_grad_reduction engine.empty_partition_cache engine.collect_python_gc "
-        "engine.inside_no_sync_ctxt engine.scale_wrt_gas engine.flatten engine.unflatten engine.use_ds_comm",
-    "the keys `wall_clock_breakdown` and `steps_per_print` print times and losses":
-        "engine.*timer* engine.losses engine.print_forward_breakdown engine.memory_breakdown",
-    "it is DeepSpeed's own business":
-        "constants version *_LEAVES set_log_level_from_string engine.loaded_checkpoint_* engine.param_names "
-        "engine.module_forward_*_hook engine.dont_change_device engine.warn_unscaled_loss",
-}
-
-
-def _why_absent(path: str) -> str | None:
-    """What to say of a name that DeepSpeed has and this engine has not; None if it is no name of DeepSpeed's either."""
-    for reason, patterns in ABSENT.items():
-        if any(fnmatchcase(path, pattern) for pattern in patterns.split()):
-            return f"{path if path.startswith('engine.') else f'deepspeed.{path}'} is not here: {reason}"
-    return None
+ELSEWHERE = "; if DeepSpeed has it, tutorials/coming_from_deepspeed.md says what takes its place"
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(_why_absent(name) or f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{ELSEWHERE}")
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
@@ -2876,8 +2794,7 @@ class _Names:
         vars(self).update(names)
 
     def __getattr__(self, name: str) -> Any:
-        path = f"{vars(self).get('_path')}.{name}"
-        raise AttributeError(_why_absent(path) or f"{path} is not here, nor is it a name of DeepSpeed's that is known")
+        raise AttributeError(f"deepspeed.{vars(self).get('_path')} has no attribute {name!r}{ELSEWHERE}")
 
 
 def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike | None = None,
