@@ -28,7 +28,7 @@ micro-batch. Elements sent per rank, for P parameters and m micro-batches, times
 
 Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the reduction
 of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in ``sum``.
-``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``_update``). ``Gradients.arm`` gives
+``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``Updater.update``). ``Gradients.arm`` gives
 the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result to all ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
@@ -730,6 +730,12 @@ class Slot:
         return self.part(flat, self.bucket.own[0])
 
 
+    def own_values(self, value: Tensor) -> Tensor:
+        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
+        part = self.in_order(value)[self.overlap(*self.bucket.own)].to(self.bucket.master.device, copy=True)
+        return part if self.piece.shape == part.shape else self.view(part, self.offset)
+
+
 # A parameter's place, by the parameter's id, for as long as an engine, or ``Init``, has it: DeepSpeed's documented
 # functions take a parameter alone. A slot keeps its parameter alive, so that no other one can have the id meanwhile.
 _SLOTS: "weakref.WeakValueDictionary[int, Slot]" = weakref.WeakValueDictionary()
@@ -879,13 +885,8 @@ class Bucket:
             slot.piece = nn.Parameter(slot.view(part, slot.offset) if whole else part)
             if state:
                 optimizer.state[slot.piece] = {
-                    key: self.own_values(slot, value) if _is_like(key, value, slot.shape) else value
+                    key: slot.own_values(value) if _is_like(key, value, slot.shape) else value
                     for key, value in state.items()}
-
-    def own_values(self, slot: Slot, value: Tensor) -> Tensor:
-        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
-        part = slot.in_order(value)[slot.overlap(*self.own)].to(self.master.device, copy=True)
-        return part if slot.piece.shape == part.shape else slot.view(part, slot.offset)
 
     def keep_state(self, optimizer: Optimizer) -> None:
         """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
@@ -989,12 +990,6 @@ class Bucket:
         finest.copy_(torch.where(new != old, new.to(finest.dtype), finest))  # elsewhere its finer value stays
         if self.shard is not None and self.shard is not finest:
             self.shard.copy_(new)
-
-    def has_changed(self, slot: Slot) -> bool:
-        """Whether the whole parameter differs from this rank's shard of it."""
-        own = self.flat[slot.offset:slot.end][slot.overlap(*self.own)]
-        shard = slot.own(self.shard).to(own.device, own.dtype)
-        return not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is like itself
 
     def collect(self, slot: Slot, part: Tensor, start: int) -> Tensor:
         """Assemble a parameter, in its own shape, from the ranks' shards. Every rank must call it.
@@ -2111,6 +2106,16 @@ class Reducer:
                 gradients.reduce_late()
         self.settle()
 
+    def first_not_finite(self) -> str | None:
+        """The first parameter, in the model's order, whose summed gradient has infinity or NaN on any rank."""
+        slots = [slot for gradients in self.every for slot in gradients.bucket.slots]
+        finite = torch.stack([slot.own(slot.bucket.gradients.sum).isfinite().all().to(self.zero.device)
+                              for slot in slots])
+        flags = (~finite).float()
+        self.zero.communicator.all_reduce(flags, "scalars", what=lambda: "which gradients are not finite").wait()
+        names = [slot.name for slot, flag in zip(slots, flags.tolist()) if flag]
+        return names[-1] if names else None  # buckets begin with the model's last parameters
+
     def clear(self) -> None:
         """Forget the window's gradients, and their buffers."""
         for gradients in self.every:
@@ -2137,8 +2142,7 @@ def _weakly(method: Callable) -> Callable:
 
 def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
     """The host's numbers on the device, in float64; the host does not wait for a GPU."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
 
 
 # --- Everything together ----------------------------------------------------------------------------------------------
@@ -2163,12 +2167,12 @@ class StepResult(NamedTuple):
     culprit: str | None    # the first parameter whose gradient is not finite
 
 
-class OptimizerGuard:
-    """Has the optimizer's own calls do what they say, or raise and name the call that does."""
+class Updater:
+    """The optimizer, which updates masters wave by wave; its own calls do what they say, or raise and name another."""
 
-    def __init__(self, optimizer: Optimizer, zero_grad: Callable[[], None]):
-        self.optimizer, self.updating = optimizer, False
-        optimizer.zero_grad = lambda set_to_none=True: zero_grad()
+    def __init__(self, zero: "Zero", optimizer: Optimizer):
+        self.zero, self.optimizer, self.updating = zero, optimizer, False
+        optimizer.zero_grad = lambda set_to_none=True: zero.clear_gradients()
         optimizer.add_param_group = self._refusal("add_param_group", (
             "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later "
             "with requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
@@ -2189,6 +2193,67 @@ class OptimizerGuard:
         self.hook.remove()
         for name in ("zero_grad", "add_param_group", "load_state_dict"):
             vars(self.optimizer).pop(name, None)
+
+    def update(self, factor: float) -> None:
+        """Step on the summed gradients times ``factor``, with the optimizer's step hooks once around all of it."""
+        optimizer, every = self.optimizer, self.zero.reducer.every
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
+        # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
+        fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
+            b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.zero.trained
+        ) and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if hooked:
+            for gradients in every:
+                gradients.arm(factor)
+        self.updating = True
+        try:
+            Optimizer.profile_hook_step(lambda _: self._step_waves(None if hooked else factor, fused))(optimizer)
+        finally:
+            self.updating = False
+            for gradients in every:
+                gradients.disarm()
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+        optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
+
+    def _waves(self) -> list[list[Bucket]]:
+        """The buckets that are updated together, so that gathering these overlaps with updating the next."""
+        trained, offloads = self.zero.trained, self.zero.offload.optimizer is not None
+        # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
+        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in trained)  # a wave at a time
+        known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
+        in_waves = known and (self.zero.sharded.optimizer or offloads or casts)
+        waves = 1 if not in_waves else len(trained) if offloads else 8
+        size = max(1, -(-len(trained) // waves))
+        return [trained[start:start + size] for start in range(0, len(trained), size)]
+
+    def _step_waves(self, factor: float | None, fused: bool) -> None:
+        """Update and publish wave by wave, and wait until every rank has the new weights.
+
+        factor   of the gradients; None: the pieces have them already
+        fused    the optimizer's kernel multiplies by it
+        """
+        step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
+        scales: dict[torch.device, Tensor] = {}  # one for all waves
+        for wave in [self.zero.trained] if factor is None else self._waves():
+            for bucket in wave if factor is not None else ():
+                bucket.gradients.arm(1.0 if fused else factor)
+            if fused:
+                device = wave[0].master.device  # a fill on the device: to copy a number there would wait for a GPU
+                scale = scales.setdefault(device, torch.full((), 1 / factor, device=device))
+                self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
+            step(self.optimizer)
+            for bucket in wave:
+                if factor is not None:
+                    bucket.gradients.disarm()
+                bucket.keep_state(self.optimizer)
+                bucket.publish()
+        for bucket in self.zero.trained:
+            bucket.gather.wait()
+            # The update went around autograd: a graph from before it must not be used with the new weights.
+            torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
+            bucket.note_versions()
 
 
 def groups_of_whole_parameters(optimizer: Optimizer | None) -> set[int]:
@@ -2229,7 +2294,7 @@ class Zero:
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
-        self._check_room()
+        check_room(self._room_needed(), self.communicator)
         self.offload = Offload(config, device)
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
@@ -2239,7 +2304,7 @@ class Zero:
         self._frozen = [slot for bucket in self.buckets if bucket.group is not None and not bucket.trained
                         for slot in bucket.slots]  # what the optimizer was given, but frozen; see thaw
         self.hooks: list[Any] = []
-        self.guard = None if optimizer is None else OptimizerGuard(optimizer, self.clear_gradients)
+        self.updater = None if optimizer is None else Updater(self, optimizer)
         self._train([bucket for bucket in self.buckets if bucket.trained])
         if self.gatherer is not None:
             self.hooks += self.gatherer.hooks()
@@ -2247,21 +2312,20 @@ class Zero:
 
     # Setting up.
 
-    def _check_room(self) -> None:
-        """Refuse folders of offload without room, see ``check_room``."""
+    def _room_needed(self) -> Counter[tuple[str, str]]:
+        """This rank's bytes in the folders of offload, see ``check_room``."""
         optimizer, parameters = self.config.offload_optimizer, self.config.offload_param
         share = self.communicator.world_size if self.sharded.optimizer else 1
         needs: Counter[tuple[str, str]] = Counter()
         if optimizer.device == "nvme" and self.optimizer is not None:
-            listed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer))
             needs["offload_optimizer", optimizer.nvme_path] = sum(
                 p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
-                for p in self.model.parameters() if p.requires_grad and id(p) in listed) // share
+                for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad) // share
         if parameters.device == "nvme":
             needs["offload_param", parameters.nvme_path] = sum(
                 p.numel() * Dtypes(*self.dtypes(p)).compute.itemsize for p in self.model.parameters()) // share
-        check_room(needs, self.communicator)
+        return needs
 
     def _make_buckets(self) -> None:
         """Make the parameters views of buckets."""
@@ -2302,21 +2366,6 @@ class Zero:
         for group, pieces in zip(self.optimizer.param_groups if self.optimizer else (), self.pieces_by_group()):
             group["params"] = pieces
 
-    def pieces_by_group(self) -> list[list[nn.Parameter]]:
-        """What the optimizer updates in each of its param groups."""
-        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
-        for bucket in self.trained:
-            groups[bucket.group] += bucket.pieces
-        return groups
-
-    def parameters_by_group(self) -> list[list[nn.Parameter]]:
-        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
-        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
-        for bucket in self.buckets:
-            if bucket.group is not None:
-                groups[bucket.group] += [slot.parameter for slot in bucket.slots]
-        return groups
-
     @property
     def units(self) -> list[Unit]:
         """Of stage 3: the model's own unit, and the others."""
@@ -2332,13 +2381,28 @@ class Zero:
         """Whether a backward pass, not finished yet, has brought gradients."""
         return self.reducer.pending and any(gradients.arrived for gradients in self.reducer.every)
 
+    def pieces_by_group(self) -> list[list[nn.Parameter]]:
+        """What the optimizer updates in each of its param groups."""
+        return self._by_group(lambda bucket: bucket.pieces)
+
+    def parameters_by_group(self) -> list[list[nn.Parameter]]:
+        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
+        return self._by_group(lambda bucket: [slot.parameter for slot in bucket.slots])
+
+    def _by_group(self, of: Callable[[Bucket], list[nn.Parameter]]) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
+        for bucket in self.buckets:
+            if bucket.group is not None:
+                groups[bucket.group] += of(bucket)
+        return groups
+
     def release(self) -> None:
         """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        if self.guard is not None:
-            self.guard.remove()
+        if self.updater is not None:
+            self.updater.remove()
         self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
             if _SLOTS.get(id(slot.parameter)) is slot:
@@ -2405,12 +2469,12 @@ class Zero:
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
-        culprit = self._first_not_finite() if overflow else None
+        culprit = self.reducer.first_not_finite() if overflow else None
         if not overflow:
             for bucket in self.trained:
                 if bucket.unit is None:
                     bucket.keep_writes()
-            self._update(coefficient / divisor)
+            self.updater.update(coefficient / divisor)
         for gradients in self.reducer.every:
             gradients.reset()
         return StepResult(norm, coefficient, overflow, culprit)
@@ -2466,75 +2530,6 @@ class Zero:
         if unused and not self.config.ignore_unused_parameters:
             raise RuntimeError(f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient for "
                                f"{', '.join(unused)}")
-
-    def _first_not_finite(self) -> str | None:
-        """The first parameter, in the model's order, whose summed gradient has infinity or NaN on any rank."""
-        slots = [slot for bucket in self.trained for slot in bucket.slots]
-        finite = torch.stack([slot.own(slot.bucket.gradients.sum).isfinite().all().to(self.communicator.device)
-                              for slot in slots])
-        flags = (~finite).float()
-        self.communicator.all_reduce(flags, "scalars", what=lambda: "which gradients are not finite").wait()
-        names = [slot.name for slot, flag in zip(slots, flags.tolist()) if flag]
-        return names[-1] if names else None  # buckets begin with the model's last parameters
-
-    def _update(self, factor: float) -> None:
-        """Step the optimizer, with its step hooks once around all of it."""
-        optimizer = self.optimizer
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
-        # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
-        fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
-            b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.trained
-        ) and getattr(optimizer, "_step_supports_amp_scaling", False)
-        if hooked:
-            for gradients in self.reducer.every:
-                gradients.arm(factor)
-        self.guard.updating = True
-        try:
-            Optimizer.profile_hook_step(lambda _: self._step_waves(None if hooked else factor, fused))(optimizer)
-        finally:
-            self.guard.updating = False
-            for gradients in self.reducer.every:
-                gradients.disarm()
-            for name in ("grad_scale", "found_inf"):
-                vars(optimizer).pop(name, None)
-        optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
-
-    def _waves(self) -> list[list[Bucket]]:
-        """The buckets that are updated together, so that gathering these overlaps with updating the next."""
-        # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
-        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in self.trained)  # a wave at a time
-        known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
-        in_waves = known and (self.sharded.optimizer or self.offload.optimizer is not None or casts)
-        waves = 1 if not in_waves else 8 if self.offload.optimizer is None else len(self.trained)
-        size = max(1, -(-len(self.trained) // waves))
-        return [self.trained[start:start + size] for start in range(0, len(self.trained), size)]
-
-    def _step_waves(self, factor: float | None, fused: bool) -> None:
-        """Update and publish wave by wave, and wait until every rank has the new weights.
-
-        factor   of the gradients; None: the pieces have them already
-        fused    the optimizer's kernel multiplies by it
-        """
-        step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
-        for wave in [self.trained] if factor is None else self._waves():
-            for bucket in wave if factor is not None else ():
-                bucket.gradients.arm(1.0 if fused else factor)
-            if fused:
-                scale = _numbers([1 / factor], wave[0].master.device).float()[0]
-                self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
-            step(self.optimizer)
-            for bucket in wave:
-                if factor is not None:
-                    bucket.gradients.disarm()
-                bucket.keep_state(self.optimizer)
-                bucket.publish()
-        for bucket in self.trained:
-            bucket.gather.wait()
-            # The update went around autograd: a graph from before it must not be used with the new weights.
-            torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
-            bucket.note_versions()
-
 
 def is_trained(model: nn.Module) -> bool:
     """Whether an engine has the model's parameters."""
@@ -2898,9 +2893,16 @@ class GatheredParameters:
         if not self.sharded:
             return []
         communicator = self.sharded[0].bucket.communicator
-        changed = _numbers([slot.bucket.has_changed(slot) for slot in self.sharded], communicator.device)
+        changed = _numbers([_has_changed(slot) for slot in self.sharded], communicator.device)
         communicator.all_reduce(changed, "scalars").wait()  # a rank sees changes in its own shard alone
         return [slot.name for slot, flag in zip(self.sharded, changed.tolist()) if flag]
+
+
+def _has_changed(slot: Slot) -> bool:
+    """Whether a parameter that is whole differs from this rank's shard of it."""
+    own = slot.bucket.flat[slot.offset:slot.end][slot.overlap(*slot.bucket.own)]
+    shard = slot.own(slot.bucket.shard).to(own.device, own.dtype)
+    return not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is like itself
 
 
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
@@ -2986,7 +2988,7 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
                          "with a value per element")
     if state is not None:
-        state.copy_(slot.bucket.own_values(slot, value))
+        state.copy_(slot.own_values(value))
 
 
 def _state_of(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
@@ -3273,8 +3275,8 @@ class RehearsedZero(Zero):
         super().__init__(*args, **kwargs)
         self.communicator.watch = self.watch
 
-    def _check_room(self) -> None:
-        pass
+    def _room_needed(self) -> Counter[tuple[str, str]]:
+        return Counter()
 
     def _agree(self, exact: bool = False) -> float:
         return 0.0
