@@ -1040,8 +1040,11 @@ class Gradients:
     late         gradients that came after the reduction had begun
     """
 
-    def __init__(self, bucket: Bucket, predivide: float, all_reduces: bool):
+    def __init__(self, bucket: Bucket, predivide: float | None, all_reduces: bool):
         self.bucket, self.communicator, self.host = bucket, bucket.communicator, bucket.host
+        ranks, half = self.communicator.world_size, bucket.dtypes.reduction == torch.float16
+        if ranks == 1 or predivide is None:  # in fp16 a sum over ranks may overflow where a mean fits
+            predivide = float(ranks) if half else 1.0
         self.predivide, self.all_reduces = predivide, all_reduces
         self.buffer: Tensor | None = None
         self.sum: Tensor | None = None
@@ -2349,11 +2352,7 @@ class Zero:
     def _train(self, buckets: list[Bucket]) -> None:
         """From now on these buckets' gradients are reduced, and the optimizer updates their masters."""
         for bucket in buckets:
-            predivide = 1.0
-            if self.communicator.world_size > 1:  # in fp16 a sum over ranks may overflow where a mean fits
-                half = bucket.dtypes.reduction == torch.float16
-                predivide = self.predivide or (float(self.communicator.world_size) if half else 1.0)
-            bucket.gradients = Gradients(bucket, predivide, not self.config.reduce_scatter)
+            bucket.gradients = Gradients(bucket, self.predivide, not self.config.reduce_scatter)
             bucket.hand_over(self.optimizer, bucket.group in self.whole)
             bucket.keep_state(self.optimizer)
             self.hooks += [self.reducer.listen(slot) for slot in bucket.slots if slot not in self._frozen]
@@ -2519,17 +2518,9 @@ class Zero:
         for (gradients, slot), flag in zip(places, flags):
             if flag:
                 gradients.used.add(slot)
-        self._check_used(places)
+        check_used(self)
         return math.sqrt(square)
 
-    def _check_used(self, places: list[tuple[Gradients, Slot]]) -> None:
-        unused = [slot.name for gradients, slot in places if slot not in gradients.used]
-        if len(unused) == len(places):
-            raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
-                               "depends on parameters of the optimizer")
-        if unused and not self.config.ignore_unused_parameters:
-            raise RuntimeError(f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient for "
-                               f"{', '.join(unused)}")
 
 def is_trained(model: nn.Module) -> bool:
     """Whether an engine has the model's parameters."""
@@ -2566,6 +2557,18 @@ def check_model(zero: Zero) -> None:
         if len(given) != len(pieces) or any(a is not b for a, b in zip(given, pieces)):
             raise RuntimeError(f"the params of the optimizer's param group {index} were changed after initialize(); "
                                "give the optimizer all of its parameters before it")
+
+
+def check_used(zero: Zero) -> None:
+    """Raise RuntimeError where no parameter has a gradient on any rank, or where one that must have one has none."""
+    slots = [slot for bucket in zero.trained for slot in bucket.slots]
+    unused = [slot.name for slot in slots if slot not in slot.bucket.gradients.used]
+    if len(unused) == len(slots):
+        raise RuntimeError("step(): no parameter has a gradient; call backward(loss) before it, with a loss that "
+                           "depends on parameters of the optimizer")
+    if unused and not zero.config.ignore_unused_parameters:
+        raise RuntimeError(f"zero_optimization.ignore_unused_parameters is false, and no rank has a gradient for "
+                           f"{', '.join(unused)}")
 
 
 def check_gradients(zero: Zero) -> None:
