@@ -2523,10 +2523,10 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     except ValueError as error:
         raise ConfigError(str(error)) from None
     started = started or isinstance(model, nn.Module) and zero.started_group(model)
-    put_back = None
+    options: list[tuple[dict, dict]] = []  # of the caller's optimizer: making a schedule changes them
     try:
         _raise_on_all(failure, [] if failure else _describe(settings, model), device)
-        put_back = _remember(model, optimizer)
+        options += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
         try:
             settings.settle_batch_sizes(dist.get_world_size())
             chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
@@ -2543,8 +2543,9 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         engine.optimizer, engine.lr_scheduler = chosen, schedule
         _equip(engine, training_data, collate_fn, recomputed)
     except BaseException:
-        if put_back:
-            put_back()
+        for group, given in options:
+            group.clear()
+            group.update(given)
         if started:  # or the next, corrected call would find a group that no engine lets go
             dist.destroy_process_group()
         raise
@@ -2576,25 +2577,6 @@ def _raise_on_all(failure: Exception | None, description: list[str], device: tor
     zero.check_ranks_agree([f"the error: {failure}"] if failure else description, device)
     if failure:
         raise failure
-
-
-def _remember(model: nn.Module, optimizer: Any) -> Callable[[], None]:
-    """What gives the modules back the buffers, hooks and forward that they have now, and an optimizer its options."""
-    names = [name for name in vars(nn.Module()) if name == "_buffers" or name.startswith("_forward_")]
-    held = [(getattr(module, name), dict(getattr(module, name))) for module in model.modules() for name in names]
-    held += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
-    own_forward = [(module, vars(module).get("forward")) for module in model.modules()]
-
-    def put_back() -> None:
-        for now, before in held:
-            now.clear()
-            now.update(before)
-        for module, forward in own_forward:
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
-
-    return put_back
 
 
 def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str, nn.Module]:
@@ -2637,19 +2619,9 @@ def _recomputed(settings: Config, model: nn.Module) -> dict[str, nn.Module] | No
 
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None,
            recomputed: dict[str, nn.Module] | None) -> None:
-    """Give the engine all that trains its model. What may fail comes first; the last step changes the parameters."""
+    """Give the engine all that trains its model. ZeRO refuses before it changes anything; after it, nothing refuses."""
     model, settings, device = engine.module, engine.config, engine.device
-    engine.precision.apply(model)
-    buffers: dict[int, Tensor] = {}
-    for module in model.modules():  # parameters move bucket by bucket, so that a model larger than a GPU can be sharded
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
-    if engine.world_size > 1:
-        _broadcast_buffers(model)
     table = engine.precision.table(model, engine.scaler)
-    if recomputed is not None:
-        engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
@@ -2658,6 +2630,16 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
                             lambda p: engine.precision.path(p), allow_untested,
                             settings.predivide(engine.world_size), settings.debug, settings.timeout)
+    engine.precision.apply(model)
+    buffers: dict[int, Tensor] = {}
+    for module in model.modules():  # parameters moved bucket by bucket: a model larger than a GPU can be sharded
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
+    if engine.world_size > 1:
+        _broadcast_buffers(model)
+    if recomputed is not None:
+        engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
     if engine.world_size > 1:
         engine._roll_call = _RollCall(engine.zero.communicator.number)
     engine._tell_boundary()

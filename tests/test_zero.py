@@ -8,6 +8,7 @@ import copy
 import gc
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import engine as deepspeed
 import zero
@@ -796,8 +798,18 @@ def test_ranks_that_disagree_all_raise_and_name_the_first_difference(run_ranks, 
 def two_engines_for_one_model():
     model, config = nn.Linear(2, 2), {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM}
     first, *_ = deepspeed.initialize(model=model, config=config)
+    model.register_buffer("scale", torch.ones(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(model).items()}
+    options = dict(optimizer.param_groups[0])
     with pytest.raises(ValueError, match="another engine already trains this model; call its destroy"):
-        deepspeed.initialize(model=model, config=config)
+        deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=partial(LambdaLR, lr_lambda=lambda _: 0.5), config=config | {
+                "bf16": {"enabled": True, "keep_fp32": ["Linear"]}, "data_types": {"buffer_dtype": "bf16"},
+                "activation_checkpointing": {"modules": ["Linear"]}})
+    assert vars(model) == given and model.scale.dtype == torch.float32, "a refused call changes nothing"
+    assert optimizer.param_groups[0] == options
+    del model.scale
     with pytest.raises(RuntimeError, match="mark leaf modules before initialize"):
         zero.set_z3_leaf_modules(model, [nn.Linear])
     first.destroy()
