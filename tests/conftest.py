@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection as connections
@@ -33,6 +33,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tests")]
 sys.path[:0] = FOLDERS
+from lanes import pytest_runtestloop  # noqa: E402, F401
 
 MAX_RANKS = 4
 # Deadlines are for what hangs, not for what is slow: a test must also pass on a machine that is busy with other things.
@@ -49,16 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("short", max_examples=12, deadline=None, derandomize=True, database=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the server that processes are forked from; it loads what they need while the first tests run."""
-    modules = {item.module.__name__ for item in session.items if "run_ranks" in item.fixturenames}
-    if modules and not session.config.option.collectonly:
-        multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", *sorted(modules)])
-        path = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
-            forkserver.ensure_running()
 
 
 # --- In a worker process ----------------------------------------------------------------------------------------------
@@ -89,10 +80,17 @@ def _serve(rank: int, connection: Any, store_path: str) -> None:
 
 
 class Ranks:
-    """A pool of worker processes. Call it: ``ranks(function, world_size, *args)`` returns a result per rank."""
+    """A pool of worker processes. Call it: ``ranks(function, world_size, *args)`` returns a result per rank.
 
-    def __init__(self) -> None:
+    ``modules`` are loaded once, before the processes are forked.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
         self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", *modules])
+        path = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
+            forkserver.ensure_running()
         self.workers: list[tuple[Any, Any]] = []
         self.groups = 0
         self.group: tuple[int, int] | None = None
@@ -166,9 +164,17 @@ def free_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_group() -> Iterator[None]:
+    """Each file starts without a process group in this process, whichever came before it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
-def run_ranks() -> Iterator[Ranks]:
+def run_ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """See Ranks. A test that expects an error catches it inside its function."""
-    ranks = Ranks()
+    ranks = Ranks(sorted({item.module.__name__ for item in request.session.items}))
     yield ranks
     ranks.stop()
