@@ -38,7 +38,6 @@ import random
 import re
 import secrets
 import sys
-import threading
 import time
 import types
 import typing
@@ -49,7 +48,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from itertools import cycle, islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -1080,6 +1079,27 @@ class _Rest(IterableDataset):
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 
+def _by_all_ranks(*own: str) -> Callable:
+    """A call that every rank must make with the same arguments, except for ``own``: else all ranks raise."""
+    def decorate(method: Callable) -> Callable:
+        signature = inspect.signature(method)
+
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self, *args, **kwargs)
+            given.apply_defaults()
+            name = f"{method.__name__}()"
+            said = [name] + [f"{name}, where {key} is {os.fspath(value) if isinstance(value, os.PathLike) else value!r}"
+                             for key, value in given.arguments.items() if key not in ("self", *own)]
+            if self.world_size > 1:
+                self._meet(name)
+                zero.agree(lambda: said, same=True)
+            return method(self, *args, **kwargs)
+
+        return call
+    return decorate
+
+
 class Engine(nn.Module):
     """A model with everything that trains it. Call it as you would call the model.
 
@@ -1109,7 +1129,7 @@ class Engine(nn.Module):
         self.loader: ShardedLoader | None = None
         self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
         self._writing: Future | None = None
-        self._roll_call: _RollCall | None = None
+        self._logbook: zero.Logbook | None = None
         self.lr_scheduler: Any = None
         self.global_steps = self.global_samples = self._micro_steps = self.skipped_steps = 0
         self.checkpointing: recompute.Checkpointing | None = None
@@ -1175,39 +1195,37 @@ class Engine(nn.Module):
 
     # Changes between steps. Every rank must make them.
 
+    @_by_all_ranks()
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the samples per optimizer step by changing the accumulation steps.
 
         ``train_batch_size`` must be a multiple of the micro-batch size times the ranks (ValueError on every rank).
         """
         one = self.train_micro_batch_size_per_gpu() * self.world_size
-        self._check_size("set_train_batch_size()", "train_batch_size", train_batch_size, one)
+        self._check_size("train_batch_size", train_batch_size, one)
         self.config.train_batch_size = train_batch_size
         self.config.gradient_accumulation_steps = train_batch_size // one
         self._tell_boundary()
 
+    @_by_all_ranks()
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the samples per rank and backward pass, and with it ``train_batch_size``; the caller feeds them.
 
         Refused where ``initialize()`` made the data loader, whose micro-batches keep their size.
         """
-        self._check_size("set_train_micro_batch_size()", "micro_batch_size", micro_batch_size, 1)
+        self._check_size("micro_batch_size", micro_batch_size, 1)
+        if self.loader is not None:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}, but the data loader that initialize() made "
+                             f"gives {self.loader.batch_size}; make a loader of your own to change it")
         self.config.train_micro_batch_size_per_gpu = micro_batch_size
         self.config.train_batch_size = micro_batch_size * self.gradient_accumulation_steps() * self.world_size
 
-    def _check_size(self, call: str, name: str, value: Any, multiple: int) -> None:
-        def check() -> str:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple:
-                raise ValueError(f"{name} is {value!r}; allowed: a whole number from 1 up" + (
-                    f" that {multiple} divides: the micro-batch size times the ranks" if multiple > 1 else ""))
-            if name == "micro_batch_size" and self.loader is not None:
-                raise ValueError(f"{name} is {value}, but the data loader that initialize() made gives "
-                                 f"{self.loader.batch_size}; make a loader of your own to change it")
-            if self._inside_window():
-                raise ValueError(f"{call} inside an accumulation window; allowed: after the step() that ends it")
-            return str(value)
-
-        self._say_same(call, check)
+    def _check_size(self, name: str, value: Any, multiple: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple:
+            raise ValueError(f"{name} is {value!r}; allowed: a whole number from 1 up" + (
+                f" that {multiple} divides: the micro-batch size times the ranks" if multiple > 1 else ""))
+        if any(zero.gather(self._inside_window())):
+            raise ValueError(f"{name} is {value} inside an accumulation window; allowed: after the step() that ends it")
 
     def _inside_window(self) -> bool:
         """Whether there are gradients that no step has used."""
@@ -1468,6 +1486,7 @@ class Engine(nn.Module):
 
     # Save and resume.
 
+    @_by_all_ranks("client_state")
     def save_checkpoint(self, save_dir: str | os.PathLike, tag: str | None = None,
                         client_state: dict[str, Any] | None = None, save_latest: bool = True,
                         exclude_frozen_parameters: bool = False) -> bool:
@@ -1488,23 +1507,15 @@ class Engine(nn.Module):
         the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
         ``async`` where it is waited for; the log has it at once); what was there before stays.
         """
-        tag = f"global_step{self.global_steps}" if tag is None else tag
-
-        def check() -> str:
-            name = _folder_name(tag)
-            if not isinstance(client_state, Mapping | None):
-                raise ValueError(f"client_state is {client_state!r}; allowed: a dict, or None")
-            _check_path("save_dir", save_dir)
-            _check_flags(save_latest=save_latest, exclude_frozen_parameters=exclude_frozen_parameters)
-            return f"{save_dir} {name} {save_latest} {exclude_frozen_parameters}"
-
+        _check_path("save_dir", save_dir)
+        _check_flags(save_latest=save_latest, exclude_frozen_parameters=exclude_frozen_parameters)
+        folder = Path(save_dir) / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
         self.wait_for_save()
-        self._say_same("save_checkpoint()", check)
         if self._inside_window() and self.global_rank == 0:
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
-        save = _Save(Path(save_dir) / _folder_name(tag), save_latest, self.config.checkpoint.keep_last)
-        save.prepare(self, dict(client_state or {}), not exclude_frozen_parameters)
+        save = _Save(folder, save_latest, self.config.checkpoint.keep_last)
+        save.prepare(self, client_state, not exclude_frozen_parameters)
         if not self.config.checkpoint.async_:
             save.write()
             return True
@@ -1521,6 +1532,7 @@ class Engine(nn.Module):
         if writing is not None:
             writing.result()
 
+    @_by_all_ranks()
     def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False) -> tuple[str | None, dict[str, Any] | None]:
@@ -1537,15 +1549,11 @@ class Engine(nn.Module):
         optimizer or schedule. The next accumulation window begins without gradients. A loop over the engine's loader
         goes on at the loaded place; without one, the next loop does.
         """
-        def check() -> str:
-            _check_path("load_dir", load_dir)
-            _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
-                         load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
-            return (f"{load_dir} {tag if tag is None else _folder_name(tag)} {load_module_strict} "
-                    f"{load_optimizer_states} {load_lr_scheduler_states} {load_module_only}")
-
+        _check_path("load_dir", load_dir)
+        _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
+                     load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
+        tag = None if tag is None else _folder_name(tag)
         self.wait_for_save()
-        self._say_same("load_checkpoint()", check)
         folder = _on_rank_0(lambda: _checkpoint_folder(load_dir, tag))
         if folder is None:
             if self.global_rank == 0:
@@ -1572,10 +1580,12 @@ class Engine(nn.Module):
         self._tell_boundary()
         return str(folder), state["client_state"]
 
+    @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
         """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
         return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).float())
 
+    @_by_all_ranks()
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict | None:
         """On rank 0 the whole state dict in the dtypes that the model computes in; elsewhere None. All must call it."""
         return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype),
@@ -1585,17 +1595,14 @@ class Engine(nn.Module):
         """Whether whole models can be saved at stage 3: always, here."""
         return True
 
+    @_by_all_ranks()
     def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin",
                          exclude_frozen_parameters: bool = False) -> bool:
         """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
-        def check() -> str:
-            _check_path("save_dir", save_dir)
-            _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
-            if not isinstance(save_filename, str) or not save_filename:
-                raise ValueError(f"save_filename is {save_filename!r}; allowed: the name of a file")
-            return f"{save_dir} {save_filename} {exclude_frozen_parameters}"
-
-        self._say_same("save_16bit_model()", check)
+        _check_path("save_dir", save_dir)
+        _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
+        if not isinstance(save_filename, str) or not save_filename:
+            raise ValueError(f"save_filename is {save_filename!r}; allowed: the name of a file")
         whole = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
 
         def write() -> None:
@@ -1622,28 +1629,14 @@ class Engine(nn.Module):
                  if id(p) in whole}
         return named | _copies(_persistent_buffers(self.module))
 
-    def _say_same(self, call: str, check: Callable[[], str]) -> None:
-        """Make sure that all ranks make this call, and with the same arguments, of which ``check`` tells.
-
-        What ``check`` raises on any rank, every rank raises: none goes on and waits for one that does not.
-        """
-        failure = None
+    def _meet(self, call: str) -> None:
+        """Wait until all ranks make this call; RuntimeError where one does not come in time."""
         try:
-            what = check()
-        except (ValueError, OSError) as error:
-            failure, what = error, f"the error: {error}"
-        try:
-            if dist.get_backend() == "gloo" and self.world_size > 1:
-                # By itself it would wait for 30 minutes, whatever the process group's timeout is.
+            if dist.get_backend() == "gloo":  # whose collectives wait for 30 minutes, whatever the timeout is
                 dist.monitored_barrier(timeout=self.config.collective_timeout())
         except RuntimeError as error:
             raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
                                f"{str(error).splitlines()[0]}") from None
-        said = _all_gather(what)
-        if len(set(said)) > 1:
-            raise ValueError(f"{call}: ranks were given different arguments: {said}")
-        if failure:
-            raise failure
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
@@ -1672,8 +1665,8 @@ class Engine(nn.Module):
         if self.checkpointing is not None:
             self.checkpointing.remove()
         try:
-            if self._roll_call:
-                self._roll_call.leave()
+            if self._logbook:
+                self._logbook.end()
         finally:
             if self._started_process_group and dist.is_initialized():
                 dist.destroy_process_group()
@@ -1689,14 +1682,14 @@ class Engine(nn.Module):
             advice = self.precision.advice(error)
             if advice:
                 raise type(error)(f"{error}{advice}") from error
-            if self._roll_call is None or not any(sign in str(error) for sign in _RollCall.SIGNS):
+            if self._logbook is None or not any(sign in str(error) for sign in zero.Logbook.LOST):
                 raise
-            raise RuntimeError(f"{self._roll_call.report()} ({str(error).splitlines()[0]})") from error
+            raise RuntimeError(f"{self._logbook.report()} ({str(error).splitlines()[0]})") from error
 
     def _enter(self) -> None:
         """This rank begins what the other ranks take part in."""
-        if self._roll_call:
-            self._roll_call.enter(self.micro_steps + 1)
+        if self._logbook:
+            self._logbook.write(self.micro_steps + 1)
 
     def _timed(self, phase: str) -> Any:
         return self._clock.phase(phase) if self._clock else nullcontext()
@@ -1705,69 +1698,6 @@ class Engine(nn.Module):
         if self.optimizer is None:
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer
-
-
-class _RollCall:
-    """Tells of ranks that were given different numbers of micro-batches, by the process group's store.
-
-    Such ranks can't go on: one has left, or waits in ``destroy()``, and the others wait for it in a collective.
-    """
-
-    SIGNS = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")
-    PATIENCE = 2.0  # seconds that a rank waits at its end for the others to end too
-
-    def __init__(self, number: int):
-        self.store = dist.PrefixStore(f"roll_call/{number}", dist.distributed_c10d._get_default_store())
-        self.rank, self.world_size, self.micro_batch = dist.get_rank(), dist.get_world_size(), 0
-
-    def enter(self, micro_batch: int) -> None:
-        """This rank begins with a micro-batch."""
-        if micro_batch != self.micro_batch:
-            self.micro_batch = micro_batch
-            self.store.set(f"at/{self.rank}", str(micro_batch))
-
-    def leave(self) -> None:
-        """This rank has had its last micro-batch; RuntimeError where others then still train, with more of them."""
-        try:
-            self.store.set(f"left/{self.rank}", "")
-            deadline = time.monotonic() + self.PATIENCE
-            while time.monotonic() < deadline:
-                left, at = self._look()
-                if all(left):
-                    return
-                time.sleep(0.002)
-        except RuntimeError:  # the process that kept the store has ended already
-            return
-        if any(micro_batch > self.micro_batch and not gone for gone, micro_batch in zip(left, at)):
-            raise RuntimeError(self.report())
-
-    def report(self) -> str:
-        """Where each rank is, and what to do."""
-        seen: list[tuple[list[bool], list[int]]] = []
-        looker = threading.Thread(target=self._look_if_there, args=[seen], daemon=True)
-        looker.start()
-        looker.join(self.PATIENCE)
-        if not seen:  # the process that keeps the store is gone, or its machine, and PyTorch would wait for long
-            return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
-        left, at = seen[0]
-        lines = ", ".join(f"rank {rank} {'ended after' if gone else 'is in its'} micro-batch {micro_batch}"
-                          for rank, (gone, micro_batch) in enumerate(zip(left, at)))
-        if len(set(at)) > 1:
-            return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
-                    "loader that initialize() makes of training_data does")
-        return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
-
-    def _look_if_there(self, seen: list) -> None:
-        try:
-            seen.append(self._look())
-        except RuntimeError:
-            return
-
-    def _look(self) -> tuple[list[bool], list[int]]:
-        """Which ranks have left, and each one's micro-batch."""
-        ranks = range(self.world_size)
-        return ([self.store.check([f"left/{rank}"]) for rank in ranks],
-                [int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else 0 for rank in ranks])
 
 
 def _check_path(name: str, value: Any) -> None:
@@ -1779,36 +1709,6 @@ def _check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; allowed: True or False")
-
-
-def _all_gather(value: Any, group: Any = None) -> list[Any]:
-    """What every rank has for ``value``."""
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value, group)
-    return gathered
-
-
-def _agreed(work: Callable[[], Any], group: Any = None) -> list[Any]:
-    """What ``work()`` gives on each rank. Where it raises on any of them, CheckpointError on every rank."""
-    result = failure = cause = None
-    try:
-        result = work()
-    except Exception as error:
-        cause, failure = error, f"{type(error).__name__}: {error}"
-        if isinstance(error, CheckpointError):
-            failure = str(error)
-        elif isinstance(error, OSError) and error.strerror:
-            failure = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    every = _all_gather((failure, result), group)
-    for rank, (failure, _) in enumerate(every):
-        if failure is not None:
-            raise CheckpointError(f"rank {rank}: {failure}") from cause
-    return [result for _, result in every]
-
-
-def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
-    """What ``work()`` gives on rank 0, on every rank."""
-    return _agreed(work if dist.get_rank() == 0 else lambda: None, group)[0]
 
 
 class _Progress:
@@ -1896,6 +1796,16 @@ VERSION = 2     # of this format
 CHUNK = 2**20   # bytes that are read at a time to check them
 
 
+def _agreed(work: Callable[[], Any], group: Any = None) -> list[Any]:
+    """What ``work()`` gives on each rank. Where it raises on any of them, CheckpointError on every rank."""
+    return zero.agree(work, kind=CheckpointError, group=group)
+
+
+def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
+    """What ``work()`` gives on rank 0, on every rank."""
+    return _agreed(work if dist.get_rank() == 0 else lambda: None, group)[0]
+
+
 class _Piece(NamedTuple):
     """A share of ``zero.shares``, as the index describes it."""
     name: str
@@ -1976,19 +1886,21 @@ class _Save:
     def __init__(self, folder: Path, save_latest: bool, keep_last: int | None):
         self.folder, self.save_latest, self.keep_last, self.claim = folder, save_latest, keep_last, None
 
-    def prepare(self, engine: Engine, client_state: dict[str, Any], with_frozen: bool) -> None:
+    def prepare(self, engine: Engine, client_state: Any, with_frozen: bool) -> None:
         """Take what will be written, and on rank 0 make the folder and the claim. All ranks must call it."""
         told = _agreed(lambda: self._take(engine, client_state, with_frozen))
         self.id = _on_rank_0(lambda: self._begin(told))
 
-    def _take(self, engine: Engine, client_state: dict[str, Any], with_frozen: bool) -> bytes:
+    def _take(self, engine: Engine, client_state: Any, with_frozen: bool) -> bytes:
         """Take this rank's numbers; returns its plain data, as the contents of a file."""
+        if not isinstance(client_state, Mapping | None):
+            raise CheckpointError(f"client_state is {client_state!r}; allowed: a dict, or None")
         self.index = {"step": engine.global_steps, "time": time.time_ns(), "ranks": engine.world_size,
                       "stage": engine.zero_optimization_stage(), "parameters": zero.describe(engine.zero, with_frozen)}
         self.shares = zero.shares(engine.zero, with_frozen)
         if engine.config.checkpoint.async_:
             self.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in self.shares]
-        return _to_bytes(_state_of(engine) | {"client_state": client_state})
+        return _to_bytes(_state_of(engine) | {"client_state": dict(client_state or {})})
 
     def _begin(self, told: list[bytes]) -> str:
         self.state = _to_bytes(_merged([_from_bytes(data) for data in told]))
@@ -2524,21 +2436,28 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         raise ConfigError(str(error)) from None
     started = started or isinstance(model, nn.Module) and zero.started_group(model)
     options: list[tuple[dict, dict]] = []  # of the caller's optimizer: making a schedule changes them
-    try:
-        _raise_on_all(failure, [] if failure else _describe(settings, model), device)
-        options += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
-        try:
-            settings.settle_batch_sizes(dist.get_world_size())
-            chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
-            schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
-            _check_data(training_data)
-            zero.check_memory(model)
-            zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
-            precision, recomputed = _precision(settings, model, device), _recomputed(settings, model)
-        except Exception as error:  # the caller's functions may raise anything
-            failure = error
-        _raise_on_all(failure, [] if failure else _describe_training(model, chosen, schedule, training_data), device)
+    chosen = schedule = precision = recomputed = None
 
+    def describe() -> list[str]:
+        if failure is not None:
+            raise failure
+        return _describe(settings, model)
+
+    def choose() -> list[str]:
+        nonlocal chosen, schedule, precision, recomputed
+        settings.settle_batch_sizes(dist.get_world_size())
+        chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+        schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
+        _check_data(training_data)
+        zero.check_memory(model)
+        zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
+        precision, recomputed = _precision(settings, model, device), _recomputed(settings, model)
+        return _describe_training(model, chosen, schedule, training_data)
+
+    try:
+        zero.agree(describe, same=True)
+        options += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
+        zero.agree(choose, same=True)
         engine = Engine(model, settings, precision, device, local_rank, started)
         engine.optimizer, engine.lr_scheduler = chosen, schedule
         _equip(engine, training_data, collate_fn, recomputed)
@@ -2570,13 +2489,6 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
                          "values and shards them")
     if collate_fn is not None and not callable(collate_fn):
         raise ValueError(f"collate_fn is {collate_fn!r}; allowed: a function from a list of samples to a batch")
-
-
-def _raise_on_all(failure: Exception | None, description: list[str], device: torch.device) -> None:
-    """Raise what went wrong on this rank, and on every other rank too; or where the ranks' descriptions differ."""
-    zero.check_ranks_agree([f"the error: {failure}"] if failure else description, device)
-    if failure:
-        raise failure
 
 
 def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str, nn.Module]:
@@ -2640,8 +2552,7 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
         _broadcast_buffers(model)
     if recomputed is not None:
         engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
-    if engine.world_size > 1:
-        engine._roll_call = _RollCall(engine.zero.communicator.number)
+    engine._logbook = engine.zero.communicator.logbook
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:

@@ -57,13 +57,14 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -270,6 +271,49 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     return True
 
 
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """What each rank has for ``value``."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value, group)
+    return every
+
+
+def agree(work: Callable[[], Any], same: bool = False, kind: type[Exception] | None = None,
+          group: Any = None) -> list[Any]:
+    """What ``work()`` gives on each rank. What it raises on any rank, all raise: none goes on and waits for the others.
+
+    same   ``work()`` gives lines of text, which must be equal; ValueError tells the first difference. Ranks that build
+           different models, read different configs or make different calls would wait for each other for ever
+    kind   of exception that all raise; None: a rank that fails raises its own, and the others ValueError
+    """
+    result = failure = told = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+        told = str(error) if isinstance(error, (ValueError, kind or ValueError)) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.strerror:
+            told = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    digest = hashlib.sha256("\n".join(result).encode()).digest() if same and failure is None else None
+    every = gather((told, digest if same else result), group)
+    if failure is not None and kind is None:
+        raise failure
+    for rank, (told, _) in enumerate(every):
+        if told is not None:
+            raise (kind or ValueError)(f"rank {rank}: {told}") from failure
+    if same and len(set(every)) > 1:
+        _tell_difference(gather(result, group))
+    return [given for _, given in every]
+
+
+def _tell_difference(texts: list[Sequence[str]]) -> None:
+    rank = next(rank for rank, text in enumerate(texts) if text != texts[0])
+    pairs = zip_longest(texts[0], texts[rank], fillvalue="nothing")
+    first, other = next(pair for pair in pairs if pair[0] != pair[1])
+    raise ValueError(f"ranks disagree: rank 0 has {first}, where rank {rank} has {other}; give every rank the same "
+                     "config, the same model and the same calls")
+
+
 class Handle:
     """A collective under way. Its tensors must not be touched before ``wait()`` has returned."""
 
@@ -308,14 +352,15 @@ class Communicator:
     traffic    what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
     seconds    time that this rank has spent waiting and adding up
     spare      buffers to receive into, and of gradients in stages 2 and 3
-    lockstep   the debug mode's comparison before each collective, or None
+    logbook    where each rank is; None with one rank
+    debug      compare, before each collective, what ranks are about to do
     gathered   a digest of the order in which units were gathered
     """
 
     numbers = count()  # tell the messages of several engines apart; rank 0's count
     starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
-    number, lockstep, reductions, gathers = 0, None, None, None
+    number, logbook, debug, reductions, gathers = 0, None, False, None, None
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
         gloo = dist.get_backend() == "gloo" and device.type == "cpu"
@@ -323,8 +368,8 @@ class Communicator:
         number = torch.tensor([next(Communicator.numbers)], device=device)
         self.broadcast(number, source=0)
         self.number = int(number)
-        if debug and self.world_size > 1:
-            self.lockstep = Lockstep(self.number, timeout or 1800.0)
+        if self.world_size > 1:
+            self.logbook, self.debug = Logbook(self.number, timeout), debug
         self.reductions = self.gathers = dist.group.WORLD
         if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
             self.reductions = dist.new_group()
@@ -409,8 +454,8 @@ class Communicator:
 
     def _begin(self, kind: str, tensor: Tensor, times: int, what: Callable[[], str]) -> None:
         """Count a collective; in debug mode see first that all ranks are about to do the same."""
-        if self.lockstep is not None:
-            self.lockstep.compare(f"{kind} of {what()} ({tensor.numel()} elements, {str(tensor.dtype)[6:]})")
+        if self.debug:
+            self.logbook.compare(f"{kind} of {what()} ({tensor.numel()} elements, {str(tensor.dtype)[6:]})")
         record = self.traffic[kind]
         elements = times * tensor.numel() * (self.world_size - 1) // self.world_size
         record.calls += 1
@@ -472,44 +517,91 @@ class Rehearsal(Communicator):
         return Handle(self, finish=finish)
 
 
-class Lockstep:
-    """The debug mode: before each all-gather, reduce-scatter and all-reduce every rank says what it is about to do.
+class Logbook:
+    """Where each rank is, kept in the store with which the process group began: it tells what would else hang.
 
-    Ranks that call different collectives wait for each other until the timeout, or mix up each other's numbers; here
-    they raise at the first difference. The comparison goes through the store with which the process group began.
+    Ranks with different numbers of micro-batches wait for each other; one has left, or waits in ``destroy()``. So each
+    writes down its micro-batch, and ``report`` reads all. In debug mode ranks also compare what they are about to do
+    before each collective: different ones would wait until the timeout, or mix up each other's numbers.
     """
 
-    def __init__(self, number: int, timeout: float):
-        self.store = dist.PrefixStore(f"lockstep/{number}", dist.distributed_c10d._get_default_store())
-        self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
-        self.step = 0
+    LOST = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")  # in errors
+    PATIENCE = 2.0  # seconds that a rank waits at its end for the others to end too, and for the store to answer
+
+    def __init__(self, number: int, timeout: float | None):
+        self.store = dist.PrefixStore(f"logbook/{number}", dist.distributed_c10d._get_default_store())
+        self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout or 1800.0
+        self.collectives, self.last = 0, "nothing"
+        self.micro_batch = -1
+        self.write(0)
 
     def compare(self, operation: str) -> None:
         """Raise RuntimeError on every rank unless all are about to do ``operation``."""
-        self.step += 1
-        self.store.set(f"{self.step}/{self.rank}", operation)
-        self.store.set(f"last/{self.rank}", f"{self.step}: {operation}")
-        self.store.delete_key(f"{self.step - 2}/{self.rank}")  # all have read it, or they could not be here
-        keys = [f"{self.step}/{rank}" for rank in range(self.world_size)]
+        self.collectives += 1
+        keys = [f"{self.collectives}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], operation)
+        self.store.delete_key(f"{self.collectives - 2}/{self.rank}")  # all have read it, or they could not be here
         try:
             self.store.wait(keys, timedelta(seconds=self.timeout))
         except RuntimeError:
-            self._tell_who_is_missing(operation, keys)
-        said = [self.store.get(key).decode() for key in keys]
-        for rank, other in enumerate(said):
-            if other != said[0]:
-                raise RuntimeError(f"ranks go apart at their collective {self.step}: rank 0 is about to do {said[0]}, "
-                                   f"rank {rank} {other}; all ranks have to run the same parts of the model, in the "
-                                   "same order")
+            missing = ", ".join(f"rank {rank}" for rank, key in enumerate(keys) if not self.store.check([key]))
+            raise RuntimeError(f"rank {self.rank} is about to do its collective {self.collectives}: {operation}; for "
+                               f"{self.timeout:g} seconds it has waited for {missing}, whose last was {self.last}"
+                               ) from None
+        first, *others = [self.store.get(key).decode() for key in keys]
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise RuntimeError(f"ranks go apart at their collective {self.collectives}: rank 0 is about to do "
+                                   f"{first}, rank {rank} {other}; all ranks have to run the same parts of the model, "
+                                   "in the same order")
+        self.last = f"{self.collectives}: {operation}"
 
-    def _tell_who_is_missing(self, operation: str, keys: list[str]) -> None:
-        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-        last = [self.store.get(f"last/{rank}").decode() if self.store.check([f"last/{rank}"]) else "nothing"
-                for rank in missing]
-        raise RuntimeError(f"rank {self.rank} is about to do its collective {self.step}: {operation}; for "
-                           f"{self.timeout:g} seconds it has waited for "
-                           + ", ".join(f"rank {rank}, whose last was {text}" for rank, text in zip(missing, last))
-                           ) from None
+    def write(self, micro_batch: int) -> None:
+        """This rank begins with a micro-batch, or goes on with it."""
+        if micro_batch != self.micro_batch:
+            self.micro_batch = micro_batch
+            self.store.set(f"at/{self.rank}", str(micro_batch))
+
+    def end(self) -> None:
+        """This rank has had its last micro-batch; RuntimeError where others then still train, with more of them."""
+        try:
+            self.store.set(f"at/{self.rank}", f"{self.micro_batch} ended")
+            deadline = time.monotonic() + self.PATIENCE
+            while time.monotonic() < deadline:
+                places = self.read()
+                if all(ended for _, ended in places):
+                    return
+                time.sleep(0.002)
+        except RuntimeError:  # the process that kept the store has ended already
+            return
+        if any(micro_batch > self.micro_batch and not ended for micro_batch, ended in places):
+            raise RuntimeError(self.report())
+
+    def read(self) -> list[tuple[int, bool]]:
+        """Each rank's micro-batch, and whether it was its last."""
+        texts = [self.store.get(f"at/{rank}").decode() for rank in range(self.world_size)]
+        return [(int(text.split()[0]), text.endswith("ended")) for text in texts]
+
+    def report(self) -> str:
+        """Where each rank is, and what to do."""
+        found: list[list[tuple[int, bool]]] = []
+
+        def look() -> None:
+            with suppress(RuntimeError):
+                found.append(self.read())
+
+        looker = Thread(target=look, daemon=True)
+        looker.start()
+        looker.join(self.PATIENCE)
+        if not found:  # the process that keeps the store is gone, or its machine, and PyTorch would wait for long
+            return f"rank {self.rank} lost the others in its micro-batch {self.micro_batch}"
+        places = found[0]
+        lines = ", ".join(f"rank {rank} {'ended after' if ended else 'is in its'} micro-batch {micro_batch}"
+                          for rank, (micro_batch, ended) in enumerate(places))
+        if len({micro_batch for micro_batch, _ in places}) > 1:
+            return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
+                    "loader that initialize() makes of training_data does")
+        return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
 
 
 class SpareBuffers:
@@ -641,8 +733,7 @@ def check_room(needs: Mapping[tuple[str, str], int], communicator: Communicator)
     """
     if not needs:
         return
-    reports: list[Any] = [None] * communicator.world_size
-    dist.all_gather_object(reports, [(key, path, size, *_disk(path)) for (key, path), size in needs.items()])
+    reports = gather([(key, path, size, *_disk(path)) for (key, path), size in needs.items()])
     together: Counter[Any] = Counter()
     for key, path, size, disk, free in (line for report in reports for line in report):
         together[disk] += size
@@ -2291,7 +2382,7 @@ class Zero:
         self.model, self.optimizer, self.config, self.device, self.predivide = (
             model, optimizer, config, device, predivide)
         self.communicator = communicator or Communicator(device, debug, timeout)
-        if self.communicator.lockstep is not None:  # else ranks may differ in what they start first, and rightly so
+        if self.communicator.debug:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.whole = set() if allow_untested and config.stage else groups_of_whole_parameters(optimizer)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
@@ -3006,10 +3097,7 @@ def _state_of(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
     value = state.get(key)
     per_element = slot.piece is not None and _is_like(key, value, slot.piece.shape)
     report = None if slot.piece is None else (sorted(state), None if per_element else value)
-    reports = [report]
-    if bucket.communicator.world_size > 1 and bucket.sharded.optimizer:
-        reports = [None] * bucket.communicator.world_size
-        dist.all_gather_object(reports, report)
+    reports = gather(report) if bucket.sharded.optimizer else [report]
     keys, scalar = next((r for r in reports if r is not None), ([], None))
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
@@ -3139,7 +3227,7 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
 
 
 def _entry(value: Any, piece: nn.Parameter, before: Any, read: Callable, group: Mapping[str, Any]) -> Any:
-    """An entry of a piece's optimizer state, from what ``fill`` is given, in the memory of the one before if it fits."""
+    """An entry of a piece's optimizer state from what ``fill`` is given, in the memory of the one before if it fits."""
     if isinstance(value, torch.dtype):  # to be filled with the shares
         new = torch.zeros_like(piece, dtype=value, requires_grad=False)
         fits = _is_like("", before, new.shape) and (before.dtype, before.stride()) == (value, new.stride())
@@ -3658,28 +3746,7 @@ def _whole(option: str, text: str, least: int) -> int:
     return int(value)
 
 
-# --- Do all ranks mean the same? --------------------------------------------------------------------------------------
-
-
-def check_ranks_agree(description: Sequence[str], device: torch.device) -> None:
-    """Raise ValueError on every rank, naming the first difference, unless all were given the same lines of text.
-
-    Ranks that build different models or read different configs would wait for each other's collectives for ever.
-    """
-    if dist.get_world_size() == 1:
-        return
-    digest = torch.tensor(list(hashlib.sha256("\n".join(description).encode()).digest()), dtype=torch.uint8).to(device)
-    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, digest)
-    if all(torch.equal(digests[0], other) for other in digests):
-        return
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, list(description))
-    rank = next(r for r, text in enumerate(texts) if text != texts[0])
-    pairs = list(zip_longest(texts[0], texts[rank], fillvalue="nothing"))
-    ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
-    raise ValueError(f"ranks disagree: rank 0 has {ours}, where rank {rank} has {theirs}; start every rank with the "
-                     "same config and the same model")
+# --- The command line ------------------------------------------------------------------------------------------------
 
 
 def _main(argv: list[str] | None = None) -> int:

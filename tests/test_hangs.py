@@ -81,9 +81,9 @@ def alone() -> str:
     engine = start(2, timeout=77)
     engine.backward(engine(torch.ones(2, 4), 0).sum())
     engine.step()
-    lockstep = engine.zero.communicator.lockstep
-    assert lockstep.timeout == 77
-    lockstep.timeout = 0.5  # only now, since a rank that comes may be slow
+    logbook = engine.zero.communicator.logbook
+    assert logbook.timeout == 77
+    logbook.timeout = 0.5  # only now, since a rank that comes may be slow
     if dist.get_rank() == 1:
         return "left"
     return train(engine, 0)
@@ -100,7 +100,7 @@ def last_look_at_a_loss() -> str:
     """Rank 0 has one forward pass more, and ends later than rank 1 waits for it."""
     engine = start(1, debug=False)
     train(engine, expert=0)
-    patience, deepspeed._RollCall.PATIENCE = deepspeed._RollCall.PATIENCE, 0.01
+    patience, zero.Logbook.PATIENCE = zero.Logbook.PATIENCE, 0.01
     try:
         if dist.get_rank() == 0:
             engine(torch.ones(2, 4), 0)
@@ -112,7 +112,7 @@ def last_look_at_a_loss() -> str:
             engine.destroy()
             dist.barrier()
     finally:
-        deepspeed._RollCall.PATIENCE = patience
+        zero.Logbook.PATIENCE = patience
     return "no error"
 
 
@@ -132,9 +132,9 @@ def uneven(stage: int) -> str:
         for _ in range(3 - rank):
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
-        while rank == 1 and engine._roll_call._look()[1][0] < 3:
+        while rank == 1 and engine._logbook.read()[0][0] < 3:
             time.sleep(0.01)  # until rank 0 has begun its third: it may be slow
-        with mock.patch.object(deepspeed._RollCall, "PATIENCE", 2.0):
+        with mock.patch.object(zero.Logbook, "PATIENCE", 2.0):
             engine.destroy()
     except RuntimeError as error:
         told = str(error).replace("\n", " ")
