@@ -27,6 +27,7 @@ needs no launcher; it runs no collective.
 """
 
 import argparse
+import copy
 import difflib
 import inspect
 import io
@@ -194,14 +195,17 @@ class Config:
             return float(world_size)
         return None if self.gradient_predivide_factor == 1 else self.gradient_predivide_factor
 
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step: what is given, or follows from both other sizes, or 1."""
+        train, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
+        return self.gradient_accumulation_steps or (max(1, train // (micro * world_size)) if train and micro else 1)
+
     def settle_batch_sizes(self, world_size: int) -> None:
         """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
         train, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
-        steps = self.gradient_accumulation_steps
         if train is None and micro is None:
             raise ConfigError("train_batch_size and train_micro_batch_size_per_gpu are missing; needed: at least one")
-        if steps is None:
-            steps = max(1, train // (micro * world_size)) if train and micro else 1
+        steps = self.accumulation_steps(world_size)
         if micro is None:
             micro = max(1, train // (steps * world_size))
         if train is None:
@@ -1651,7 +1655,7 @@ class Engine(nn.Module):
                                  state_tensors=zero.state_tensors(self.optimizer),
                                  micro_batches=self.gradient_accumulation_steps(),
                                  groups=self.zero.parameters_by_group(), whole=self.zero.whole)
-        return zero.MemoryReport(zero.measure(self.zero, self.module), estimate.by_place())
+        return zero.MemoryReport(zero.measure(self.zero, self.module), estimate.held)
 
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more.
@@ -2323,7 +2327,7 @@ def _from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-# The command line, and what needs no engine.
+# What needs no engine.
 
 
 def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
@@ -2342,50 +2346,11 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: boo
         return whole | reader.state["buffers"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: python engine.py consolidate|inspect CHECKPOINT_DIR ..."""
-    parser = argparse.ArgumentParser(prog="engine.py",
-                                     description="Look into checkpoints, or make plain state dicts of them.")
-    parser.add_argument("command", choices=["inspect", "consolidate"], help="print what is inside, or write one state "
-                                                                            "dict that model.load_state_dict takes")
-    parser.add_argument("directory", metavar="CHECKPOINT_DIR", help="the save_dir of save_checkpoint()")
-    parser.add_argument("output", metavar="OUT.pt", nargs="?", help="what consolidate writes")
-    parser.add_argument("--tag", help="default: the one that the file latest names")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
-    options = parser.parse_args(argv)
-    if (options.command == "consolidate") != (options.output is not None):
-        parser.error("consolidate needs OUT.pt, and inspect takes none")
-    try:
-        folder = _existing_folder(options.directory, options.tag)
-        if options.command == "inspect":
-            print(_inspection(_Reader(folder)))
-            return 0
-        whole = consolidate(folder, getattr(torch, options.dtype) if options.dtype else None)
-        torch.save(whole, options.output)
-        print(f"wrote {options.output}: {len(whole)} tensors, {sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB")
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"engine.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def _existing_folder(directory: str | os.PathLike, tag: Any) -> Path:
     folder = _checkpoint_folder(directory, tag)
     if folder is None:
         raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag")
     return folder
-
-
-def _inspection(reader: _Reader) -> str:
-    index = reader.index
-    rows = [f"{reader.folder}: step {index['step']}, saved at stage {index['stage']} by {index['ranks']} rank(s)"]
-    for name, facts in index["parameters"].items():
-        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
-        state = ", ".join(reader.keys(name)) or "no optimizer state"
-        rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
-    rows.append(f"{len(index['parameters'])} parameters, {sum(f['size'] for f in index['files'].values()):,} bytes in "
-                f"{len(index['files'])} files")
-    return "\n".join(rows)
 
 
 # --- initialize() -----------------------------------------------------------------------------------------------------
@@ -2637,6 +2602,164 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
         logger.warning("the %s given to initialize() is used; the config's scheduler section (%s) is not",
                        type(scheduler).__name__, section.type)
     return scheduler
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: python engine.py consolidate|inspect CHECKPOINT_DIR ..., or estimate ..."""
+    parser = argparse.ArgumentParser(
+        prog="engine.py", description="Look into checkpoints, make plain state dicts of them, or estimate memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    parts = [commands.add_parser("inspect", help="print what is inside a checkpoint"),
+             commands.add_parser("consolidate", help="write one state dict that model.load_state_dict takes")]
+    for part in parts:
+        part.add_argument("directory", metavar="CHECKPOINT_DIR", help="the save_dir of save_checkpoint()")
+        part.add_argument("--tag", help="default: the one that the file latest names")
+    parts[1].add_argument("output", metavar="OUT.pt")
+    parts[1].add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as the masters are")
+    part = commands.add_parser("estimate", help="print what a rank holds and sends at stages 0 to 3")
+    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
+    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
+    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
+                                       "does not (default: bf16, with gradients in bf16)")
+    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
+    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
+    options = parser.parse_args(argv)
+    try:
+        print({"inspect": _inspect, "consolidate": _consolidate, "estimate": _compare}[options.command](options))
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"engine.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    """What a checkpoint holds, a line per parameter."""
+    reader = _Reader(_existing_folder(options.directory, options.tag))
+    index = reader.index
+    rows = [f"{reader.folder}: step {index['step']}, saved at stage {index['stage']} by {index['ranks']} rank(s)"]
+    for name, facts in index["parameters"].items():
+        size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
+        state = ", ".join(reader.keys(name)) or "no optimizer state"
+        rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
+    rows.append(f"{len(index['parameters'])} parameters, {sum(f['size'] for f in index['files'].values()):,} bytes in "
+                f"{len(index['files'])} files")
+    return "\n".join(rows)
+
+
+def _consolidate(options: argparse.Namespace) -> str:
+    """Write one plain state dict; says what was written."""
+    whole = consolidate(_existing_folder(options.directory, options.tag),
+                        getattr(torch, options.dtype) if options.dtype else None)
+    torch.save(whole, options.output)
+    return f"wrote {options.output}: {len(whole)} tensors, {sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB"
+
+
+def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: Mapping[str, Any] | str | os.PathLike | Config,
+             world_size: int = 1, **options: Any) -> zero.Estimate:
+    """What a rank will hold and send: ``zero.estimate``, with what a whole config says.
+
+    config    a dict, a JSON file's path, or what load_config() made of them. Of it count ``zero_optimization``, what
+              it says of dtypes, and the batch sizes, of which micro-batches follow
+    options   the other arguments of ``zero.estimate``, which come before what the config says
+    """
+    settings = config if isinstance(config, Config) else load_config(config)
+    device, is_model = torch.device("meta"), isinstance(model_or_counts, nn.Module)
+    precision = (_precision(settings, model_or_counts, device) if is_model  # else there are no modules to be named
+                 else amp.Precision(settings.precision(), device))
+    said = {"dtypes": precision.path, "buffer_dtype": settings.data_types.buffer_dtype,
+            "micro_batches": settings.accumulation_steps(world_size)}
+    return zero.estimate(model_or_counts, settings.zero_optimization, world_size, **{**said, **options})
+
+
+# Without a config the command line speaks of the ZeRO paper's case: gradients stay in 16 bits.
+PAPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+GPUS = (24, 40, 80, 141)  # GB of common ones
+
+
+def _compare(options: argparse.Namespace) -> str:
+    """A table of stages 0 to 3, a row per number of ranks; drawn as well, with ``--plot``."""
+    counts = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
+    raw = read_config(options.config or PAPER)
+    section = raw.get("zero_optimization", {}) if isinstance(raw, dict) else None
+    if isinstance(section, dict) and section.get("stage", 0) in zero.SHARDED:
+        raw = {**raw, "zero_optimization": {**section, "stage": 3}}  # there all of the section counts
+    settings, rows = load_config(raw), []
+    given = settings.zero_optimization
+    for ranks in (_whole("--world", size, 1) for size in options.world):
+        rows.append([])
+        for stage in zero.SHARDED:
+            settings.zero_optimization = section = copy.copy(given)
+            section.stage, section.offload_param = stage, given.offload_param if stage == 3 else zero.OffloadParam()
+            rows[-1].append(estimate(counts, settings, ranks))
+    if options.plot:
+        _draw(rows, options.plot)
+    dtypes = amp.Precision(settings.precision(), torch.device("meta")).path(nn.Parameter(torch.empty(0)))
+    return _comparison(rows, counts[0], dtypes, knows_units=counts[1] > 0)
+
+
+def _whole(option: str, text: str, least: int) -> int:
+    number = _number(text)
+    if number is None or number < least or number != int(number):
+        raise ValueError(f"{option} is {text!r}; allowed: a whole number from {least} up, such as 64 or 7.5e9")
+    return int(number)
+
+
+def _comparison(rows: list[list[zero.Estimate]], parameters: int, dtypes: amp.Dtypes, knows_units: bool) -> str:
+    """Estimates of all stages as text. Without ``knows_units``, what depends on the units is left out."""
+    kinds = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
+    text = [f"{parameters:,} parameters with Adam, {', '.join(kinds)}; GB (1e9 bytes) per rank",
+            f"Not in it: activations, and units in use ({'below' if knows_units else 'give --largest-unit'}). "
+            f"/80 fits into 80 GB, of {', '.join(map(str, GPUS))}; /- into none of these"]
+
+    def add(title: str, cell: Callable[[zero.Estimate], str]) -> None:
+        text.append(f"{title:<16}" + "".join(f"{f'stage {stage}':>14}" for stage in zero.SHARDED))
+        text.extend(f"{row[0].world_size:<16}" + "".join(f"{cell(each):>14}" for each in row) for row in rows)
+
+    def states(each: zero.Estimate) -> str:
+        size = each.bytes(place="device") - each.bytes("live")
+        return f"{_billions(size)}{next((f'/{gpu}' for gpu in GPUS if size <= gpu * 1e9), '/-'):>5}"
+
+    add("ranks, device", states)
+    for place in zero.PLACES[1:]:
+        if any(each.bytes(place=place) for row in rows for each in row):
+            add(f"ranks, {place}", lambda each: _billions(each.bytes(place=place)))
+    if knows_units:
+        add("units in use", lambda each: _billions(each.bytes("live")))
+    text.append(f"Sent per rank and step: 1e9 elements{', and calls' if knows_units else ''}")
+    for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
+        add(kind, lambda each: "-" if kind not in each.traffic else _billions(each.traffic[kind].elements) + (
+            f" {each.traffic[kind].calls:>6}" if knows_units else ""))
+    if dtypes.compute != dtypes.master:
+        text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
+                    f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
+    return "\n".join(text)
+
+
+def _billions(count: int) -> str:
+    """In units of 1e9, with two figures at least."""
+    return "0" if count == 0 else f"{count / 1e9:.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"
+
+
+def _draw(rows: list[list[zero.Estimate]], output: str) -> None:
+    """A curve per stage over the number of ranks: all that is in the GPU's memory, units in use included."""
+    import matplotlib.figure  # here, so that training does not wait for it
+
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.add_subplot()
+    for stage in zero.SHARDED:
+        axis.plot([row[0].world_size for row in rows], [row[stage].bytes(place="device") / 1e9 for row in rows],
+                  marker="o", label=f"stage {stage}")
+    for gpu in GPUS:
+        axis.axhline(gpu, color="grey", linewidth=0.5, linestyle=":")
+        axis.annotate(f"{gpu} GB", (rows[0][0].world_size, gpu), fontsize=7, color="grey", va="bottom")
+    axis.set(xlabel="ranks", ylabel="GB per rank", xscale="log", yscale="log")
+    axis.set_xticks([row[0].world_size for row in rows], [str(row[0].world_size) for row in rows])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output, dpi=110)
 
 
 # --- Other names of DeepSpeed's ---------------------------------------------------------------------------------------

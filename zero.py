@@ -33,19 +33,15 @@ the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
-shards, reading and writing what is sharded, the shares of a checkpoint, and what a model will take. To understand
-ZeRO, read up to ``Zero``'s end; the rest are uses of it.
-With one process there is nothing to shard: no collective runs at any stage.
-
-    python zero.py estimate --params 7.5e9 --world 1 64   what a rank will hold and send, stage by stage
+shards, reading and writing what is sharded, the shares of a checkpoint, and memory. To understand
+ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one process there is nothing to shard: no collective
+runs at any stage.
 """
 
-import argparse
 import copy
 import ctypes
 import gc
 import hashlib
-import json
 import logging
 import math
 import os
@@ -63,7 +59,6 @@ from datetime import timedelta
 from enum import Enum
 from functools import partial
 from itertools import count, zip_longest
-from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
@@ -755,20 +750,19 @@ def _disk(folder: str) -> tuple[Any, int | None]:
         return (socket.gethostname(), folder), None
 
 
-def state_tensors(optimizer: Optimizer | None) -> int:
-    """How many tensors with a value per element an optimizer keeps."""
-    return 0 if optimizer is None else len(_state_dtypes(optimizer))
+def state_tensors(optimizer: Optimizer | None) -> list[int]:
+    """How many tensors with a value per element an optimizer keeps, for each of its param groups."""
+    return [len(_state_dtypes(optimizer, group)) for group in (optimizer.param_groups if optimizer else ())]
 
 
-def _state_dtypes(optimizer: Optimizer) -> list[torch.dtype]:
-    """The dtypes of the tensors that an optimizer keeps with a value per element, found by a step on two numbers."""
-    if type(optimizer) not in ELEMENTWISE:
-        return [torch.float32] * 2  # as Adam's; an optimizer that is not PyTorch's may not bear to be tried
-    trial, probe = nn.Parameter(torch.zeros(2)), type(optimizer).__new__(type(optimizer))
-    probe.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict),
-                        "param_groups": [{**optimizer.param_groups[0], "params": [trial], "capturable": False,
-                                           "fused": False}]})
-    trial.grad = torch.zeros(2)
+def _state_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> list[torch.dtype]:
+    """The dtypes of the tensors that an optimizer keeps with a value per element, found by a step on four numbers."""
+    if type(optimizer) not in ELEMENTWISE and not hasattr(optimizer, "is_elementwise"):
+        return [torch.float32] * 2  # as Adam's; an optimizer that is not known here may not bear to be tried
+    trial, probe = nn.Parameter(torch.zeros(2, 2)), type(optimizer).__new__(type(optimizer))
+    probe.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [
+        {**group, "params": [trial], "capturable": False, "fused": False}]})
+    trial.grad = torch.zeros(2, 2)
     probe.step()
     return [v.dtype for v in probe.state[trial].values() if isinstance(v, Tensor) and v.shape == trial.shape]
 
@@ -2412,10 +2406,11 @@ class Zero:
         share = self.communicator.world_size if self.sharded.optimizer else 1
         needs: Counter[tuple[str, str]] = Counter()
         if optimizer.device == "nvme" and self.optimizer is not None:
-            state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer))
-            needs["offload_optimizer", optimizer.nvme_path] = sum(
-                p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
-                for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad) // share
+            for group in self.optimizer.param_groups:
+                state = sum(dtype.itemsize for dtype in _state_dtypes(self.optimizer, group))
+                needs["offload_optimizer", optimizer.nvme_path] += sum(
+                    p.numel() * (Dtypes(*self.dtypes(p)).master.itemsize + state)
+                    for p in group["params"] if p.requires_grad) // share
         if parameters.device == "nvme":
             needs["offload_param", parameters.nvme_path] = sum(
                 p.numel() * Dtypes(*self.dtypes(p)).compute.itemsize for p in self.model.parameters()) // share
@@ -3242,85 +3237,39 @@ def _entry(value: Any, piece: nn.Parameter, before: Any, read: Callable, group: 
     return value.to(piece.device if on_device else "cpu")
 
 
-# --- What it will take ------------------------------------------------------------------------------------------------
+# --- Memory, estimated and measured -----------------------------------------------------------------------------------
 #
 # An estimate is a rehearsal: the code above takes two steps on the meta device, where tensors have no memory, under a
 # communicator that sends nothing; and ``measure`` reads what it holds, as it does for an engine.
 
 
-ADAM_STATE = 2  # tensors of an element each that Adam keeps: the averages of the gradient and of its square
-
-
-class Held(NamedTuple):
-    """Some of a rank's bytes, by where they are."""
-    device: int = 0  # in the memory that the model computes in
-    cpu: int = 0     # offloaded to the host's memory
-    nvme: int = 0    # offloaded to files
-
-    @property
-    def bytes(self) -> int:
-        """In all places."""
-        return sum(self)
-
-
-@dataclass
-class Estimate:
-    """What one rank holds, and what it sends in one optimizer step.
-
-    Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
-    temporary tensors), the allocator's gaps, and the step's scalars.
-    """
-    stage: int
-    world_size: int
-    parameters: Held       # whole (stages 0 to 2), or this rank's shards, which may be the masters at the same time
-    gradients: Held        # whole, accumulated (stages 0 and 1), or this rank's shards of their sum
-    masters: Held          # what the optimizer updates, where that is not the parameter itself
-    optimizer_state: Held
-    buffers: Held          # the model's: running means and the like
-    live: Held             # gathered units (stage 3), and the buffers that gradients pass through; more of these where
-                           # gradients come in another order than the reverse of registration, as buckets wait then
-    traffic: dict[str, Traffic]  # by kind of collective
-
-    def categories(self) -> dict[str, Held]:
-        """The bytes by category."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Held}
-
-    def by_place(self) -> dict[tuple[str, str], int]:
-        """The bytes by category and place, as ``measure`` has them."""
-        return {(name, place): size for name, held in self.categories().items()
-                for place, size in held._asdict().items() if size or place == "device"}
-
-    def total(self, place: str = "device") -> int:
-        """Bytes of all categories in ``place``: "device", "cpu" or "nvme"."""
-        if place not in Held._fields:
-            raise ValueError(f"place is {place!r}; allowed: {', '.join(Held._fields)}")
-        return sum(getattr(held, place) for held in self.categories().values())
-
-    def table(self) -> str:
-        """All of it, as text."""
-        rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
-        sizes = self.by_place() | {("total", place): self.total(place) for place in Held._fields if self.total(place)}
-        rows += [f"{name.replace('_', ' '):<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}"
-                 for (name, place), size in sizes.items()]
-        return "\n".join([*rows, "one optimizer step:", _traffic_table(self.traffic)])
+CATEGORIES = {
+    "parameters": "whole (stages 0 to 2), or this rank's shards, which may be the masters at the same time",
+    "gradients": "whole, accumulated (stages 0 and 1), or this rank's shards of their sum",
+    "masters": "what the optimizer updates, where that is not the parameter itself",
+    "optimizer_state": "what the optimizer keeps per element",
+    "buffers": "the model's: running means and the like",
+    "live": "gathered units (stage 3), and the buffers that gradients pass through; more of these where gradients come "
+            "in another order than the reverse of registration, as buckets wait then"}
+PLACES = ("device", "cpu", "nvme")  # the memory that the model computes in; offloaded to host memory; to files
 
 
 def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
-    """The bytes that this rank holds now, by category and place as in Estimate; each storage is counted once."""
+    """The bytes that this rank holds now, by category and place; each storage is counted once."""
     buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
     return _measure(zero, zero.buckets) | {("buffers", "device"): sum(buffers.values())}
 
 
-def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> Counter[tuple[str, str]]:
+def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> dict[tuple[str, str], int]:
     seen: set[int] = set()
-    found: Counter[tuple[str, str]] = Counter()
+    found = dict.fromkeys([(category, "device") for category in CATEGORIES], 0)
 
     def add(category: str, host: Host | None, tensors: Iterable[Tensor | None], in_memory: bool = False) -> None:
         place = "device" if host is None else "cpu" if host.folder is None or in_memory else "nvme"
         for storage in (t.untyped_storage() for t in tensors if t is not None):
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
-                found[category, place] += storage.nbytes()
+                found[category, place] = found.get((category, place), 0) + storage.nbytes()
 
     for bucket in buckets:
         gradients, entries = bucket.gradients, [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
@@ -3339,7 +3288,7 @@ def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> Counter[tuple[str, str]
 
 
 class MemoryReport(NamedTuple):
-    """What a rank holds and what was estimated: bytes by category and place, see Estimate. ``str()`` is a table."""
+    """What a rank holds and what was estimated: bytes by category and place. ``str()`` is a table."""
     measured: dict[tuple[str, str], int]
     estimated: dict[tuple[str, str], int]
 
@@ -3349,6 +3298,35 @@ class MemoryReport(NamedTuple):
             sizes = [of.get((category, place), 0) for of in (self.measured, self.estimated)]
             rows.append(f"{category.replace('_', ' '):<18}{place:<8}{sizes[0]:>18,}{sizes[1]:>18,}")
         return "\n".join([*rows, "live is what comes and goes: measured now, estimated at its most"])
+
+
+@dataclass
+class Estimate:
+    """What one rank holds, in bytes by category and place, and what it sends in one optimizer step, by collective.
+
+    Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
+    temporary tensors), the allocator's gaps, and the step's scalars.
+    """
+    stage: int
+    world_size: int
+    held: dict[tuple[str, str], int]  # see CATEGORIES and PLACES
+    traffic: dict[str, Traffic]
+
+    def bytes(self, category: str | None = None, place: str | None = None) -> int:
+        """The bytes of one category or all, in one place or all."""
+        for name, given, allowed in (("category", category, CATEGORIES), ("place", place, PLACES)):
+            if given is not None and given not in allowed:
+                raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}, or None for all")
+        return sum(size for (kind, where), size in self.held.items() if category in (None, kind)
+                   and place in (None, where))
+
+    def table(self) -> str:
+        """All of it, as text."""
+        rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
+        totals = {("total", place): self.bytes(place=place) for place in PLACES if self.bytes(place=place)}
+        rows += [f"{name.replace('_', ' '):<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}"
+                 for (name, place), size in (self.held | totals).items()]
+        return "\n".join([*rows, "one optimizer step:", _traffic_table(self.traffic)])
 
 
 class RehearsedZero(Zero):
@@ -3382,51 +3360,28 @@ class RehearsedZero(Zero):
         self.most = max(self.most, _measure(self, busy)["live", "device"])
 
 
-class Use(torch.autograd.Function):
-    """A parameter's use, as autograd sees it: a result that depends on it, and its gradient. Nothing is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: nn.Parameter) -> Tensor:
-        """The result."""
-        ctx.parameter = p
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of both."""
-        p = ctx.parameter
-        return grad, torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
-
-
 class StandIn(nn.Module):
-    """A module's parameters, buffers and submodules on the meta device, by name; no code and no data of it.
+    """A module's parameters and submodules on the meta device, by name; no code and no data of it.
 
-    buffers   the dtype of floating-point buffers; None: their own
-    memo      gets what stands for each module and tensor, by its id
+    memo   gets what stands for each module and parameter, by its id
     """
 
-    def __init__(self, module: nn.Module, buffers: torch.dtype | None, memo: dict[int, Any]):
+    def __init__(self, module: nn.Module, memo: dict[int, Any]):
         super().__init__()
-
-        def parameter(p: nn.Parameter) -> nn.Parameter:
-            return nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta"), p.requires_grad)
-
-        def buffer(b: Tensor) -> Tensor:
-            return torch.empty(b.shape, dtype=buffers if buffers and b.is_floating_point() else b.dtype, device="meta")
-
         memo[id(module)] = self
-        for kind, make in (("_parameters", parameter), ("_buffers", buffer),
-                           ("_modules", lambda child: StandIn(child, buffers, memo))):
-            for name, original in getattr(module, kind).items():
-                if original is not None and id(original) not in memo:
-                    memo[id(original)] = make(original)
-                getattr(self, kind)[name] = memo.get(id(original))  # set like this, no hook of zero.Init sees it
+        for name, p in module._parameters.items():  # set in the dictionaries, no hook of zero.Init sees it
+            if p is not None and id(p) not in memo:
+                like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+                memo[id(p)] = nn.Parameter(like, p.requires_grad)
+            self._parameters[name] = None if p is None else memo[id(p)]
+        for name, child in module._modules.items():
+            self._modules[name] = None if child is None else memo.get(id(child)) or StandIn(child, memo)
 
     def forward(self, x: Tensor) -> Tensor:
         """Use each trained parameter once, in the order of registration."""
         for p in self._parameters.values():
             if p is not None and p.requires_grad:
-                x = Use.apply(x, p)
+                x = x + p.sum()
         for child in self.children():
             x = child(x)
         return x
@@ -3452,9 +3407,6 @@ class StandInZero(RehearsedZero):
 class StandInOptimizer(Optimizer):
     """Keeps ``tensors`` tensors per parameter, and updates nothing. It cuts no parameters of groups that are whole."""
 
-    def __init__(self, groups: list[dict[str, Any]], tensors: int):
-        super().__init__(groups, {"tensors": tensors})
-
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
         """As Zero asks."""
         return not group["whole"]
@@ -3466,105 +3418,100 @@ class StandInOptimizer(Optimizer):
                 self.state[p] = self.state[p] or {i: torch.empty_like(p) for i in range(group["tensors"])}
 
 
-def estimate(model_or_counts: nn.Module | int | tuple[int, int],
-             config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None = None, world_size: int = 1, *,
-             dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
-             state_tensors: int = ADAM_STATE, device: torch.device | str | None = None,
-             micro_batches: int | None = None, groups: Sequence[Iterable[nn.Parameter]] | None = None,
-             whole: Collection[int] = (), rank: int = 0) -> Estimate:
+def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroConfig | None = None,
+             world_size: int = 1, *, dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
+             buffer_dtype: torch.dtype | None = None, state_tensors: int | Sequence[int] = 2,
+             device: torch.device | str | None = None, micro_batches: int = 1,
+             groups: Sequence[Iterable[nn.Parameter]] | None = None, whole: Collection[int] = (), rank: int = 0
+             ) -> Estimate:
     """What a rank of ``world_size`` will hold, in bytes, and send, before anything is allocated.
 
-    model_or_counts   a model, which may be on the meta device; only its shapes and dtypes are read. Or the number of
-                      parameters, or that and the largest unit's: of these, a model of equal blocks is made, as large as
-                      the unit or else as a bucket, and 100 at most
-    config            a ZeroConfig, or a whole config (a dict, or a JSON file's path), of which ``zero_optimization``,
-                      the batch sizes and the dtypes of fp16, bf16, data_types and communication_data_type count;
-                      modules that ``keep_fp32`` names are counted like the others. None: stage 0
-    dtypes            of every parameter, or a function of the parameter. None: what the config says, else a model's own
-    state_tensors     tensors with a value per element in the optimizer's state: Adam 2, SGD 0, with momentum 1
+    model_or_counts   a model, of which only shapes and dtypes are read. Or the number of parameters, or that and the
+                      largest unit's: then of equal blocks, as large as the unit or a bucket, and 100 at most
+    config            None: stage 0. For a whole config, a dict or a file, there is ``engine.estimate``
+    dtypes            of every parameter, or a function of the parameter. None: a parameter's own throughout
+    buffer_dtype      of floating-point buffers. None: their own
+    state_tensors     how many values the optimizer keeps per element, in each param group or in all: Adam 2, SGD 0
     device            the ranks' kind of device: it decides how large buckets are. None: the model's; meta is a GPU
-    micro_batches     per optimizer step, for the traffic. None: what the config says, else 1
+    micro_batches     per optimizer step, for the traffic
     groups            the parameters of each of the optimizer's param groups. None: all that require grad, in one
     whole             the groups, by number, whose parameters the optimizer looks at as a whole, as Muon does
     rank              which one; they differ by padding alone
 
-    Raises ValueError, which names the argument or key, what was given and what is allowed.
+    Raises ValueError, which names the argument, what was given and what is allowed.
     """
-    config, said, buffers, steps = _read_config(config, world_size)
-    steps = steps if micro_batches is None else micro_batches
-    for name, value, least in (("world_size", world_size, 1), ("micro_batches", steps, 1),
-                               ("state_tensors", state_tensors, 0), ("rank", rank, 0)):
+    config = config or ZeroConfig()
+    model = model_or_counts
+    if not isinstance(model, nn.Module):
+        model = _blocks(model, partial(bucket_size, config, device=torch.device(device or "meta")))
+    device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    listed = [[p for p in model.parameters() if p.requires_grad]] if groups is None else groups
+    tensors = [state_tensors] * len(listed) if isinstance(state_tensors, int) else list(state_tensors)
+    if len(tensors) != len(listed):
+        raise ValueError(f"state_tensors has {len(tensors)} numbers; allowed: one for each of {len(listed)} groups")
+    for name, value, least in (("world_size", world_size, 1), ("micro_batches", micro_batches, 1), ("rank", rank, 0),
+                               *(("state_tensors", count, 0) for count in tensors)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; allowed: a whole number from {least} up")
     if rank >= world_size:
         raise ValueError(f"rank is {rank}; allowed: less than world_size, which is {world_size}")
-    model = model_or_counts
-    if not isinstance(model, nn.Module):
-        model = _blocks(*_checked_counts(model), partial(bucket_size, config, device=torch.device(device or "meta")))
-    device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    listed = [{"params": list(group), "whole": index in whole, "tensors": tensors[index]}
+              for index, group in enumerate(listed)]
     with torch.inference_mode(False), torch.enable_grad():
-        zero = _stand_in_zero(
-            model, config, lambda p: dtypes(p) if callable(dtypes) else dtypes or said(p.dtype), buffers, device,
-            [[p for p in model.parameters() if p.requires_grad]] if groups is None else groups, whole, state_tensors,
-            Rehearsal(world_size, rank, direct=device.type == "cpu"))
+        zero = _stand_in_zero(model, config, dtypes, device, listed,
+                              Rehearsal(world_size, rank, direct=device.type == "cpu"))
         try:
-            return _rehearse(zero, steps)
+            held = _rehearse(zero, micro_batches)
         finally:
             zero.release()
+    sizes = {id(b): b.numel() * (buffer_dtype if buffer_dtype and b.is_floating_point() else b.dtype).itemsize
+             for b in model.buffers()}
+    held["buffers", "device"] = sum(sizes.values())
+    return Estimate(config.stage, world_size, held, dict(zero.communicator.traffic))
 
 
-def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]],
-                   buffers: torch.dtype | None, device: torch.device, groups: Sequence[Iterable[nn.Parameter]],
-                   whole: Collection[int], state_tensors: int, communicator: Rehearsal) -> StandInZero:
+def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: torch.device,
+                   groups: list[dict[str, Any]], communicator: Rehearsal) -> StandInZero:
     """What is like the model's ``Zero`` on ``device``, and has no memory."""
     stands_for: dict[int, Any] = {}
-    twin, config = StandIn(model, buffers, stands_for), copy.copy(config)
+    twin, config = StandIn(model, stands_for), copy.copy(config)
     config.reduce_bucket_size = bucket_size(config, sum(p.numel() for p in model.parameters()), device)
     if config.stage == 3:
         names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
         config.leaf_module = LeafModules(names=[n for n in find_units(model, config.leaf_module) if n in names])
-    ways = {id(stands_for[id(p)]): dtypes(p) for p in model.parameters()}
-    groups = [list(group) for group in groups]
-    strange = next((tuple(p.shape) for group in groups for p in group if id(p) not in stands_for), None)
-    if strange is not None:
-        raise ValueError(f"groups has a parameter of shape {strange} that the model has not; allowed: the model's own")
-    listed = [{"params": [stands_for[id(p)] for p in group], "whole": index in whole}
-              for index, group in enumerate(groups)]
-    optimizer = StandInOptimizer(listed, state_tensors) if any(group["params"] for group in listed) else None
-    return StandInZero(twin, optimizer, config, communicator.device, lambda p: ways[id(p)], communicator=communicator)
+    paths = {id(stands_for[id(p)]): dtypes(p) if callable(dtypes) else dtypes or [p.dtype] * 4
+             for p in model.parameters()}
+    for group in groups:
+        strange = [tuple(p.shape) for p in group["params"] if id(p) not in stands_for]
+        if strange:
+            raise ValueError(f"groups has a parameter of shape {strange[0]} that the model has not; allowed: the "
+                             "model's own")
+        group["params"] = [stands_for[id(p)] for p in group["params"]]
+    optimizer = StandInOptimizer(groups, {}) if any(group["params"] for group in groups) else None
+    return StandInZero(twin, optimizer, config, communicator.device, lambda p: paths[id(p)], communicator=communicator)
 
 
-def _rehearse(zero: RehearsedZero, micro_batches: int) -> Estimate:
+def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], int]:
     """Take two steps, and read what the second one holds and sends; the first learns the order of the units."""
-    model, traffic = zero.model, zero.communicator.traffic
+    traffic = zero.communicator.traffic
     for _ in range(2):
         traffic.clear()
         for boundary in (False, True) if micro_batches > 1 else (True,):
             zero.boundary = boundary
-            loss = model(torch.zeros((), device="meta"))
+            loss = zero.model(torch.zeros((), device="meta"))
             if loss.requires_grad:
-                loss.backward()
+                loss.backward(torch.zeros_like(loss))
             zero.finish_backward()
             for record in traffic.values() if not boundary else ():  # this micro-batch stands for all but the last
                 vars(record).update({name: value * (micro_batches - 1) for name, value in vars(record).items()})
-        found = measure(zero, model)
+        held = _measure(zero, zero.buckets)
         if zero.optimizer is not None:
             zero.step()
-    found = {**found, ("live", "device"): zero.most}
-    held = {f.name: Held(*(found.get((f.name, place), 0) for place in Held._fields))
-            for f in fields(Estimate) if f.type is Held}
-    return Estimate(zero.config.stage, zero.communicator.world_size, traffic=dict(traffic), **held)
+    return held | {("live", "device"): zero.most}
 
 
-def _blocks(total: int, unit: int, size_of_bucket: Callable[[int], int]) -> nn.Module:
+def _blocks(counts: Any, size_of_bucket: Callable[[int], int]) -> nn.Module:
     """A model of so many parameters, in blocks."""
-    size = max(unit or size_of_bucket(total), -(-total // 100), 1)
-    sizes = [size] * (total // size) + [total % size] * (total % size > 0)
-    with torch.device("meta"):
-        return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])
-
-
-def _checked_counts(counts: Any) -> tuple[int, int]:
     total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
     for value in (total, unit):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -3572,205 +3519,47 @@ def _checked_counts(counts: Any) -> tuple[int, int]:
                              "that and the largest unit's")
     if unit > total:
         raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
-    return total, unit
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"the config file {path} is not JSON: {error}") from None
-
-
-def _read_config(config: ZeroConfig | Mapping[str, Any] | str | os.PathLike | None, world_size: int
-                 ) -> tuple[ZeroConfig, Callable[[torch.dtype], Dtypes], torch.dtype | None, int]:
-    """What a config says: ZeRO's part, a parameter's dtypes by the one it has, that of buffers, micro-batches."""
-    config = _read_json(config) if isinstance(config, (str, os.PathLike)) else {} if config is None else config
-    whole = {} if isinstance(config, ZeroConfig) else config
-    if not isinstance(whole, Mapping):
-        raise ValueError(f"the config is {whole!r}; allowed: an object, such as a dict")
-    for key in ("zero_optimization", "fp16", "bf16", "data_types"):
-        if not isinstance(whole.get(key, {}), Mapping):
-            raise ValueError(f"{key} is {whole[key]!r}; allowed: an object, such as a dict")
-    if config is whole:
-        section, anywhere = dict(whole.get("zero_optimization", {})), {"nvme_path": os.curdir}  # nothing is written
-        for key, kind, defaults in (("leaf_module", LeafModules, {}), ("offload_param", OffloadParam, anywhere),
-                                    ("offload_optimizer", OffloadOptimizer, anywhere)):
-            if section.setdefault(key) is None:
-                del section[key]
-            else:
-                section[key] = _section(kind, f"zero_optimization.{key}", section[key], defaults)
-        config = _section(ZeroConfig, "zero_optimization", section, {})
-    steps, batch, one = (size if isinstance(size := whole.get(key), int) else 0 for key in (
-        "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"))
-    steps = steps or (batch // (one * world_size) if one and world_size else 0)
-    return config, *_dtypes_said(whole), max(1, steps)
-
-
-def _section(kind: type, path: str, said: Any, defaults: Mapping[str, Any]) -> Any:
-    known = [f.name for f in fields(kind)]
-    if not isinstance(said, Mapping) or said.keys() - set(known):
-        raise ValueError(f"{path} is {said!r}; allowed: an object with keys among {', '.join(known)}")
-    try:
-        return kind(**{**defaults, **said})
-    except TypeError as error:
-        raise ValueError(f"{path} is {said!r}: {error}") from None
-
-
-def _dtypes_said(config: Mapping[str, Any]) -> tuple[Callable[[torch.dtype], Dtypes], torch.dtype | None]:
-    """What a whole config says of dtypes: those of a parameter that was given in some dtype, and that of buffers."""
-    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
-    enabled = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled")]
-    half = names[enabled[0]] if enabled else None
-    masters_too = half and config[enabled[0]].get(f"{enabled[0]}_master_weights_and_grads")
-    said = config.get("data_types", {})
-    wanted = {f"data_types.{key}": said.get(key) for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
-    wanted["communication_data_type"] = config.get("communication_data_type")
-    for key, name in wanted.items():
-        if name not in names:
-            raise ValueError(f"{key} is {name!r}; allowed: fp32, fp16, bf16 or null")
-    accumulation, parameters, buffers, reduction = (names[name] for name in wanted.values())
-
-    def dtypes(given: torch.dtype) -> Dtypes:
-        if not given.is_floating_point:
-            return Dtypes(given, given, given, given)
-        compute = half or parameters or given
-        master = torch.float32 if half and not masters_too else compute
-        gradient = accumulation or master
-        return Dtypes(compute, master, gradient, reduction or gradient)
-
-    return dtypes, buffers
+    size = max(unit or size_of_bucket(total), -(-total // 100), 1)
+    sizes = [size] * (total // size) + [total % size] * (total % size > 0)
+    with torch.device("meta"):
+        return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])
 
 
 # DeepSpeed's documented functions print this project's table, in 16 bits with gradients summed in 32: what is held
 # here, and not what DeepSpeed holds. ``additional_buffer_factor`` has no effect, as the figures need no allowance.
+MIXED = Dtypes(torch.bfloat16, torch.float32, torch.float32, torch.float32)
 
 
 def estimate_zero2_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at each stage, for a model."""
-    print(_comparison(model, {"bf16": {"enabled": True}}, [num_gpus_per_node * num_nodes])[1])
+    """Print what a rank holds and sends at stage 2, for a model."""
+    print(estimate(model, ZeroConfig(stage=2), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
 
 
 def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at each stage, for so many parameters."""
-    estimate_zero3_model_states_mem_needs_all_cold(total_params, 0, num_gpus_per_node, num_nodes)
+    """Print what a rank holds and sends at stage 2, for so many parameters."""
+    print(estimate(int(total_params), ZeroConfig(stage=2), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
 
 
 def estimate_zero3_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """The same as estimate_zero2_model_states_mem_needs_all_live."""
-    estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes)
+    """Print what a rank holds and sends at stage 3, for a model."""
+    print(estimate(model, ZeroConfig(stage=3), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
 
 
 def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
                                                    num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at each stage, for so many parameters and so many in the largest unit."""
+    """Print what a rank holds and sends at stage 3, for so many parameters and so many in the largest unit."""
     counts = int(total_params), int(largest_layer_params)
-    print(_comparison(counts, {"bf16": {"enabled": True}}, [num_gpus_per_node * num_nodes])[1])
-
-
-# The command line's part. Without a config it speaks of the ZeRO paper's case: gradients stay in 16 bits.
-PAPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
-
-
-def _estimate_command(options: argparse.Namespace) -> str:
-    """A table of stages 0 to 3, a row per number of ranks; drawn as well, with ``--plot``."""
-    counts = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
-    worlds = [_whole("--world", size, 1) for size in options.world]
-    rows, text = _comparison(counts, _read_json(options.config) if options.config else PAPER, worlds)
-    if options.plot:
-        _draw_estimates(rows, options.plot)
-    return text
-
-
-def _comparison(model_or_counts: nn.Module | tuple[int, int], config: Mapping[str, Any], worlds: Sequence[int]
-                ) -> tuple[list[list[Estimate]], str]:
-    """Estimates for stages 0 to 3, a row per number of ranks; the same as text."""
-    dtypes = _read_config(config, 1)[1](torch.float32)
-    section, rows = config.get("zero_optimization", {}), []
-    for size in worlds:
-        parts = [{key: value for key, value in section.items() if key != "offload_param" or stage == 3}
-                 for stage in SHARDED]
-        rows.append([estimate(model_or_counts, {**config, "zero_optimization": {**part, "stage": stage}}, size)
-                     for stage, part in enumerate(parts)])
-    is_model = isinstance(model_or_counts, nn.Module)
-    total = sum(p.numel() for p in model_or_counts.parameters()) if is_model else model_or_counts[0]
-    names = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
-    text = [f"{total:,} parameters with Adam, {', '.join(names)}; GB (1e9 bytes) per rank, without live units"]
-    for place in Held._fields:
-        if any(each.total(place) for row in rows for each in row):
-            text += _table(f"ranks, {place}", rows, lambda each: (
-                f"{(each.total(place) - getattr(each.live, place)) / 1e9:.2f}"))
-    text += _table("live units", rows, lambda each: f"{each.live.bytes / 1e9:.2f}")
-    text.append(f"Sent per rank and step: 1e9 elements, and calls{'' if is_model else ' (for blocks of one size)'}")
-    for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
-        text += _table(kind, rows, lambda each: (
-            f"{each.traffic[kind].elements / 1e9:.2f} {each.traffic[kind].calls:>6}" if kind in each.traffic else "-"))
-    if dtypes.compute != dtypes.master:
-        text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
-                    f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
-    return rows, "\n".join(text)
-
-
-def _table(title: str, rows: list[list[Estimate]], of: Callable[[Estimate], str]) -> list[str]:
-    lines = [f"{title:<16}" + "".join(f"{f'stage {stage}':>14}" for stage in SHARDED)]
-    return lines + [f"{row[0].world_size:<16}" + "".join(f"{of(each):>14}" for each in row) for row in rows]
-
-
-def _draw_estimates(rows: list[list[Estimate]], output: str) -> None:
-    """A curve per stage over the number of ranks: all that is in the GPU's memory, live units included."""
-    import matplotlib.figure  # here, so that training does not wait for it
-
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.add_subplot()
-    for stage in SHARDED:
-        axis.plot([row[0].world_size for row in rows], [row[stage].total() / 1e9 for row in rows], marker="o",
-                  label=f"stage {stage}")
-    axis.set(xlabel="ranks", ylabel="GB per rank", xscale="log", yscale="log")
-    axis.set_xticks([row[0].world_size for row in rows], [str(row[0].world_size) for row in rows])
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(output, dpi=110)
-
-
-def _whole(option: str, text: str, least: int) -> int:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (least <= value < math.inf and value == int(value)):
-        raise ValueError(f"{option} is {text!r}; allowed: a whole number from {least} up, such as 64 or 7.5e9")
-    return int(value)
+    print(estimate(counts, ZeroConfig(stage=3), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
 
-def _main(argv: list[str] | None = None) -> int:
-    """The command line: python zero.py estimate ..."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] in (["inspect"], ["consolidate"]):
-        import engine  # only here: it has the files of checkpoints, and the features need no sibling
-        return engine.main(arguments)
-    parser = argparse.ArgumentParser(prog="zero.py", description="Estimate memory and traffic.")
-    part = parser.add_subparsers(dest="command", required=True).add_parser(
-        "estimate", help="print what a rank holds and sends at stages 0 to 3")
-    part.add_argument("--params", required=True, help="parameters of the model, such as 7.5e9")
-    part.add_argument("--world", nargs="+", required=True, metavar="RANKS", help="one or several numbers of ranks")
-    part.add_argument("--config", help="a JSON file with a DeepSpeed config: its dtypes and offload count, its stage "
-                                       "does not (default: bf16, with gradients in bf16)")
-    part.add_argument("--largest-unit", default="0", metavar="PARAMS", help="parameters of the largest block")
-    part.add_argument("--plot", metavar="OUT.png", help="draw the table as well")
-    try:
-        print(_estimate_command(parser.parse_args(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"zero.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    import engine  # only here: it reads configs and the files of checkpoints; the features import no sibling
+
+    sys.exit(engine.main())

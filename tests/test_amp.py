@@ -462,8 +462,8 @@ def seen_by_the_model(precision: dict):
         "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM, **precision})
     engine(torch.full((3, 4), 1 / 3), times=torch.tensor([999.0, 257.0, 501.0]))
     seen, engine.module.seen = model.seen, None
-    estimate = zero.estimate(Timed(), {key: precision.get(key, {}) for key in ("fp16", "bf16", "data_types")})
-    return seen, model.linear.weight.dtype, sum(b.nbytes for b in model.buffers()) - estimate.buffers.bytes
+    estimate = deepspeed.estimate(Timed(), {key: precision.get(key, {}) for key in ("fp16", "bf16", "data_types")})
+    return seen, model.linear.weight.dtype, sum(b.nbytes for b in model.buffers()) - estimate.bytes("buffers")
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])

@@ -216,7 +216,7 @@ def test_a_consolidated_checkpoint_has_the_models_shapes_and_ties(run_ranks, tmp
     assert deepspeed.main(["consolidate", str(tmp_path), str(out), "--dtype", "bfloat16"]) == 0
     assert torch.load(out, weights_only=True)["turned"].dtype == torch.bfloat16
     capsys.readouterr()
-    assert zero._main(["inspect", str(tmp_path)]) == 0
+    assert deepspeed.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"global_step2: step 2, saved at stage {stage} by 3 rank(s)" in printed and "turned" in printed
     assert deepspeed.main(["inspect", str(tmp_path / "none")]) == 2
