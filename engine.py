@@ -2391,17 +2391,11 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         failure = error
         if not dist.is_initialized() and "RANK" not in os.environ:
             raise
-    given = 0 if failure else getattr(args, "local_rank", None) or 0
-    local_rank = int(os.environ.get("LOCAL_RANK", max(0, given)))
-    try:
-        device = zero.own_device(local_rank)
-        started = zero.start_process_group(device, distributed_port, dist_init_required,
-                                           timeout=settings.collective_timeout() if settings else None)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    started = started or isinstance(model, nn.Module) and zero.started_group(model)
+    local_rank = 0 if failure else getattr(args, "local_rank", None) or 0
+    local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
+    device, started = _join_group(model, local_rank, distributed_port, dist_init_required, settings)
     options: list[tuple[dict, dict]] = []  # of the caller's optimizer: making a schedule changes them
-    chosen = schedule = precision = recomputed = None
+    engine = recomputed = None
 
     def describe() -> list[str]:
         if failure is not None:
@@ -2409,22 +2403,21 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         return _describe(settings, model)
 
     def choose() -> list[str]:
-        nonlocal chosen, schedule, precision, recomputed
+        nonlocal engine, recomputed
         settings.settle_batch_sizes(dist.get_world_size())
-        chosen = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
-        schedule = _choose_scheduler(lr_scheduler, settings.scheduler, chosen)
         _check_data(training_data)
         zero.check_memory(model)
         zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
-        precision, recomputed = _precision(settings, model, device), _recomputed(settings, model)
-        return _describe_training(model, chosen, schedule, training_data)
+        recomputed = _recomputed(settings, model)
+        engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
+        engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+        engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
+        return _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
 
     try:
         zero.agree(describe, same=True)
         options += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
         zero.agree(choose, same=True)
-        engine = Engine(model, settings, precision, device, local_rank, started)
-        engine.optimizer, engine.lr_scheduler = chosen, schedule
         _equip(engine, training_data, collate_fn, recomputed)
     except BaseException:
         for group, given in options:
@@ -2434,6 +2427,18 @@ def initialize(args: Any = None, model: nn.Module | None = None,
             dist.destroy_process_group()
         raise
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
+
+
+def _join_group(model: Any, local_rank: int, port: int, required: bool | None, settings: Config | None
+                ) -> tuple[torch.device, bool]:
+    """This rank's device, and whether the process group that it is in now was started for this model."""
+    try:
+        device = zero.own_device(local_rank)
+        started = zero.start_process_group(device, port, required,
+                                           timeout=settings.collective_timeout() if settings else None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return device, started or isinstance(model, nn.Module) and zero.started_group(model)
 
 
 def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any) -> None:
