@@ -636,8 +636,9 @@ def test_a_schedule_one_step_off_fails_with_the_reason_and_the_difference(tmp_pa
 def test_files_that_cannot_be_graded_are_told_at_once(tmp_path, capsys, text, told):
     status, printed = graded(tmp_path, capsys, "checkpointing:checkpoint", text)
     assert status == 2 and told in printed
-    status, printed = graded(tmp_path, capsys, "amp", "def cast(value, dtype): pass")
-    assert status == 2 and "lacks names of amp.py that engine.py uses: " in printed and "Precision" in printed
+    for module, lacking in (("amp", "Precision"), ("checkpointing", "CheckpointingConfig")):
+        status, printed = graded(tmp_path, capsys, module, "def cast(value, dtype): pass")
+        assert status == 2 and f"lacks names of {module}.py that engine.py uses: " in printed and lacking in printed
 
 
 @pytest.mark.parametrize("text, status, told", [

@@ -355,8 +355,11 @@ def check_module(path: Path, module: str) -> str:
     """The text of a whole module of the reader's. Raises AnswerError where it lacks a name that engine.py uses."""
     text, tree = parsed(path)
     has = {name for node in ast.walk(tree) for name in _defined(node)}
-    used = {node.attr for node in ast.walk(ast.parse((ROOT / "engine.py").read_text()))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module}
+    engine = list(ast.walk(ast.parse((ROOT / "engine.py").read_text())))
+    called = {alias.asname or alias.name for node in engine if isinstance(node, ast.Import)
+              for alias in node.names if alias.name == module}  # the module's name there
+    used = {node.attr for node in engine
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in called}
     if used - has:
         raise AnswerError(f"{path} lacks names of {module}.py that engine.py uses: {', '.join(sorted(used - has))}")
     return text
