@@ -75,6 +75,11 @@ logger = logging.getLogger("engine.zero")
 # --- The config -------------------------------------------------------------------------------------------------------
 
 
+def _key(default: Any, **rules: Any) -> Any:
+    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``."""
+    return field(default=default, metadata=rules)
+
+
 @dataclass
 class LeafModules:
     """``leaf_module``: which modules are a unit of stage 3 each, their submodules included."""
@@ -86,10 +91,11 @@ class LeafModules:
 @dataclass
 class OffloadOptimizer:
     """``offload_optimizer``: masters, reduced gradients and optimizer state leave the GPU; the CPU takes the step."""
-    device: str = "none"           # "cpu": to host memory; "nvme": to files, and gradients to host memory; "none": stay
+    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, and
+                                   # gradients to host memory; "none": stay
     nvme_path: str | None = None   # the folder of the files
     pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
-    ratio: float = 1.0             # how much of it goes, by elements, in whole buckets
+    ratio: float = _key(1.0, least=0, most=1)  # how much of it goes, by elements, in whole buckets
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
     buffer_count: int = 4
     fast_init: bool = False
@@ -104,14 +110,12 @@ class OffloadOptimizer:
 
     def __post_init__(self) -> None:
         _check_offload("offload_optimizer", self)
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"zero_optimization.offload_optimizer.ratio is {self.ratio}; allowed: 0 to 1")
 
 
 @dataclass
 class OffloadParam:
     """``offload_param``, stage 3: the shards of the parameters leave the GPU, and come back as they are gathered."""
-    device: str = "none"           # "cpu": to host memory; "nvme": to files; "none": stay
+    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files; "none": stay
     nvme_path: str | None = None   # the folder of the files
     pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
@@ -129,8 +133,6 @@ class OffloadParam:
 
 
 def _check_offload(key: str, section: OffloadOptimizer | OffloadParam) -> None:
-    if section.device not in ("none", "cpu", "nvme"):
-        raise ValueError(f"zero_optimization.{key}.device is {section.device!r}; allowed: none, cpu or nvme")
     if section.device == "nvme" and not section.nvme_path:
         raise ValueError(f"zero_optimization.{key}.nvme_path is missing, and device is nvme; needed: a folder")
 
@@ -138,27 +140,28 @@ def _check_offload(key: str, section: OffloadOptimizer | OffloadParam) -> None:
 @dataclass
 class ZeroConfig:
     """The ``zero_optimization`` section. Sizes are in elements (parameters), not bytes."""
-    stage: int = 0                                    # 0 to 3: how much is sharded, see the top of this file
-    reduce_bucket_size: int | str = "auto"            # a bucket is full from here (stage 3: a unit is one bucket);
-                                                      # auto: see bucket_size (DeepSpeed: 5e8)
+    stage: int = _key(0, choices=(0, 1, 2, 3))        # how much is sharded, see the top of this file
+    reduce_bucket_size: int | str = _key("auto", choices=("auto",), least=1)  # a bucket is full from here (stage 3: a
+                                                      # unit is one bucket); auto: see bucket_size (DeepSpeed: 5e8)
     overlap_comm: bool = True                         # reduce while backward runs; false: all at its end
     reduce_scatter: bool = True                       # false: all-reduce and keep the shard, twice the traffic
     ignore_unused_parameters: bool = True             # false: a trained parameter without gradient is an error
-    stage3_prefetch_bucket_size: int | str = "auto"   # largest unit gathered ahead of use; auto: any; 0: none
-    stage3_max_live_parameters: int = 10**9           # nothing is gathered ahead past this many gathered elements
-    stage3_param_persistence_threshold: int | str = 0  # parameters up to this size stay whole (DeepSpeed: 1e5)
+    stage3_prefetch_bucket_size: int | str = _key("auto", choices=("auto",), least=0)  # largest unit gathered ahead of
+                                                      # use; auto: any; 0: none
+    stage3_max_live_parameters: int = _key(10**9, least=0)  # nothing is gathered ahead past this many gathered elements
+    stage3_param_persistence_threshold: int = _key(0, least=0)  # parameters up to this size stay whole (DeepSpeed: 1e5)
     leaf_module: LeafModules | None = None            # the units of stage 3; none: found by find_units
     offload_optimizer: OffloadOptimizer = field(default_factory=OffloadOptimizer)
     offload_param: OffloadParam = field(default_factory=OffloadParam)
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
     allgather_partitions: bool = True
-    allgather_bucket_size: int | str = "auto"
+    allgather_bucket_size: int | str = _key("auto", choices=("auto",), least=0)
     contiguous_gradients: bool = True
     round_robin_gradients: bool = False
     load_from_fp32_weights: bool = True
-    sub_group_size: int | str = "auto"
-    stage3_max_reuse_distance: int | str = "auto"
-    stage3_module_granularity_threshold: int = 0
+    sub_group_size: int | str = _key("auto", choices=("auto",), least=0)
+    stage3_max_reuse_distance: int | str = _key("auto", choices=("auto",), least=0)
+    stage3_module_granularity_threshold: int = _key(0, least=0)
     stage3_gather_16bit_weights_on_model_save: bool = False
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
@@ -183,15 +186,6 @@ class ZeroConfig:
             "it steers DeepSpeed's own code")}
 
     def __post_init__(self) -> None:
-        if self.stage not in SHARDED:
-            raise ValueError(f"zero_optimization.stage is {self.stage}; allowed: 0, 1, 2 or 3")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, str) and value != "auto":
-                raise ValueError(f"zero_optimization.{f.name} is {value!r}; allowed: a whole number or 'auto'")
-            least = 1 if f.name == "reduce_bucket_size" else 0
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"zero_optimization.{f.name} is {value}; allowed: a whole number from {least} up")
         if self.offload_param.device != "none" and self.stage != 3:
             logger.warning("zero_optimization.offload_param has no effect at stage %d, which keeps whole parameters "
                            "where they are used; stage 3 offloads them", self.stage)

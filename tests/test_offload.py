@@ -209,7 +209,7 @@ def test_a_full_disk_is_refused_with_the_bytes_that_all_ranks_need(run_ranks, tm
 @pytest.mark.parametrize("section, told", [
     ({"offload_optimizer": {"device": "disk"}}, "offload_optimizer.device is 'disk'; allowed: none, cpu or nvme"),
     ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.nvme_path is missing"),
-    ({"offload_optimizer": {"device": "cpu", "ratio": 1.5}}, "offload_optimizer.ratio is 1.5; allowed: 0 to 1"),
+    ({"offload_optimizer": {"device": "cpu", "ratio": 1.5}}, "offload_optimizer.ratio is 1.5; allowed: a number from 0 to 1"),
     ({"offload_optimizer": {"devise": "cpu"}}, "unknown key zero_optimization.offload_optimizer.devise.*'device'"),
 ])
 def test_offload_that_cannot_be_meant_is_refused(section, told):
