@@ -38,6 +38,7 @@ ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one process there
 runs at any stage.
 """
 
+import atexit
 import copy
 import ctypes
 import gc
@@ -212,9 +213,11 @@ def own_device(local_rank: int) -> torch.device:
     """This process's GPU, or the CPU on a machine without any."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # seen by all ranks: all raise, none waits
-    if needed > torch.cuda.device_count():
-        raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {torch.cuda.device_count()}")
+    count, needed = torch.cuda.device_count(), max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # such as Slurm, which shows each process its own GPU
+        local_rank = 0
+    elif needed > count:  # the same on all ranks: all raise, none waits
+        raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -239,7 +242,7 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         return False
     if required is False:
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    backend = backend or ("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         for name, starter in STARTERS.items():
             if os.environ.get(name, "1") not in ("", "1"):
@@ -247,6 +250,7 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
                                  f"does not set RANK and WORLD_SIZE; it would train alone. Start the script with "
                                  f"torchrun or launch.py; if it is to train alone, unset {name}")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        atexit.register(end_process_group)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
     if missing:
@@ -257,7 +261,19 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     # A group that starts after another one's end must not find that one's addresses in the launcher's store.
     store = dist.PrefixStore(f"start {next(Communicator.starts)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    atexit.register(end_process_group)
     return True
+
+
+def end_process_group() -> None:
+    """End the default process group, if there is one still.
+
+    A script that forgets it would leave that to the interpreter's own end, where the group's threads may be running
+    while what they use is torn down, and the process aborts after its right output.
+    """
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # another rank is gone already
+            dist.destroy_process_group()
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
@@ -349,17 +365,17 @@ class Communicator:
     numbers = count()  # tell the messages of several engines apart; rank 0's count
     starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
-    number, logbook, debug, reductions, gathers = 0, None, False, None, None
+    number, logbook, debug = 0, None, False
+    reductions = gathers = None  # process groups; None is the default one
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
-        gloo = dist.get_backend() == "gloo" and device.type == "cpu"
+        gloo = device.type == "cpu" and dist.group.WORLD._get_backend(device).name() == "gloo"
         self._prepare(dist.get_rank(), dist.get_world_size(), device, direct=gloo)
         number = torch.tensor([next(Communicator.numbers)], device=device)
         self.broadcast(number, source=0)
         self.number = int(number)
         if self.world_size > 1:
             self.logbook, self.debug = Logbook(self.number, timeout), debug
-        self.reductions = self.gathers = dist.group.WORLD
         if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
             self.reductions = dist.new_group()
 
@@ -382,6 +398,8 @@ class Communicator:
         self._begin("all-gather", flat, 1, what)
         if not self.direct:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            if not flat.dtype.is_floating_point:
+                flat = flat.view(torch.uint8)  # backends don't know every dtype
             return Handle(self, [gather(flat, self.shard_of(flat), group=self.gathers, async_op=True)])
         tag, works = self._tag("all-gather"), []
         for other in self._others():
@@ -400,7 +418,7 @@ class Communicator:
         self._begin("reduce-scatter", flat, 1, what)
         if not self.direct:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            work = scatter(own, flat, group=self.reductions, async_op=True)
+            work = scatter(_as_real(own), _as_real(flat), group=self.reductions, async_op=True)
             return Handle(self, [work], lambda: _sum([own], out, add))
         tag, works, parts = self._tag("reduce-scatter"), [], {self.rank: own}
         for other in self._others():
@@ -421,7 +439,7 @@ class Communicator:
         if self.world_size == 1:
             return Handle(self, finish=finish)
         self._begin(kind, tensor, 2, what)
-        return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
+        return Handle(self, [dist.all_reduce(_as_real(tensor), group=self.reductions, async_op=True)], finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """``source``'s contiguous ``tensor`` to all ranks; sent as bytes, since backends don't know every dtype."""
@@ -594,7 +612,10 @@ class Logbook:
 
 
 class SpareBuffers:
-    """Flat buffers that are used over and over: on a CPU, memory fresh from the system costs more than filling it."""
+    """Flat buffers that are used over and over: on a CPU, memory fresh from the system costs more than filling it.
+
+    On a GPU PyTorch's allocator does that, for all tensors together: there nothing is kept.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -602,6 +623,8 @@ class SpareBuffers:
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A tensor of ``numel`` elements with any contents: the smallest spare one large enough, or a new one."""
+        if self.device.type == "cuda":
+            return torch.empty(numel, dtype=dtype, device=self.device)
         size = numel * dtype.itemsize
         fitting = [large for large, buffers in self.by_size.items() if buffers and size <= large <= 2 * size]
         buffer = (self.by_size[min(fitting)].pop() if fitting
@@ -610,13 +633,19 @@ class SpareBuffers:
 
     def give_back(self, tensor: Tensor) -> None:
         """``tensor``, which came from ``take``, is needed no more."""
-        buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
-        self.by_size[buffer.numel()].append(buffer)
+        if self.device.type != "cuda":
+            buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
+            self.by_size[buffer.numel()].append(buffer)
 
     @property
     def free(self) -> list[Tensor]:
         """All that are not in use."""
         return [buffer for buffers in self.by_size.values() for buffer in buffers]
+
+
+def _as_real(flat: Tensor) -> Tensor:
+    """A complex tensor's memory as real numbers: NCCL knows no other."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
@@ -2482,7 +2511,6 @@ class Zero:
         self.hooks.clear()
         if self.updater is not None:
             self.updater.remove()
-        self.communicator.reductions = self.communicator.gathers = None  # or the group's threads outlive its end
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
             if _SLOTS.get(id(slot.parameter)) is slot:
                 del _SLOTS[id(slot.parameter)]
