@@ -189,11 +189,11 @@ class Precision:
         low = config.torch_autocast.dtype if id(parameter) in self.low else None
         return Dtypes(compute, master, gradient, config.communication_data_type or low or gradient)
 
-    def autocast(self) -> AbstractContextManager:
-        """The context of the model's forward."""
+    def autocast(self, cache: bool = True) -> AbstractContextManager:
+        """The context of the model's forward. ``cache``: keep 16-bit copies of weights until its end."""
         if not self.config.torch_autocast.enabled:
             return nullcontext()
-        return torch.autocast(self.device.type, self.config.torch_autocast.dtype)
+        return torch.autocast(self.device.type, self.config.torch_autocast.dtype, cache_enabled=cache)
 
     def cast_inputs(self, value: Any) -> Any:
         """The model's inputs: as they are, or where ``auto_cast`` says so floating-point tensors in 16 bits."""

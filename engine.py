@@ -1319,7 +1319,8 @@ class Engine(nn.Module):
         self._check_scaled()
         if self.zero.sharded.parameters and self.training and torch.is_grad_enabled():  # it needs the other ranks
             self._enter()
-        with self._explained(), self._timed("forward"), self.precision.autocast():
+        cache = not self.zero.sharded.parameters  # there a copy would outlive its weight
+        with self._explained(), self._timed("forward"), self.precision.autocast(cache):
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:

@@ -1824,37 +1824,58 @@ def _saving() -> AbstractContextManager:
 _GATHERED_INTO: "weakref.WeakValueDictionary[int, Bucket]" = weakref.WeakValueDictionary()
 
 
-def _pack(tensor: Tensor) -> tuple:
-    """What autograd keeps of a tensor that it saves: of a weight, or a view of one, its place.
+class SavedWeight(NamedTuple):
+    """What autograd keeps of a weight, or a view of one, that it saves: its place."""
+    name: str
+    slot: "weakref.ref[Slot]"  # what a graph keeps, the garbage collector does not see
+    version: int               # of the parameter
+    call: Any                  # the forward call that uses it
+    dtype: torch.dtype         # another one than the parameter's, where autocast has cast it
+    geometry: tuple            # size, stride and offset: in the bucket, or of a cast weight, in itself
+
+
+def _pack(tensor: Tensor) -> SavedWeight | tuple[Tensor, int]:
+    """What autograd keeps of a tensor that it saves.
 
     Backward gathers the unit when it wants the weight. The output's hook is not enough for that: an operation in place
     on a view rebuilds its graph without the hook, and a side output, such as a loss that the module keeps as an
     attribute, has none.
     """
-    key = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None  # a sparse tensor has none
-    bucket = _GATHERED_INTO.get(key)
-    if bucket is not None and isinstance(bucket.unit.owner, Gatherer) and _same_memory(bucket.flat, tensor) and (
-            tensor.dtype == bucket.flat.dtype and not (tensor.is_conj() or tensor.is_neg())):
-        start = tensor.storage_offset()
-        slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
-        if slot is not None:  # a weak reference: what a graph keeps, the garbage collector does not see
-            place = tensor.size(), tensor.stride(), start
-            return place, slot.parameter._version, slot.name, weakref.ref(slot), bucket.unit.owner.call_of(bucket.unit)
+    slot = _weight_behind(tensor) if torch._C._has_storage(tensor) else None  # a sparse tensor has none
+    if slot is not None:
+        unit, geometry = slot.bucket.unit, (tensor.size(), tensor.stride(), tensor.storage_offset())
+        return SavedWeight(slot.name, weakref.ref(slot), slot.parameter._version, unit.owner.call_of(unit),
+                           tensor.dtype, geometry)
     return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
 
 
-def _unpack(saved: tuple) -> Tensor:
+def _weight_behind(tensor: Tensor) -> Slot | None:
+    """The gathered weight that a tensor is a view of, or a view of autocast's copy of it."""
+    slot = None
+    bucket, start = _GATHERED_INTO.get(tensor.untyped_storage()._cdata), tensor.storage_offset()
+    if bucket is not None and _same_memory(bucket.flat, tensor) and tensor.dtype == bucket.flat.dtype:
+        slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
+    else:
+        cast = tensor if tensor._base is None else tensor._base
+        if cast.grad_fn is not None and cast.grad_fn.name() == "ToCopyBackward0":
+            slot = _SLOTS.get(id(getattr(cast.grad_fn.next_functions[0][0], "variable", None)))
+            slot = slot if slot is not None and slot.stride == cast.stride() else None
+    known = slot is not None and slot.bucket.unit is not None and isinstance(slot.bucket.unit.owner, Gatherer)
+    return slot if known and not (tensor.is_conj() or tensor.is_neg()) else None
+
+
+def _unpack(saved: SavedWeight | tuple[Tensor, int]) -> Tensor:
     """The inverse of _pack, when backward wants the tensor."""
-    tensor, version, *where = saved
-    source = tensor
-    if where:
-        name, reference, call = where
-        slot = reference()
+    if isinstance(saved, SavedWeight):
+        slot, version = saved.slot(), saved.version
         if slot is None:
-            raise RuntimeError(f"backward needs the parameter {name}, whose engine is gone")
-        bucket, source = slot.bucket, slot.parameter
-        bucket.unit.owner.before_backward(bucket.unit, call)
-        tensor = bucket.flat.as_strided(*tensor)
+            raise RuntimeError(f"backward needs the parameter {saved.name}, whose engine is gone")
+        slot.bucket.unit.owner.before_backward(slot.bucket.unit, saved.call)
+        source, flat = slot.parameter, slot.bucket.flat
+        tensor = (flat if saved.dtype == flat.dtype else slot.view(flat).to(saved.dtype)).as_strided(*saved.geometry)
+    else:
+        tensor, version = saved
+        source = tensor
     if source._version != version:  # a check that PyTorch leaves to hooks where there are any
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
                            "forward had saved it; step() modifies the weights")
@@ -3113,7 +3134,8 @@ def _state_of(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
     state = bucket.zero.optimizer.state.get(slot.piece, {})
     value = state.get(key)
     per_element = slot.piece is not None and _is_like(key, value, slot.piece.shape)
-    report = None if slot.piece is None else (sorted(state), None if per_element else value)
+    number = value.cpu() if isinstance(value, Tensor) and not per_element else value  # or each rank takes up all GPUs
+    report = None if slot.piece is None else (sorted(state), None if per_element else number)
     reports = gather(report) if bucket.sharded.optimizer else [report]
     keys, scalar = next((r for r in reports if r is not None), ([], None))
     if key not in keys:

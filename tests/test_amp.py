@@ -538,6 +538,40 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
     assert floats.dtype == nested["a"][0].dtype == torch.bfloat16 and nested["b"].dtype == torch.int64
 
 
+def kept_for_backward_under_autocast(stage: int):
+    """Gradients after backward twice, and bytes of weights, 16-bit copies included, that the graph keeps meanwhile."""
+    torch.manual_seed(0)
+    model, kept, pack = Net(), {}, zero._pack
+    config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+              "torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": stage}}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+
+    def counting(tensor):
+        saved = pack(tensor)
+        if not isinstance(saved, zero.SavedWeight) and tensor.shape in [(16, 16), (4, 16)]:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return saved
+
+    zero._pack = counting
+    try:
+        loss = engine(torch.ones(8, 16)).float().square().mean()
+    finally:
+        zero._pack = pack
+    engine.backward(loss, retain_graph=True)
+    engine.backward(loss)
+    return sum(kept.values()), [zero.safe_get_full_grad(p) for p in model.parameters()]
+
+
+def test_stage_3_keeps_no_16_bit_copies_of_weights_for_backward(run_ranks):
+    for stage in (2, 3):
+        results = run_ranks(kept_for_backward_under_autocast, 2, stage)
+        whole = results[0][1] if stage == 2 else whole
+        for kept, gradients in results:
+            assert kept == 0, f"stage {stage}: {kept} bytes of weights"
+            for index, (mine, theirs) in enumerate(zip(gradients, whole)):
+                assert torch.equal(mine, theirs), f"stage {stage}: the gradient of parameter {index}"
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_autocast_beside_16_bit_weights_is_both(kind):
     """As in DeepSpeed: weights in 16 bits, and PyTorch chooses each operation's dtype."""
