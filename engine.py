@@ -2224,13 +2224,13 @@ def _same(a: Any, b: Any) -> bool:
 def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: bool, with_schedule: bool) -> int:
     """Raise CheckpointError unless all that this rank loads is undamaged and fits; returns the index's checksum."""
     saved, own, state, folder = reader.index["parameters"], zero.describe(engine.zero), reader.state, reader.folder
-    zero.check_fits(engine.zero, saved, str(folder), strict, with_optimizer)
+    buffers = map(_described, (_persistent_buffers(engine.module), _saved_buffers(engine, state)))
+    zero.check_fits(own | next(buffers), saved | next(buffers), str(folder), strict, with_optimizer)
     for name, key, start, values in zero.shares(engine.zero, whole=True):
         if name in saved and not key:
             mine = (start, start + len(values)) if saved[name]["stride"] == own[name]["stride"] else ()
             for each in ["", *(reader.keys(name) if with_optimizer else ())]:
                 reader.verify(name, each, *mine)
-    _check_buffers(engine, state, folder, strict)
     groups, now = len(state["groups"]), len(engine.optimizer.param_groups) if engine.optimizer else 0
     with_schedule = with_schedule and state["schedule"] is not None
     for matters, what, there, here, key in (
@@ -2251,18 +2251,11 @@ def _saved_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
     return state["buffers"] | mine
 
 
-def _check_buffers(engine: Engine, state: dict[str, Any], folder: Path, strict: bool) -> None:
-    saved, own = _saved_buffers(engine, state), _persistent_buffers(engine.module)
-    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    if strict and (missing or extra):
-        raise CheckpointError(f"{folder} is of another model: it lacks the buffers {missing or 'none'}, and also has "
-                              f"{extra or 'none'}; load it with load_module_strict=False")
-    for name in own.keys() & saved.keys():
-        there, here = saved[name], own[name]
-        if there.shape != here.shape or not torch.can_cast(there.dtype, here.dtype):
-            raise CheckpointError(f"{folder}: the buffer {name} is {tuple(there.shape)}, {there.dtype}, and in this "
-                                  f"model {tuple(here.shape)}, {here.dtype}; give it that shape and dtype before "
-                                  "loading")
+def _described(buffers: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Buffers as ``zero.describe`` tells of parameters."""
+    return {f"the buffer {name}": {"shape": list(buffer.shape),
+                                   "kind": "floating" if buffer.is_floating_point() else str(buffer.dtype)}
+            for name, buffer in buffers.items()}
 
 
 def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:

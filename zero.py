@@ -59,7 +59,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
-from itertools import count, zip_longest
+from itertools import count, product, zip_longest
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
@@ -3223,22 +3223,20 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
             for bucket, slot, known in places if bucket.trained or with_frozen}
 
 
-def check_fits(zero: Zero, saved: Mapping[str, Mapping[str, Any]], source: str, strict: bool, with_state: bool) -> None:
-    """Raise CheckpointError unless ``saved``, which describes the parameters in ``source``, fits the model."""
-    own = describe(zero)
+def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]], source: str,
+               strict: bool, with_state: bool) -> None:
+    """Raise CheckpointError unless what ``source`` has is such as the model has: both as ``describe`` tells it."""
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if strict and (missing or extra):
         raise CheckpointError(f"{source} is of another model: it lacks {missing or 'nothing'}, and also has "
                               f"{extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
-    for name in own.keys() & saved.keys():
-        here, there = own[name], saved[name]
-        if there["shape"] != here["shape"]:
-            raise CheckpointError(f"{source}: {name} has the shape {there['shape']}, and in this model {here['shape']}")
-        groups = there.get("group"), here["group"]
-        if with_state and None not in groups and groups[0] != groups[1]:
-            raise CheckpointError(f"{source}: {name} was in the optimizer's param group {groups[0]}, and is in "
-                                  f"{groups[1]} now; load it with load_optimizer_states=False")
+    facts = [("shape", "shape", "into the model that saved it"), ("kind", "kind", "into the model that saved it"),
+             ("group", "param group", "with load_optimizer_states=False")]
+    for name, (fact, what, way) in product(sorted(own.keys() & saved.keys()), facts if with_state else facts[:2]):
+        there, here = saved[name].get(fact), own[name].get(fact)
+        if there != here and None not in (there, here):  # None: it was, or is, not trained
+            raise CheckpointError(f"{source}: {name} has the {what} {there}, and in this model {here}; load it {way}")
 
 
 @torch.no_grad()
