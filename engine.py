@@ -2391,13 +2391,12 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     options: list[tuple[dict, dict]] = []  # of the caller's optimizer: making a schedule changes them
     engine = recomputed = None
 
-    def describe() -> list[str]:
-        if failure is not None:
-            raise failure
-        return _describe(settings, model)
-
     def choose() -> list[str]:
         nonlocal engine, recomputed
+        if failure is not None:
+            raise failure
+        lines = _describe(settings, model)
+        options.extend((group, dict(group)) for group in getattr(optimizer, "param_groups", ()))
         settings.settle_batch_sizes(dist.get_world_size())
         _check_data(training_data)
         zero.check_memory(model)
@@ -2406,11 +2405,9 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
         engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
         engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-        return _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
+        return lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
 
     try:
-        zero.agree(describe, same=True)
-        options += [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
         zero.agree(choose, same=True)
         _equip(engine, training_data, collate_fn, recomputed)
     except BaseException:
