@@ -974,7 +974,9 @@ def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: 
 
 def _to_device(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``."""
-    if hasattr(value, "to"):  # tensors, and classes that know how to move themselves
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)  # the host does not wait for a GPU's queue
+    if hasattr(value, "to"):  # a class that knows how to move itself
         return value.to(device)
     if isinstance(value, dict):
         return amp.rebuilt(value, {key: _to_device(item, device) for key, item in value.items()})
@@ -1047,7 +1049,7 @@ class ShardedLoader:
     def _loader(self, given: int) -> DataLoader:
         """This rank's share of the epoch after its first ``given`` samples."""
         more = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
-                "generator": self.generator}
+                "generator": self.generator, "pin_memory": self.device.type == "cuda"}
         if isinstance(self.dataset, IterableDataset):
             return DataLoader(_Rest(self.dataset, given) if given else self.dataset, **more)
         generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)

@@ -702,6 +702,8 @@ class Host:
             target.add_(source) if add else target.copy_(source)
             self.seconds += time.perf_counter() - began
             return
+        if any(target is waiting for _, waiting in self.landed):
+            self.settle()
         landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned) if add else target
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -1020,7 +1022,7 @@ class Bucket:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
         if self.unit is not None:  # the next gather reads the shard
             if self.master is not None and self.shard is not self.master:
-                self.shard.copy_(self.master)
+                self.shard.copy_(self.master, non_blocking=self.shard.device.type != "cpu")  # the host may read its
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
                 self._start_gather()
         elif self.master is not None:
@@ -2183,6 +2185,7 @@ class Reducer:
         if self.pending:
             self.zero.finish_backward()
         if slot.bucket.gradients.reduced:
+            self.settle()
             self.dropped = (31 * self.dropped + slot.offset + 1) % 2**20
         slot.bucket.gradients.drop(slot)
 
@@ -2219,7 +2222,8 @@ class Reducer:
                 self.launch(gradients)
             while self.in_flight:
                 self.in_flight.popleft().finish()
-            self.settle()
+            if self.zero.boundary:  # else what goes down to the host may take until it is needed
+                self.settle()
         for gradients in self.every:
             gradients.end_backward(self.foreseen)
         self._end()
