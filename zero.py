@@ -26,10 +26,11 @@ other half comes later, as the gather of what was updated. Stages 0 and 1 keep a
 up an accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every
 micro-batch. Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
 
-Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the reduction
-of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in ``sum``.
-``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``Updater.update``). ``Gradients.arm`` gives
-the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result to all ranks.
+Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the
+reduction of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in
+``sum``. ``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``Updater.update``).
+``Gradients.arm`` gives the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result to
+all ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
@@ -1310,7 +1311,7 @@ class Gradients:
     # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
 
     def square(self, exact: bool = False) -> Tensor:
-        """The squared 2-norm of this rank's slice of the sum, in float64; ``exact`` also where squares leave float32."""
+        """The squared 2-norm of this rank's slice of the sum, in float64. ``exact``: where squares leave float32, too."""
         part = self.sum if self.bucket.sharded.optimizer else self.communicator.shard_of(self.sum)
         if exact:  # in pieces, as each becomes a copy in float64
             norm = torch.linalg.vector_norm(torch.stack([
