@@ -214,6 +214,7 @@ class Launches:
         self.failing = self._start(
             ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
         self.killed = self._start([str(folder / "killed.py")])
+        self.example = self._start(["--nproc_per_node", "2"])
 
     def _start(self, arguments: list[str], **variables: str) -> Program:
         printed = self.folder / f"launcher{len(self.running)}"
@@ -234,11 +235,13 @@ def launches(run_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Iter
         launches.stop()
 
 
-def test_the_command_line_is_a_program(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "launch.py", "--nproc_per_node", "2"], capture_output=True, text=True,
+def test_the_command_line_is_a_program(launches):
+    """With one process it is started by a new interpreter, and starts one."""
+    done = subprocess.run([sys.executable, ROOT / "launch.py", "--nproc_per_node", "1"], capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == RATE and len(done.stdout.splitlines()) == 3
+    for code, out, err in (done.returncode, done.stdout, done.stderr), launches.example.end():
+        assert code == 0, err
+        assert out.splitlines()[0] == RATE and len(out.splitlines()) == 3
 
 
 def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(launches):
