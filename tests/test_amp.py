@@ -110,14 +110,14 @@ def test_masters_are_the_weights_as_they_were_before_rounding(run_ranks, name):
 
 
 def tiny_sums(data_types: dict, stage: int):
-    """The gradient of a weight after 1 and 512 times 1/512."""
+    """The gradient of a weight after 1 and 256 times 1/256."""
     model = nn.Linear(1, 1, bias=False)
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1024, "optimizer": ADAM,
         "bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types,
         "zero_optimization": {"stage": stage}})
-    for i in range(513):
-        engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 512), scale_wrt_gas=False)
+    for i in range(257):
+        engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 256), scale_wrt_gas=False)
         engine.step()
     return float(zero.safe_get_full_grad(model.weight))
 

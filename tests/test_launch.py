@@ -178,15 +178,18 @@ time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real pr
 raise RuntimeError("a consequence")
 """
 KILLED = "import os; os.kill(os.getpid(), 9)"
-DIES = """import os, signal, sys
+DIES = """import os, signal, sys, time
 from pathlib import Path
 import engine, train_gpt
-step, once = engine.Engine.step, Path(os.environ["ONCE"])
+step, once, gone = engine.Engine.step, Path(os.environ["FOLDER"], "once"), Path(os.environ["FOLDER"], "gone")
+while os.environ["WORLD_SIZE"] == "1" and not gone.exists():
+    time.sleep(0.01)  # until the other machine, which may be slow, joins, and the launcher starts both anew
 def step_or_die(self, *args):
     if os.environ["NODE"] == "1" and self.global_steps == 7 and not once.exists():
         once.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ["NODE"] == "1" and self.global_steps == 17:
+        gone.touch()
         os.kill(os.getppid(), signal.SIGKILL)  # the launcher: the machine is gone
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args)
@@ -203,17 +206,18 @@ class Launches:
         self.run_ranks, self.folder, self.running = run_ranks, folder, []
         for name, text in ("fails", FAILS), ("killed", KILLED), ("dies", DIES):
             (folder / f"{name}.py").write_text(text)
-        # As long as a busy machine may take to bring the second launcher after the first, or to stop a process.
+        # Until the launcher that is left gives the other one up: as long as a busy machine may take to stop a process.
         elastic = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf",
-                   "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"]
+                   "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"]
         self.machines = [self._start(
             [*elastic, "--node_rank", node, str(folder / "dies.py"), *TRAINING,
              f"--save_dir={folder / 'runs'}", "--save_every=5", "--resume"],
-            NODE=node, ONCE=str(folder / "once"), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tutorials'}",
+            NODE=node, FOLDER=str(folder), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tutorials'}",
             OMP_NUM_THREADS="1") for node in "01"]
         self.failing = self._start(
             ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
         self.killed = self._start([str(folder / "killed.py")])
+        self.example = self._start(["--nproc_per_node", "2"])
 
     def _start(self, arguments: list[str], **variables: str) -> Program:
         printed = self.folder / f"launcher{len(self.running)}"
@@ -234,11 +238,13 @@ def launches(run_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Iter
         launches.stop()
 
 
-def test_the_command_line_is_a_program(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "launch.py", "--nproc_per_node", "2"], capture_output=True, text=True,
+def test_the_command_line_is_a_program(launches):
+    """With one process it is started by a new interpreter, and starts one."""
+    done = subprocess.run([sys.executable, ROOT / "launch.py", "--nproc_per_node", "1"], capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == RATE and len(done.stdout.splitlines()) == 3
+    for code, out, err in (done.returncode, done.stdout, done.stderr), launches.example.end():
+        assert code == 0, err
+        assert out.splitlines()[0] == RATE and len(out.splitlines()) == 3
 
 
 def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launchers(launches):

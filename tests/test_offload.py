@@ -123,7 +123,7 @@ def same_with_and_without(draw: dict, offload: dict, folder: str) -> None:
 def test_offload_changes_no_number(run_ranks, tmp_path, request):
     is_long = request.config.getoption("--long")
 
-    @settings(max_examples=300 if is_long else 16, deadline=None, database=None, derandomize=not is_long,
+    @settings(max_examples=300 if is_long else 10, deadline=None, database=None, derandomize=not is_long,
               phases=[Phase.generate])
     @given(draws())
     def check(drawn):
