@@ -328,7 +328,7 @@ class DynamicLossScaler(LossScaler):
             else:
                 self.scale = max(self.scale / 2, self.minimum)
             return
-        full = self.good_steps > 0 and self.good_steps % self.window == 0  # the step at hand is not counted
+        full = self.good_steps > 0 and self.good_steps % self.window == 0  # the current step is not counted
         self.good_steps += 1
         if full or self.consecutive:
             self.forgiving = self.hysteresis

@@ -1,19 +1,19 @@
 """Activation checkpointing: keep few activations, and compute the rest again when backward needs them.
 
 **What autograd saves.** While the forward pass runs, every operation saves the tensors that its derivative needs: a
-matrix product its two factors, a gelu its input. They live until backward has used them, so that L blocks which save c
-activations each hold c * L of them. Checkpointing (arXiv 1604.06174) runs a stretch of the forward pass, a *region*,
-and drops what was saved in it; only the region's inputs are kept. When backward gets there, it runs the region once
-more, uses what that saves, and goes on. L blocks in regions of k hold L/k inputs and, for the one region that backward
-is in, c * k activations: least at k = sqrt(L / c). The price is a second forward pass: where forward and backward cost
-1 + 2 units, it makes them 4. The selective mode also keeps what is expensive to compute (matrix products, attention)
-and computes only the cheap rest again: it needs more memory than the full mode and less time.
+matrix product its two factors, a gelu its input. They live until backward has used them: L blocks that save c
+activations each keep c * L. Checkpointing (arXiv 1604.06174) runs a part of the forward pass, a *region*, and drops
+what was saved in it; only the region's inputs are kept. When backward gets there, it runs the region once more, uses
+what that saves, and goes on. L blocks in regions of k keep L/k inputs and, for the one region that backward is in,
+c * k activations: least at k = sqrt(L / c). The price is a second forward pass: where forward and backward cost 1 + 2
+units, they now cost 4. The selective mode also keeps what is expensive to compute (matrix products, attention) and
+computes only the cheap rest again: it needs more memory than the full mode and less time.
 
 **How.** ``torch.autograd.graph.saved_tensors_hooks`` calls ``pack(tensor)`` for each tensor that autograd saves, keeps
 what that returns, and calls ``unpack`` on it when backward asks for the tensor. Here ``pack`` returns an empty slot.
 The first ``unpack`` of a region runs it again with another ``pack``, which puts the n-th tensor into the n-th slot. It
-stops at the last slot, as nothing after it is needed. The alternative, an autograd function that runs a backward pass
-of its own ("reentrant"), fails with ``torch.autograd.grad``, and where no input needs a gradient; this one doesn't.
+stops at the last slot, as nothing after it is needed. The alternative is an autograd function that runs a backward pass
+of its own ("reentrant"). It fails with ``torch.autograd.grad``, and where no input needs a gradient.
 
 **What must be the same both times.** The second run starts from the random state of CPU and GPU that the first one
 found (or dropout would drop other elements) and under the same autocast. Beyond that a function must do the same twice:
@@ -59,7 +59,7 @@ class RecomputationError(RuntimeError):
 @dataclass
 class CheckpointingConfig:
     """The section ``activation_checkpointing``. Its presence is the switch: ``{}`` recomputes the default blocks."""
-    cpu_checkpointing: bool = False                # hold the regions' inputs in pinned host memory; GPU only
+    cpu_checkpointing: bool = False                # keep the regions' inputs in pinned host memory; GPU only
     synchronize_checkpoint_boundary: bool = False  # wait for the GPU before and after each block; GPU only
     profile: bool = False        # measure bytes kept and seconds recomputed; waits for the GPU too
     modules: list | None = None  # class names, or patterns of module names; null: the default blocks; []: none
@@ -71,15 +71,15 @@ class CheckpointingConfig:
     number_checkpoints: int | None = field(default=None, metadata={"least": 1})
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
-        "partition_activations": "it divides what model-parallel ranks hold alike, and there are none",
+        "partition_activations": "it divides what model-parallel ranks have in common, and there are none",
         "contiguous_memory_optimization": "PyTorch's allocator has no need of it",
         "number_checkpoints": "each block is a region; call checkpoint() around several for larger ones"}
 
 
-# --- What a second run needs beside the arguments ---------------------------------------------------------------------
+# --- What a second run needs: its context and its inputs --------------------------------------------------------------
 
 
-class _Surroundings:
+class RecomputeContext:
     """The random state, autocast and default device that a call finds; ``restored()`` brings them back for a while."""
 
     def __init__(self, leaves: list[Any]):
@@ -119,7 +119,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)  # only its node in the graph, which holds the tensors, is of use
+        return anchor.new_empty(0)  # only its node in the graph, which keeps the tensors, is of use
 
 
 def _keep(tensors: list[Tensor], on_host: bool) -> Any:
@@ -130,7 +130,7 @@ def _keep(tensors: list[Tensor], on_host: bool) -> Any:
 
 
 def _to_host(tensor: Tensor) -> Any:
-    """Start to copy a GPU tensor to pinned memory, beside the computation; parameters stay where they are anyway."""
+    """Start to copy a GPU tensor to pinned memory, while the GPU computes; parameters stay where they are anyway."""
     if not tensor.is_cuda or isinstance(tensor, nn.Parameter):
         return tensor
     stream = torch.cuda.Stream(tensor.device)  # one of a pool, so this is cheap
@@ -180,7 +180,7 @@ class _Region:
         self.settings, self.name, self.function = settings, name, function
         self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.keeper = _keep(tensors, settings.config.cpu_checkpointing)
-        self.surroundings = _Surroundings(tensors)
+        self.context = RecomputeContext(tensors)
         self.saved: list[tuple] = []  # per tensor autograd saved: weakly its slot, and its metadata
         self.filled_in = -1           # the backward pass that the slots' values belong to
         # The selective mode: expensive operations in order, their results and these results' versions.
@@ -222,7 +222,7 @@ class _Region:
 
         started = self.settings.boundary()
         try:
-            with self.surroundings.restored(), torch.enable_grad(), reuse, saved_tensors_hooks(pack, lambda t: t):
+            with self.context.restored(), torch.enable_grad(), reuse, saved_tensors_hooks(pack, lambda t: t):
                 self.function(*args, **kwargs)
         except _EnoughError:
             pass

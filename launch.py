@@ -11,7 +11,7 @@ On two machines, the same command on each, but for its --node_rank; the address 
     python launch.py --nnodes 2 --node_rank 1 --rdzv_endpoint 10.0.0.1:29500 --nproc_per_node 4 train.py
 
 Processes are started by PyTorch's launcher (torch.distributed.run, "torchrun"), and all of its options may be given.
-What this one does beside it:
+In addition:
 
 - When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
   the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr
@@ -22,7 +22,7 @@ What this one does beside it:
   With either, ranks may be others after each start; without, they follow --node_rank.
 - A cut connection ends each process once its collectives time out, and with that its launcher; but with --max_restarts
   or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
-- gloo is told which network interface leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it; on Linux.
+- On Linux, gloo uses the network interface that leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it.
 - DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
   machines, so that there is no --hostfile.
 
@@ -37,7 +37,6 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +69,7 @@ class SimpleModel(nn.Module):
 
 
 def documented_example(zero_stage: int | None = None, config_file: str | None = None) -> None:
-    """DeepSpeed's documented example. What is ours, beside the printing, is marked so."""
+    """DeepSpeed's documented example. What is ours, apart from the printing, is marked so."""
     torch.manual_seed(0)  # ours: the same figures every time
 
     model = SimpleModel()
@@ -103,7 +102,7 @@ def documented_example(zero_stage: int | None = None, config_file: str | None = 
     model_engine.backward(loss)
     # Two steps of the schedule in one of training: the engine's step() takes one, as DeepSpeed's does, and then the
     # document takes another. Its 0.0023 is the rate after both, 0.001 + 0.009 * log(2) / log(100): a schedule's first
-    # value holds for two steps, so after one alone the rate would still be 0.001.
+    # value is in force for two steps, so after one alone the rate would still be 0.001.
     model_engine.step()
     lr_scheduler.step()
 
@@ -306,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
     example = parser.add_argument_group("the example")
     example.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
-                         help="its ZeRO stage: what the processes share out instead of each holding all")
+                         help="its ZeRO stage: of what each process keeps a shard only")
     example.add_argument("--deepspeed_config", metavar="FILE", help="a JSON config to use in place of its own")
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")

@@ -11,7 +11,7 @@ warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that
     CURVES      how a rate goes from one value to another: linear, cosine, log, exponential
     Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
     DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
-    Beside them: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
+    Of our own: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
     build       a schedule by its name; most classes of ``torch.optim.lr_scheduler`` go by theirs
     preview     the rates of a schedule without training
 
@@ -174,7 +174,7 @@ class Schedule(LRScheduler):
         return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position, and put its rates in force at once; DeepSpeed's states hold the position alone."""
+        """Go to a saved position, and put its rates in force at once; DeepSpeed's states have the position alone."""
         base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
         if len(base_lrs) != len(self.base_lrs):
             raise ValueError(f"the saved schedule has {len(base_lrs)} param group(s), this one {len(self.base_lrs)}")
