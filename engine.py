@@ -1639,8 +1639,9 @@ class Engine(nn.Module):
     def _meet(self, call: str) -> None:
         """Wait until all ranks make this call; RuntimeError where one does not come in time."""
         try:
-            if dist.get_backend() == "gloo":  # whose collectives wait for 30 minutes, whatever the timeout is
-                dist.monitored_barrier(timeout=self.config.collective_timeout())
+            group = zero.Groups.current().host
+            if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
+                dist.monitored_barrier(group, self.config.collective_timeout())
         except RuntimeError as error:
             raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
                                f"{str(error).splitlines()[0]}") from None

@@ -244,13 +244,14 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     if required is False:
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
     backend = backend or ("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+    own = device if backend == "nccl" else None  # NCCL then connects ranks now, and not in the first backward
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         for name, starter in STARTERS.items():
             if os.environ.get(name, "1") not in ("", "1"):
                 raise ValueError(f"this process is one of {os.environ[name]} that were started by {starter}, which "
                                  f"does not set RANK and WORLD_SIZE; it would train alone. Start the script with "
                                  f"torchrun or launch.py; if it is to train alone, unset {name}")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=own)
         atexit.register(end_process_group)
         return True
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
@@ -261,7 +262,7 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     store, rank, world_size = next(dist.rendezvous("env://"))
     # A group that starts after another one's end must not find that one's addresses in the launcher's store.
     store = dist.PrefixStore(f"start {next(Communicator.starts)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
     atexit.register(end_process_group)
     return True
 
@@ -277,10 +278,47 @@ def end_process_group() -> None:
             dist.destroy_process_group()
 
 
+@dataclass(eq=False)
+class Groups:
+    """The process groups beside the default one that engines on GPUs share; the last engine to leave ends them.
+
+    reductions   an order of their own for reductions, see Reducer.launch_ready; all-gathers keep the default group's
+    host         gloo: objects and barriers take no GPU memory there, and do not come between NCCL's collectives
+    """
+    reductions: Any = None
+    host: Any = None
+    users: int = 0
+
+    @classmethod
+    def current(cls) -> "Groups":
+        """Those beside the present default group."""
+        return _GROUPS.setdefault(dist.group.WORLD, cls())
+
+    def join(self, device: torch.device, timeout: timedelta | None) -> None:
+        """Make the groups, unless another engine has. NCCL would connect ranks at the first use: in a backward."""
+        if not self.users:
+            self.reductions = dist.new_group(timeout=timeout)
+            self.host = dist.new_group(backend="gloo", timeout=timeout)
+            for group in (None, self.reductions):
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
+        self.users += 1
+
+    def leave(self) -> None:
+        """An engine needs them no more."""
+        self.users -= 1
+        if not self.users and dist.is_initialized():
+            dist.destroy_process_group(self.reductions)
+            dist.destroy_process_group(self.host)
+            self.reductions = self.host = None
+
+
+_GROUPS: "weakref.WeakKeyDictionary[Any, Groups]" = weakref.WeakKeyDictionary()  # by the default group
+
+
 def gather(value: Any, group: Any = None) -> list[Any]:
     """What each rank has for ``value``."""
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value, group)
+    dist.all_gather_object(every, value, group or Groups.current().host)
     return every
 
 
@@ -367,7 +405,7 @@ class Communicator:
     starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
     number, logbook, debug = 0, None, False
-    reductions = gathers = None  # process groups; None is the default one
+    groups: Groups | None = None  # of its own beside the default one
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
         gloo = device.type == "cpu" and dist.group.WORLD._get_backend(device).name() == "gloo"
@@ -377,8 +415,22 @@ class Communicator:
         self.number = int(number)
         if self.world_size > 1:
             self.logbook, self.debug = Logbook(self.number, timeout), debug
-        if device.type == "cuda" and self.world_size > 1:  # each kind keeps its own order, see Zero._launch_ready
-            self.reductions = dist.new_group()
+
+    def open_groups(self, timeout: float | None) -> None:
+        """Have groups of its own on GPUs, until ``close_groups``."""
+        if self.device.type == "cuda" and self.world_size > 1:
+            self.groups = Groups.current()
+            self.groups.join(self.device, None if timeout is None else timedelta(seconds=timeout))
+
+    def close_groups(self) -> None:
+        """Leave them."""
+        if self.groups is not None:
+            self.groups.leave()
+            self.groups = None
+
+    @property
+    def _reductions(self) -> Any:
+        return None if self.groups is None else self.groups.reductions
 
     def _prepare(self, rank: int, world_size: int, device: torch.device, direct: bool) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
@@ -401,7 +453,7 @@ class Communicator:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             if not flat.dtype.is_floating_point:
                 flat = flat.view(torch.uint8)  # backends don't know every dtype
-            return Handle(self, [gather(flat, self.shard_of(flat), group=self.gathers, async_op=True)])
+            return Handle(self, [gather(flat, self.shard_of(flat), async_op=True)])
         tag, works = self._tag("all-gather"), []
         for other in self._others():
             works.append(dist.irecv(self.shard_of(flat, other), other, tag=tag))
@@ -419,7 +471,7 @@ class Communicator:
         self._begin("reduce-scatter", flat, 1, what)
         if not self.direct:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            work = scatter(_as_real(own), _as_real(flat), group=self.reductions, async_op=True)
+            work = scatter(_as_real(own), _as_real(flat), group=self._reductions, async_op=True)
             return Handle(self, [work], lambda: _sum([own], out, add))
         tag, works, parts = self._tag("reduce-scatter"), [], {self.rank: own}
         for other in self._others():
@@ -440,7 +492,7 @@ class Communicator:
         if self.world_size == 1:
             return Handle(self, finish=finish)
         self._begin(kind, tensor, 2, what)
-        return Handle(self, [dist.all_reduce(_as_real(tensor), group=self.reductions, async_op=True)], finish)
+        return Handle(self, [dist.all_reduce(_as_real(tensor), group=self._reductions, async_op=True)], finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """``source``'s contiguous ``tensor`` to all ranks; sent as bytes, since backends don't know every dtype."""
@@ -2424,7 +2476,10 @@ class Zero:
                  communicator: Communicator | None = None):
         self.model, self.optimizer, self.config, self.device, self.predivide = (
             model, optimizer, config, device, predivide)
-        self.communicator = communicator or Communicator(device, debug, timeout)
+        if communicator is None:
+            communicator = Communicator(device, debug, timeout)
+            communicator.open_groups(timeout)
+        self.communicator = communicator
         if self.communicator.debug:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.whole = set() if allow_untested and config.stage else groups_of_whole_parameters(optimizer)
@@ -2537,6 +2592,7 @@ class Zero:
         self.hooks.clear()
         if self.updater is not None:
             self.updater.remove()
+        self.communicator.close_groups()
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
             if _SLOTS.get(id(slot.parameter)) is slot:
                 del _SLOTS[id(slot.parameter)]

@@ -372,7 +372,7 @@ class Communicator:
         if self.world_size == 1:
             return Handle(self, finish=finish)
         self._begin(kind, tensor, 2, what)
-        return Handle(self, [dist.all_reduce(tensor, group=self.reductions, async_op=True)], finish)
+        return Handle(self, [dist.all_reduce(tensor, group=self._reductions, async_op=True)], finish)
 
 class Gradients:
     def take(self, slot, gradient):

@@ -152,3 +152,18 @@ def test_nccls_collectives_train_the_same_whenever_their_results_come(run_ranks,
             assert difference < 1e-6, f"stage {stage}: {name} differs from plain PyTorch by {difference:.3g}"
         sent = sum(elements for kind, elements in traffic.items() if kind != "scalars")
         assert sent == {0: 2, 1: 2, 2: 2, 3: 3}[stage] * count * (ranks - 1) // ranks, f"stage {stage}: {traffic}"
+
+
+def groups_left():
+    """How many process groups there are: at first, with two users, after one has left, after both have."""
+    counts, groups = [len(dist.distributed_c10d._world.pg_map)], zero.Groups.current()
+    for call in (groups.join, groups.join, groups.leave, groups.leave):
+        call(*(torch.device("cpu"), None) if call == groups.join else ())
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts, zero.gather(dist.get_rank())
+
+
+def test_engines_share_their_groups_and_the_last_one_ends_them(run_ranks):
+    for counts, every in run_ranks(groups_left, 2):
+        first = counts[0]
+        assert counts == [first, first + 2, first + 2, first + 2, first] and every == [0, 1]

@@ -234,7 +234,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.reduces_now.",
          "launch_ready calls self.launch(gradients) for the first of self.queue while that is complete, and never for "
          "one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), then a "
-         "Handle with dist.all_reduce(..., group=self.reductions, async_op=True) and finish. A sparse gradient needs "
+         "Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. A sparse gradient needs "
          "to_dense().")),
     Exercise(
         "zero:stage_1", ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
