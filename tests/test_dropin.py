@@ -495,14 +495,14 @@ def wrong_calls() -> list[tuple[str, dict, str, bool]]:
     calls += [("no_sync", {}, "no_sync", False)]
     calls += [("save_checkpoint", arguments, told, True) for arguments, told in (
         ({"save_dir": 5}, "save_dir is 5"), ({"save_dir": None}, "save_dir is None"), ({"tag": "a/b"}, "tag is 'a/b'"),
-        ({"tag": ""}, "tag is ''"), ({"tag": 5}, "tag is 5"), ({"tag": ".."}, "tag is"), ({"tag": "latest"}, "tag is"),
+        ({"tag": ""}, "tag is ''"), ({"tag": [5]}, "tag is .5."), ({"tag": ".."}, "tag is"), ({"tag": "latest"}, "tag is"),
         ({"client_state": [1]}, "client_state is"), ({"client_state": 5}, "client_state is 5"),
         ({"client_state": {"f": test_comm_speaks_to_all_ranks}}, "client_state"),
         ({"save_latest": "no"}, "save_latest is 'no'"),
         ({"exclude_frozen_parameters": 1}, "exclude_frozen_parameters is 1"))]
     calls += [("load_checkpoint", arguments, told, True) for arguments, told in (
         ({"load_dir": 5}, "load_dir is 5"), ({"load_dir": None}, "load_dir is None"), ({"tag": "../x"}, "tag is"),
-        ({"tag": "nothing"}, "nothing"), ({"tag": 7}, "tag is 7"), ({"load_module_strict": "no"}, "load_module_strict"),
+        ({"tag": "nothing"}, "nothing"), ({"tag": True}, "tag is True"), ({"load_module_strict": "no"}, "load_module_strict"),
         ({"load_optimizer_states": None}, "load_optimizer_states"), ({"load_module_only": 1}, "load_module_only"))]
     calls += [("save_16bit_model", arguments, told, True) for arguments, told in (
         ({"save_dir": None}, "save_dir is None"), ({"save_filename": 5}, "save_filename is 5"))]
