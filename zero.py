@@ -347,7 +347,7 @@ def agree(work: Callable[[], Any], same: bool = False, kind: type[Exception] | N
             raise (kind or ValueError)(f"rank {rank}: {told}") from failure
     if same and len(set(every)) > 1:
         _tell_difference(gather(result, group))
-    return [given for _, given in every]
+    return [result] * len(every) if same else [given for _, given in every]
 
 
 def _tell_difference(texts: list[Sequence[str]]) -> None:
