@@ -280,7 +280,7 @@ def end_process_group() -> None:
 
 @dataclass(eq=False)
 class Groups:
-    """The process groups beside the default one that engines on GPUs share; the last engine to leave ends them.
+    """The process groups that engines on GPUs share, besides the default one; the last engine to leave ends them.
 
     reductions   an order of their own for reductions, see Reducer.launch_ready; all-gathers keep the default group's
     host         gloo: objects and barriers take no GPU memory there, and do not come between NCCL's collectives
@@ -291,7 +291,7 @@ class Groups:
 
     @classmethod
     def current(cls) -> "Groups":
-        """Those beside the present default group."""
+        """Those of the present default group."""
         return _GROUPS.setdefault(dist.group.WORLD, cls())
 
     def join(self, device: torch.device, timeout: timedelta | None) -> None:
@@ -405,7 +405,7 @@ class Communicator:
     starts = count()   # tell process groups apart that are started one after the other, see start_process_group
 
     number, logbook, debug = 0, None, False
-    groups: Groups | None = None  # of its own beside the default one
+    groups: Groups | None = None  # besides the default one
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
         gloo = device.type == "cpu" and dist.group.WORLD._get_backend(device).name() == "gloo"
@@ -1106,8 +1106,7 @@ class Bucket:
         What autograd saves is no such view, see _pack.
         """
         self.gather.wait()
-        for slot in self.slots:
-            slot.version = slot.parameter._version
+        self.note_versions()
         if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
             return  # with Gatherer.free_unused it is tried again
         try:
@@ -1128,7 +1127,7 @@ class Bucket:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are at hand.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are on the same device.
         """
         versions = [slot.parameter._version for slot in self.slots]
         comparable = self.unit is not None and self.finest[0].device == self.flat.device
@@ -1363,7 +1362,7 @@ class Gradients:
     # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
 
     def square(self, exact: bool = False) -> Tensor:
-        """The squared 2-norm of this rank's slice of the sum, in float64. ``exact``: where squares leave float32, too."""
+        """The squared 2-norm of this rank's slice of the sum; ``exact`` where squares leave float32, too. In float64."""
         part = self.sum if self.bucket.sharded.optimizer else self.communicator.shard_of(self.sum)
         if exact:  # in pieces, as each becomes a copy in float64
             norm = torch.linalg.vector_norm(torch.stack([
@@ -1466,7 +1465,7 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
     plans: list[Plan] = []
     open_slots: dict[Any, list[Slot]] = {}
     for name, p in named:
-        unit = units.get(id(p)) if limit == "auto" or p.numel() > limit else None
+        unit = units.get(id(p)) if p.numel() > limit else None
         group = groups.get(id(p))
         key = (unit, group, group is not None and p.requires_grad, Dtypes(*dtypes(p)))
         slots = open_slots.setdefault(key, [])
@@ -1972,7 +1971,7 @@ def _in_backward() -> bool:
 # --- Stage 3: parameters come before each use and go after it ---------------------------------------------------------
 
 
-RECOMPUTED = "recomputed activations"  # a user of a unit, beside its calls
+RECOMPUTED = "recomputed activations"  # a user of a unit, besides its calls
 
 
 class Trace:
@@ -2894,7 +2893,7 @@ class Init:
             self._shard(part)
 
     def _finish(self, modules: list[nn.Module]) -> None:
-        """Share out what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
+        """Shard what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
         self._settle()
         for module in modules:
             self._shard(module)
@@ -2903,7 +2902,7 @@ class Init:
             bucket.slots = [slot for slot in bucket.slots if id(slot.parameter) in used]
 
     def _shard(self, module: nn.Module) -> None:
-        """Share out the parameters that a module has itself, but for those that are sharded, or have no values yet."""
+        """Shard the parameters that a module has itself, but for those that are sharded, or have no values yet."""
         if self.communicator.world_size == 1:
             for p in module.parameters(recurse=False):
                 if self.dtype is not None and p.is_floating_point():

@@ -240,7 +240,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
         "zero:stage_1", ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
         "ZeRO stage 1 from nothing, in about 40 lines: each rank updates its slice of the parameters, and only that.",
         (Check("training equals plain PyTorch on the whole batch, with clipping",
-               "Sharing out memory must not change what is learned.",
+               "Sharding memory must not change what is learned.",
                ("test_grade.py::test_stage_1_by_hand_equals_plain_pytorch",)),
          Check("micro-batches add up, and are sent once",
                "A window of m micro-batches that is sent m times costs m times the traffic, for nothing.",
