@@ -2379,48 +2379,76 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for an
     invalid config, and ValueError for other bad arguments.
     """
-    settings, failure = None, None
-    try:
-        _check_start(distributed_port, dist_init_required)
-        _check_arguments(args, model, mpu, mesh_param, collate_fn)
-        settings = load_config(_only_config(args, config, config_params))
-    except ValueError as error:  # perhaps on this rank alone: then the others must hear of it
-        failure = error
-        if not dist.is_initialized() and "RANK" not in os.environ:
-            raise
+    settings, failure = _read_arguments(args, model, mpu, mesh_param, collate_fn, distributed_port,
+                                        dist_init_required, config, config_params)
     local_rank = 0 if failure else getattr(args, "local_rank", None) or 0
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     device, started = _join_group(model, local_rank, distributed_port, dist_init_required, settings)
-    options: list[tuple[dict, dict]] = []  # of the caller's optimizer: making a schedule changes them
-    engine = recomputed = None
+    built: list[Any] = []
 
-    def choose() -> list[str]:
-        nonlocal engine, recomputed
+    def build() -> list[str]:
         if failure is not None:
             raise failure
-        lines = _describe(settings, model)
-        options.extend((group, dict(group)) for group in getattr(optimizer, "param_groups", ()))
-        settings.settle_batch_sizes(dist.get_world_size())
-        _check_data(training_data)
-        zero.check_memory(model)
-        zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
-        recomputed = _recomputed(settings, model)
-        engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
-        engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
-        engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-        return lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
+        engine, recomputed, lines = _build(settings, model, optimizer, model_parameters, lr_scheduler, training_data,
+                                           device, local_rank, started)
+        built.extend((engine, recomputed))
+        return lines
 
-    try:
-        zero.agree(choose, same=True)
+    with _undone_if_refused(optimizer, started):
+        zero.agree(build, same=True)
+        engine, recomputed = built
         _equip(engine, training_data, collate_fn, recomputed)
+    return engine, engine.optimizer, engine.loader, engine.lr_scheduler
+
+
+def _read_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any, port: Any, required: Any,
+                    config: Any, config_params: Any) -> tuple[Config | None, ValueError | None]:
+    """The config, or what is wrong: on this rank alone, perhaps, and then the others must hear of it."""
+    try:
+        _check_start(port, required)
+        _check_arguments(args, model, mpu, mesh_param, collate_fn)
+        return load_config(_only_config(args, config, config_params)), None
+    except ValueError as error:
+        if not dist.is_initialized() and "RANK" not in os.environ:
+            raise
+        return None, error
+
+
+@contextmanager
+def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
+    """On an error, give the caller's optimizer its options back, which a schedule changes, and end the process group.
+
+    The group goes if it was ``started`` here, or the next, corrected call would find one that no engine lets go.
+    """
+    options = [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
+    try:
+        yield
     except BaseException:
         for group, given in options:
             group.clear()
             group.update(given)
-        if started:  # or the next, corrected call would find a group that no engine lets go
+        if started:
             dist.destroy_process_group()
         raise
-    return engine, engine.optimizer, engine.loader, engine.lr_scheduler
+
+
+def _build(settings: Config, model: nn.Module, optimizer: Any, model_parameters: Any, lr_scheduler: Any,
+           training_data: Any, device: torch.device, local_rank: int, started: bool
+           ) -> tuple[Engine, dict[str, nn.Module] | None, list[str]]:
+    """An engine that does not train yet, the modules to be recomputed, and lines in which ranks must not differ.
+
+    What can be refused is refused here; the model is as it was.
+    """
+    lines = _describe(settings, model)
+    settings.settle_batch_sizes(dist.get_world_size())
+    _check_data(training_data)
+    zero.check_memory(model)
+    zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
+    recomputed = _recomputed(settings, model)
+    engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
+    engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+    engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
+    return engine, recomputed, lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
 
 
 def _join_group(model: Any, local_rank: int, port: int, required: bool | None, settings: Config | None

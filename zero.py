@@ -1127,7 +1127,8 @@ class Bucket:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are on the same device.
+        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are on the
+        same device.
         """
         versions = [slot.parameter._version for slot in self.slots]
         comparable = self.unit is not None and self.finest[0].device == self.flat.device
@@ -1362,7 +1363,7 @@ class Gradients:
     # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
 
     def square(self, exact: bool = False) -> Tensor:
-        """The squared 2-norm of this rank's slice of the sum; ``exact`` where squares leave float32, too. In float64."""
+        """The squared 2-norm of this rank's slice of the sum, in float64; ``exact`` where squares leave float32."""
         part = self.sum if self.bucket.sharded.optimizer else self.communicator.shard_of(self.sum)
         if exact:  # in pieces, as each becomes a copy in float64
             norm = torch.linalg.vector_norm(torch.stack([
