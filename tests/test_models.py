@@ -15,85 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import engine as deepspeed
 import zero
-
-RANKS, STAGES = 2, range(4)
-WIDTH, ROWS, LENGTH = 8, 2, 3  # a batch of one rank is (ROWS, LENGTH, WIDTH)
-BUCKET = 150                   # elements: every model below has several buckets
-TOLERANCE = 1e-10
-
-
-# --- The oracle -------------------------------------------------------------------------------------------------------
-
-
-def twins(kind, *arguments):
-    """A model in fp64 and its equal, the same on every rank."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = kind(*arguments).double()
-    return model, copy.deepcopy(model)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def start(model: nn.Module, stage: int, make_optimizer=sgd, accumulation: int = 1, **options):
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer, config={
-        "train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, **options}})
-    return engine
-
-
-def batches(step: int):
-    """The rows of every rank."""
-    generator = torch.Generator().manual_seed(step)
-    return list(torch.randn(RANKS, ROWS, LENGTH, WIDTH, generator=generator, dtype=torch.float64))
-
-
-def mine(of_all_ranks):
-    return of_all_ranks[dist.get_rank()]
-
-
-def plain_backward(losses):
-    """Backward on the mean over ranks."""
-    for loss in losses:
-        (loss / RANKS).backward()
-
-
-def plain_step(optimizer):
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def assert_same(model: nn.Module, reference: nn.Module, what: str):
-    """The weights of the engine's model and of the reference."""
-    whole = {name: zero.safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
-    for name, expected in reference.named_parameters():
-        assert_close(whole[name], expected, f"{what}: {name}")
-
-
-def assert_close(got, expected, what: str):
-    assert got is not None, f"{what}: None, plain PyTorch has a tensor"
-    difference = float((got.detach() - expected.detach()).abs().max())
-    assert difference <= TOLERANCE, f"{what}: largest difference {difference:.3g}"
-
+from oracle import LENGTH, RANKS, STAGES, WIDTH, Mlp, assert_close, assert_same, batches, inside, mine, \
+    plain_backward, plain_step, sgd, start, twins
 
 # --- Models -----------------------------------------------------------------------------------------------------------
-
-
-class Mlp(nn.Module):
-    """Blocks, of which each is a unit of stage 3."""
-
-    def __init__(self, blocks: int = 4):
-        super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-                                      for _ in range(blocks)))
-
-    def forward(self, x):
-        return self.blocks(x)
 
 
 class InPlaceResidual(Mlp):
@@ -232,37 +158,7 @@ class Choice(nn.Module):
 def loss_of(model, x):
     """The loss, with the side output where the model keeps one."""
     loss = model(x).pow(2).mean()
-    inside = model.module if isinstance(model, deepspeed.Engine) else model
-    return loss + getattr(inside, "side", 0)
-
-
-# --- Training and evaluation, whatever the model does -----------------------------------------------------------------
-
-
-def train_and_evaluate(kind, stage: int):
-    """Three steps, and an evaluation after each."""
-    model, reference = twins(kind)
-    if hasattr(reference, "token"):
-        reference.token.sparse = False
-    engine, optimizer = start(model, stage), sgd(reference.parameters())
-    for step in range(3):
-        engine.backward(loss_of(engine, mine(batches(step))))
-        engine.step()
-        plain_backward(loss_of(reference, x) for x in batches(step))
-        plain_step(optimizer)
-        engine.eval(), reference.eval()
-        with torch.no_grad():
-            x = mine(batches(100 + step))
-            assert_close(engine(x), reference(x), f"stage {stage}: the output in evaluation after step {step}")
-        engine.train(), reference.train()
-    assert_same(model, reference, f"stage {stage}")
-
-
-@pytest.mark.parametrize("kind", [InPlaceResidual, SideOutput, SparseEmbedding, Recurrent, Attention, Encoder,
-                                  WeightNorm])
-def test_training_and_evaluation_equal_plain_pytorch(run_ranks, kind):
-    for stage in STAGES:
-        run_ranks(train_and_evaluate, RANKS, kind, stage)
+    return loss + getattr(inside(model), "side", 0)
 
 
 # --- Inputs that require grad -----------------------------------------------------------------------------------------

@@ -6,15 +6,14 @@
 Models of the package ``transformers`` are tested where it is installed.
 
 Every rank has its own rows of a batch; the reference is the same model in plain PyTorch, on the rows of all ranks. The
-models are in fp64, so that equal means equal. ``test_models.py`` has the loops that people write, and more models.
+models are in fp64, so that equal means equal. ``oracle.py`` trains them; ``test_models.py`` has the
+loops that people write, and more models.
 """
 
 import copy
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,10 +23,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
-import engine as deepspeed
+import test_models as models
 import zero
-from test_models import LENGTH, RANKS, STAGES, WIDTH, Mlp, assert_close, assert_same, batches, mine, \
-    plain_backward, plain_step, sgd, start, twins
+from oracle import LENGTH, RANKS, STAGES, WIDTH, Case, Mlp, assert_close, assert_same, batches, inside, mine, \
+    plain_backward, plain_step, sgd, square, start, train, twins
 
 
 # --- Modules of PyTorch's ---------------------------------------------------------------------------------------------
@@ -460,14 +459,6 @@ def hooked_by_the_caller(model, x):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def inside(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, deepspeed.Engine) else model
-
-
-def square(model, x):
-    return model(x).square().mean()
-
-
 def kept_loss(model, x):
     assert model(x) is None
     return inside(model).loss
@@ -487,12 +478,6 @@ def unrolled(model, x):
     return total
 
 
-class Case(NamedTuple):
-    kind: Callable
-    loss: Callable = square
-    whole: bool = False  # the reference takes all rows at once: what a forward changes must not see them in parts
-
-
 CASES = {
     "transformer": Case(Transformer), "cross attention": Case(CrossAttention), "recurrent": Case(Recurrent),
     "sparse embeddings": Case(SparseEmbeddings), "channels_last convolutions": Case(Convolutions),
@@ -508,39 +493,15 @@ CASES = {
     "reversible": Case(Reversibles),
     "reversible, in a method": Case(Reversibles, lambda model, x: model.run(x).square().mean()),
     "penalties": Case(partial(Mlp, 2), penalized), "the caller's hooks": Case(partial(Mlp, 2), hooked_by_the_caller),
+    **{kind.__name__: Case(kind, models.loss_of) for kind in (
+        models.InPlaceResidual, models.SideOutput, models.SparseEmbedding, models.Recurrent, models.Attention,
+        models.Encoder, models.WeightNorm)},
 }
-
-
-def train(name: str, stage: int):
-    """Three steps, and an evaluation after each."""
-    case = CASES[name]
-    model, reference = twins(case.kind)
-    for part in reference.modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            part.sparse = False  # SGD with momentum takes no sparse gradients
-    engine, optimizer = start(model, stage), sgd(reference.parameters())
-    for step in range(3):
-        what = f"{name}, stage {stage}, step {step}"
-        engine.backward(case.loss(engine, mine(batches(step))))
-        engine.step()
-        rows = batches(step)
-        plain_backward([case.loss(reference, torch.cat(rows)) * RANKS] if case.whole else
-                       [case.loss(reference, x) for x in rows])
-        plain_step(optimizer)
-        engine.eval(), reference.eval()
-        with torch.no_grad():
-            x = mine(batches(100 + step))
-            assert_close(case.loss(engine, x), case.loss(reference, x), f"{what}: the loss in evaluation")
-        engine.train(), reference.train()
-    assert_same(model, reference, what)
-    for (buffer, a), b in zip(model.named_buffers(), reference.buffers(), strict=True):
-        assert_close(a, b, f"{what}: the buffer {buffer}")
-    engine.destroy()
 
 
 def train_at_every_stage(name: str):
     for stage in STAGES:
-        train(name, stage)
+        train(name, CASES[name], stage)
 
 
 @pytest.mark.parametrize("name", CASES)
