@@ -1561,7 +1561,7 @@ class Engine(nn.Module):
                      load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
         tag = None if tag is None else _folder_name(tag)
         self.wait_for_save()
-        folder = _on_rank_0(lambda: _checkpoint_folder(load_dir, tag))
+        folder = _on_rank_0(lambda: _checkpoint_folder(load_dir, tag, True))
         if folder is None:
             if self.global_rank == 0:
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
@@ -2018,8 +2018,8 @@ def _outdated(newest: Path, keep_last: int) -> list[Path]:
     """
     save_dir, found = newest.parent, []
     kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
-    with suppress(CheckpointError, OSError):  # latest is damaged
-        kept.add((_checkpoint_folder(save_dir) or newest).resolve())
+    with suppress(CheckpointError, OSError):  # latest is missing, or damaged
+        kept.add(_checkpoint_folder(save_dir).resolve())
     for folder in {path.parent for path in save_dir.glob("[!.]*/meta.json")} - {newest}:
         with suppress(CheckpointError):
             index = _read_index(folder)
@@ -2154,15 +2154,17 @@ class _Reader:
         self.files.clear()
 
 
-def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path | None:
-    """The folder of ``tag``, or of the tag that ``latest`` names; None where there is nothing to load."""
+def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None, may_lack: bool = False) -> Path | None:
+    """The folder of ``tag``, or of the tag that ``latest`` names; None where it ``may_lack`` and there is no latest."""
     if tag is not None:
         return Path(directory) / _folder_name(tag)
     latest = Path(directory) / "latest"
     try:
         return Path(directory) / _folder_name(latest.read_text().strip())
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        if may_lack:
+            return None
+        raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
     except ValueError as error:
         raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
                               "one into it, or load by a tag") from None
@@ -2294,7 +2296,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds."""
+    """The buffers that are in a state dict."""
     return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach()
             for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set}
@@ -2341,13 +2343,6 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: boo
                 whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 whole |= dict.fromkeys(facts["aliases"], whole[name])
         return whole | reader.state["buffers"]
-
-
-def _existing_folder(directory: str | os.PathLike, tag: Any) -> Path:
-    folder = _checkpoint_folder(directory, tag)
-    if folder is None:
-        raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag")
-    return folder
 
 
 # --- initialize() -----------------------------------------------------------------------------------------------------
@@ -2664,7 +2659,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _inspect(options: argparse.Namespace) -> str:
     """What a checkpoint holds, a line per parameter."""
-    reader = _Reader(_existing_folder(options.directory, options.tag))
+    reader = _Reader(_checkpoint_folder(options.directory, options.tag))
     index = reader.index
     rows = [f"{reader.folder}: step {index['step']}, saved at stage {index['stage']} by {index['ranks']} rank(s)"]
     for name, facts in index["parameters"].items():
@@ -2678,7 +2673,7 @@ def _inspect(options: argparse.Namespace) -> str:
 
 def _consolidate(options: argparse.Namespace) -> str:
     """Write one plain state dict; says what was written."""
-    whole = consolidate(_existing_folder(options.directory, options.tag),
+    whole = consolidate(_checkpoint_folder(options.directory, options.tag),
                         getattr(torch, options.dtype) if options.dtype else None)
     torch.save(whole, options.output)
     return f"wrote {options.output}: {len(whole)} tensors, {sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB"
@@ -2818,7 +2813,7 @@ def get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir: str | os.PathLike, 
                                              exclude_frozen_parameters: bool = False,
                                              lazy_mode: bool = False) -> dict[str, Tensor]:
     """A checkpoint's whole state dict in fp32; ``tag`` as in load_checkpoint(). ``lazy_mode`` has no effect."""
-    return consolidate(_existing_folder(checkpoint_dir, tag), torch.float32, not exclude_frozen_parameters)
+    return consolidate(_checkpoint_folder(checkpoint_dir, tag), torch.float32, not exclude_frozen_parameters)
 
 
 def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str | os.PathLike,
