@@ -276,6 +276,42 @@ def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone
     assert losses(out)[-1] == pytest.approx(losses(together)[-1], abs=2e-4), "held-out text"
 
 
+FORGETFUL = """
+import sys, time
+import torch, torch.distributed as dist
+import engine as deepspeed
+deepspeed.init_distributed()
+if sys.argv[1] == "engine":
+    model = torch.nn.Linear(4, 1)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": int(sys.argv[2])}})
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    engine.step()
+parts = [torch.zeros(3) for _ in range(2)]
+dist.all_gather(parts, torch.full((3,), float(dist.get_rank())))
+time.sleep(float(sys.argv[3]) * dist.get_rank())  # one rank ends earlier than the other
+print("right", dist.get_rank())
+"""
+
+
+def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request):
+    script = tmp_path / "forgetful.py"
+    script.write_text(FORGETFUL)
+    cases = [("engine", "3", "0.3"), ("alone", "0", "0")]
+    for run, case in enumerate(cases * 25 if request.config.getoption("--long") else cases[:1]):
+        with free_port() as port:
+            common = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            ranks = [subprocess.Popen([sys.executable, script, *case],
+                                      env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+            told = [process.communicate(timeout=DEADLINE) for process in ranks]
+        for rank, (process, (out, err)) in enumerate(zip(ranks, told)):
+            assert (process.returncode, out) == (0, f"right {rank}\n"), f"run {run}, {case}, rank {rank}: {err}"
+            assert "terminate" not in err and "Error" not in err, f"run {run}, {case}, rank {rank}: {err}"
+
+
 def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request):
     if not request.config.getoption("--long"):
         pytest.skip("six restarts take a minute or two; --long runs it")
