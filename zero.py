@@ -2167,6 +2167,7 @@ class Reducer:
     """Backward: gradients come in, full buckets go out, in an order that is the same on all ranks.
 
     pending    a backward pass has begun, and ``Zero.finish_backward`` was not called yet
+    task       autograd's number of it
     foreseen   its first gradient has come, and with it was seen which others its graph will bring
     queue      the order of this backward's reductions; ``in_flight`` are those under way
     dropped    a digest of which reduced gradients were dropped
@@ -2177,6 +2178,7 @@ class Reducer:
         self.zero = zero
         self.every: list[Gradients] = []
         self.pending = self.foreseen = False
+        self.task = -1
         self.queue: deque[Gradients] = deque()
         self.in_flight: deque[Gradients] = deque()
         self.dropped = 0
@@ -2192,7 +2194,7 @@ class Reducer:
         """A backward pass begins, unless one is under way."""
         if self.pending:
             return
-        self.pending = True
+        self.pending, self.task = True, torch._C._current_graph_task_id()
         if self.zero.gatherer is not None:
             self.zero.gatherer.traces[True].restart()
         else:
@@ -2235,8 +2237,8 @@ class Reducer:
     @torch.no_grad()
     def drop(self, slot: Slot) -> None:
         """Forget a parameter's gradient of this window, as zero_grad() asks; one that is reduced, on every rank."""
-        if self.pending:
-            self.zero.finish_backward()
+        if self.task != torch._C._current_graph_task_id():  # else the backward that is pending is the one that runs now
+            self.zero.end_if_pending()
         if slot.bucket.gradients.reduced:
             self.settle()
             self.dropped = (31 * self.dropped + slot.offset + 1) % 2**20
@@ -2678,6 +2680,7 @@ class Zero:
             boundary, self.boundary = self.boundary, True
             self.finish_backward()
             self.boundary = boundary
+        self.reducer.settle()
 
     def _agree(self, exact: bool = False) -> float:
         """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""

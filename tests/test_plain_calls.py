@@ -96,6 +96,27 @@ def test_dropped_gradients_do_not_train(run_ranks, raw, request):
                 run_ranks(drop_gradients, RANKS, stage, drop, 1 + (stage + raw) % 2, raw)
 
 
+def reductions_of_two_backwards(stage):
+    """The reductions of a window's first backward, and of one more after the model's own zero_grad()."""
+    model, counts = net(), []
+    engine, _ = start(model, stage, gradient_accumulation_steps=2 if stage > 1 else 1)
+    for step in range(2):
+        before = sum(t.calls for kind, t in engine.zero.communicator.traffic.items() if kind != "all-gather")
+        engine.backward(engine(mine(step)).square().mean())
+        counts.append(sum(t.calls for kind, t in engine.zero.communicator.traffic.items()
+                          if kind != "all-gather") - before)
+        model.zero_grad()
+    engine.zero_grad()
+    engine.destroy()
+    return counts
+
+
+def test_a_backward_after_zero_grad_reduces_each_bucket_once(run_ranks):
+    for stage in STAGES:
+        for first, second in run_ranks(reductions_of_two_backwards, RANKS, stage):
+            assert first == second > 0, f"stage {stage}"
+
+
 def drop_on_one_rank(stage):
     model = net()
     engine, _ = start(model, stage)
