@@ -7,7 +7,8 @@ The sums stay the same, so every stage trains what plain PyTorch trains on the w
 What is sharded and communicated is a **bucket**: a flat tensor into which many parameters are views.
 
     flat       | weight 0        .| bias 0 .| weight 1                 .| padding |     "." aligns what follows
-               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size
+               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size, but
+                                                                                        see lay_out_whole
     grad       the same layout; gradients are copied in as autograd finishes them
     master     the part of the parameters that this rank's optimizer updates: its shard (stage 0: everything)
 
@@ -60,7 +61,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
-from itertools import count, product, zip_longest
+from itertools import accumulate, count, pairwise, product, zip_longest
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
@@ -387,7 +388,10 @@ class Traffic:
 
 
 class Communicator:
-    """Every collective of this file, over flat tensors whose length the number of ranks divides.
+    """Every collective of this file, over flat tensors of which each rank has a slice.
+
+    Slices are of one size, or lie between ``bounds``: where each rank's begins, and where the last one ends. With
+    bounds PyTorch's collectives are a broadcast, or a reduce, for each slice; sums and elements sent stay the same.
 
     NCCL and other backends use PyTorch's collectives. Gloo's versions of reduce-scatter and all-gather copy everything
     and run an all-reduce, so with gloo each rank exchanges slices with every other one directly: each element is sent
@@ -439,45 +443,55 @@ class Communicator:
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
         self.direct, self.spare = direct, SpareBuffers(device)
 
-    def shard_of(self, flat: Tensor, rank: int | None = None) -> Tensor:
+    def shard_of(self, flat: Tensor, rank: int | None = None, bounds: Sequence[int] | None = None) -> Tensor:
         """The slice of ``flat`` that belongs to ``rank`` (default: this one)."""
-        size = flat.numel() // self.world_size
-        return flat.narrow(0, (self.rank if rank is None else rank) * size, size)
+        rank, size = self.rank if rank is None else rank, flat.numel() // self.world_size
+        return flat.narrow(0, rank * size, size) if bounds is None else flat[bounds[rank]:bounds[rank + 1]]
 
-    def all_gather(self, flat: Tensor, what: Callable[[], str] = str) -> Handle:
+    def all_gather(self, flat: Tensor, what: Callable[[], str] = str, bounds: Sequence[int] | None = None) -> Handle:
         """Every rank's own slice of ``flat`` to all others. ``what`` tells what it holds, for the debug mode."""
         if self.world_size == 1:
             return Handle()
         self._begin("all-gather", flat, 1, what)
+        if not self.direct and bounds is not None:  # as bytes, since backends don't know every dtype
+            return Handle(self, [dist.broadcast(part.view(torch.uint8), owner, async_op=True)
+                                 for owner, part in self._parts(flat, bounds)])
         if not self.direct:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             if not flat.dtype.is_floating_point:
                 flat = flat.view(torch.uint8)  # backends don't know every dtype
             return Handle(self, [gather(flat, self.shard_of(flat), async_op=True)])
         tag, works = self._tag("all-gather"), []
+        own = self.shard_of(flat, None, bounds)
         for other in self._others():
-            works.append(dist.irecv(self.shard_of(flat, other), other, tag=tag))
-            works.append(dist.isend(self.shard_of(flat), other, tag=tag))
+            theirs = self.shard_of(flat, other, bounds)
+            works += [dist.irecv(theirs, other, tag=tag)] if theirs.numel() else []
+            works += [dist.isend(own, other, tag=tag)] if own.numel() else []
         return Handle(self, works)
 
-    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str) -> Handle:
+    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str,
+                       bounds: Sequence[int] | None = None) -> Handle:
         """The sum over ranks of their ``flat``, this rank's slice of it, into ``out`` (added to it if ``add``).
 
         ``out`` may be this rank's slice of ``flat``. The other slices of ``flat`` hold nothing of use afterwards.
         """
-        own = self.shard_of(flat)
+        own = self.shard_of(flat, None, bounds)
         if self.world_size == 1:
             return Handle(self, finish=partial(_sum, [own], out, add))
         self._begin("reduce-scatter", flat, 1, what)
+        if not self.direct and bounds is not None:
+            works = [dist.reduce(_as_real(part), owner, group=self._reductions, async_op=True)
+                     for owner, part in self._parts(flat, bounds)]
+            return Handle(self, works, lambda: _sum([own], out, add))
         if not self.direct:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             work = scatter(_as_real(own), _as_real(flat), group=self._reductions, async_op=True)
             return Handle(self, [work], lambda: _sum([own], out, add))
         tag, works, parts = self._tag("reduce-scatter"), [], {self.rank: own}
         for other in self._others():
-            parts[other] = self.spare.take(own.numel(), own.dtype)
-            works.append(dist.irecv(parts[other], other, tag=tag))
-            works.append(dist.isend(self.shard_of(flat, other), other, tag=tag))
+            parts[other], theirs = self.spare.take(own.numel(), own.dtype), self.shard_of(flat, other, bounds)
+            works += [dist.irecv(parts[other], other, tag=tag)] if own.numel() else []
+            works += [dist.isend(theirs, other, tag=tag)] if theirs.numel() else []
 
         def finish() -> None:
             _sum([parts[rank] for rank in sorted(parts)], out, add)
@@ -502,6 +516,11 @@ class Communicator:
     def note(self, unit: int) -> None:
         """A unit's gather begins; all ranks must gather in the same order, which ``Zero.step`` checks."""
         self.gathered = (31 * self.gathered + unit + 1) % 2**20
+
+    def _parts(self, flat: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """The slices that are not empty, with the ranks that they belong to."""
+        parts = [(rank, self.shard_of(flat, rank, bounds)) for rank in range(self.world_size)]
+        return [(rank, part) for rank, part in parts if part.numel()]
 
     def _others(self) -> list[int]:
         """The other ranks, each rank beginning with its successor, so that not all send to the same one at once."""
@@ -545,13 +564,14 @@ class Rehearsal(Communicator):
     def __init__(self, world_size: int, rank: int = 0, direct: bool = False):
         self._prepare(rank, world_size, torch.device("meta"), direct)
 
-    def all_gather(self, flat: Tensor, what: Callable[[], str] = str) -> Handle:
+    def all_gather(self, flat: Tensor, what: Callable[[], str] = str, bounds: Sequence[int] | None = None) -> Handle:
         """Count it."""
         return self._count("all-gather", flat, 1)
 
-    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str) -> Handle:
+    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str,
+                       bounds: Sequence[int] | None = None) -> Handle:
         """Count it. With many ranks, the buffers for what they send are one."""
-        size, others = flat.numel() // self.world_size, self.world_size - 1 if self.direct else 0
+        size, others = self.shard_of(flat, None, bounds).numel(), self.world_size - 1 if self.direct else 0
         parts = [self.spare.take(size * others, flat.dtype)] if others > 7 else [
             self.spare.take(size, flat.dtype) for _ in range(others)]
 
@@ -934,6 +954,8 @@ class Bucket:
                them is offloaded or the bucket is not trained
     master     (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
                where dtype and place are the same. None if the bucket is not trained
+    bounds     where each rank's shard begins, and where the last one ends: in equal distances, unless no parameter may
+               be cut, see lay_out_whole
     own        which elements this rank updates: where its shard begins and ends; at stage 0 all
     gradients  what reduces their gradients; None if the bucket is not trained
     unit       what gathers and frees it; None: it stays whole
@@ -943,16 +965,18 @@ class Bucket:
 
     def __init__(self, slots: list[Slot], dtypes: Dtypes, communicator: Communicator, sharded: Sharded,
                  unit: "Unit | None" = None, group: int | None = None, trained: bool = False, host: Host | None = None,
-                 shard_host: Host | None = None, numel: int | None = None):
+                 shard_host: Host | None = None, bounds: list[int] | None = None):
         self.slots, self.dtypes, self.communicator, self.device = slots, dtypes, communicator, communicator.device
         self.sharded, self.unit, self.group = sharded._replace(parameters=unit is not None), unit, group
         self.host, self.shard_host = host, shard_host
         self.gradients: Gradients | None = None
         self.zero: Zero | None = None
-        ranks = communicator.world_size
-        self.numel = numel or _round_up(slots[-1].end, ALIGN * ranks)
-        size = self.numel // ranks
-        self.own = (size * communicator.rank, size * (communicator.rank + 1)) if sharded.optimizer else (0, self.numel)
+        rank, ranks = communicator.rank, communicator.world_size
+        size = _round_up(slots[-1].end, ALIGN * ranks) // ranks
+        self.uneven = {} if bounds is None else {"bounds": bounds}  # what collectives need to know
+        self.bounds = bounds or (range(0, size * ranks + 1, size) if size else [0] * (ranks + 1))
+        self.numel = self.bounds[-1]
+        self.own = (self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else (0, self.numel)
         self.gather = Handle()  # the one under way
         self._flatten(trained)
         if unit is not None:
@@ -1082,7 +1106,7 @@ class Bucket:
             if not _same_memory(self.master, self.flat):
                 self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
             if self.sharded.optimizer:
-                self.gather = self.communicator.all_gather(self.flat, self.label)
+                self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
@@ -1097,8 +1121,8 @@ class Bucket:
 
     def _start_gather(self) -> None:
         _GATHERED_INTO[self.flat.untyped_storage()._cdata] = self
-        self.communicator.shard_of(self.flat).copy_(self.shard, non_blocking=True)
-        self.gather = self.communicator.all_gather(self.flat, self.label)
+        self.flat[self.own[0]:self.own[1]].copy_(self.shard, non_blocking=True)
+        self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
 
     def free(self) -> None:
         """Release the whole parameters' memory, unless somebody else has a view of it; each rank keeps its shard.
@@ -1162,9 +1186,8 @@ class Bucket:
         flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.device)
         if not self.sharded.optimizer:
             return slot.view(flat.copy_(slot.part(part, start)), slot.offset)
-        size = self.numel // self.communicator.world_size
-        for owner in range(self.communicator.world_size):
-            stretch = flat[slot.overlap(owner * size, (owner + 1) * size)]
+        for owner, (low, high) in enumerate(pairwise(self.bounds)):
+            stretch = flat[slot.overlap(low, high)]
             if stretch.numel():
                 if owner == self.communicator.rank:
                     stretch.copy_(slot.part(part, start))
@@ -1300,7 +1323,8 @@ class Gradients:
             finish = partial(_sum, [self.send_buffer[own]], self.landing, add)
             self.reduction = self.communicator.all_reduce(self.send_buffer, finish=finish, what=self.bucket.label)
         else:
-            self.reduction = self.communicator.reduce_scatter(self.send_buffer, self.landing, add, self.bucket.label)
+            self.reduction = self.communicator.reduce_scatter(self.send_buffer, self.landing, add, self.bucket.label,
+                                                              **self.bucket.uneven)
         self.life = Life.SENDING
 
     def _to_send(self) -> Tensor:
@@ -1448,7 +1472,7 @@ class Plan(NamedTuple):
     trained: bool         # in one, and not frozen
     dtypes: Dtypes
     slots: list[Slot]
-    numel: int | None = None  # elements of the bucket; None: as many as the slots need
+    bounds: list[int] | None = None  # of the ranks' shards; None: all are of one size
 
 
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
@@ -1474,27 +1498,35 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
         if unit is None and slots[-1].end >= size:
             plans.append(Plan(*key, open_slots.pop(key)))
     plans += [Plan(*key, slots) for key, slots in open_slots.items()]
-    return [plan._replace(numel=lay_out_whole(plan.slots, ranks, first=index)) if plan.group in whole else plan
-            for index, plan in enumerate(plans)]
+    together = [plan for plan in plans if plan.group in whole]
+    bounds = lay_out_whole([plan.slots for plan in together], ranks)
+    return [plan._replace(bounds=bounds.pop(0)) if plan.group in whole else plan for plan in plans]
 
 
-def lay_out_whole(slots: list[Slot], ranks: int, first: int) -> int:
-    """Move parameters within their bucket so that each lies in one rank's shard; returns the bucket's elements.
+def lay_out_whole(buckets: list[list[Slot]], ranks: int) -> list[list[int]]:
+    """Move parameters within their buckets so that each lies in one rank's shard; returns the bounds of the shards.
 
-    The largest comes first, to the rank ``first``, each other to the rank with the least. All shards are as large as
-    the fullest one: the others' ends are padding, most where a bucket has few large parameters for many ranks.
+    The largest of all comes first, each goes to the rank that has the least so far. In a bucket, a shard is as large as
+    what is in it, perhaps empty: else a matrix that is alone in its bucket would need padding for all other ranks.
     """
     loads, owners = [0] * ranks, {}
-    for slot in sorted(slots, key=lambda slot: slot.offset - slot.end):
+    for slot in sorted((slot for slots in buckets for slot in slots), key=lambda slot: -slot.shape.numel()):
         owners[slot] = loads.index(min(loads))
         loads[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
-    size, ends = max(ALIGN, *loads), [(rank + first) % ranks * max(ALIGN, *loads) for rank in range(ranks)]
-    for slot in slots:
-        slot.offset = ends[owners[slot]]
-        slot.end = slot.offset + slot.shape.numel()
-        ends[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
-    slots.sort(key=lambda slot: (slot.offset, slot.end))
-    return size * ranks
+    found = []
+    for slots in buckets:
+        sizes = [0] * ranks
+        for slot in slots:
+            sizes[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+        found.append([0, *accumulate(sizes)])
+        starts = found[-1][:-1]
+        for slot in slots:
+            slot.offset = starts[owners[slot]]
+            slot.end = slot.offset + slot.shape.numel()
+            starts[owners[slot]] += _round_up(slot.shape.numel(), ALIGN)
+        slots.sort(key=lambda slot: (slot.offset, slot.end))
+        found[-1][-1] = max(ALIGN, found[-1][-1])  # where none has elements
+    return found
 
 
 def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
@@ -2532,12 +2564,12 @@ class Zero:
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.buckets: list[Bucket] = []
         plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
-                             self.gatherer.unit_of if self.gatherer is not None else {}, self.whole,
-                             self.communicator.world_size if self.sharded.optimizer else 1)
-        for unit, group, trained, dtypes, slots, numel in plans:
+                             self.gatherer.unit_of if self.gatherer is not None else {},
+                             self.whole if self.sharded.optimizer else (), self.communicator.world_size)
+        for unit, group, trained, dtypes, slots, bounds in plans:
             host = self.offload.host_for(slots[-1].end, self.buckets) if trained else None
             bucket = Bucket(slots, dtypes, self.communicator, self.sharded, unit, group, trained, host,
-                            None if unit is None else self.offload.parameters, numel)
+                            None if unit is None else self.offload.parameters, bounds)
             bucket.zero = self
             self.buckets.append(bucket)
 
@@ -3233,14 +3265,13 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
 
     whole   all that this rank has of each, also what other ranks have too: what ``fill`` writes into
     """
-    rank, ranks = zero.communicator.rank, zero.communicator.world_size
+    rank = zero.communicator.rank
     for bucket in zero.buckets:
         if not (bucket.trained or with_frozen):
             continue
         if bucket.unit is None and not whole:
             bucket.keep_writes()
-        size = bucket.numel // ranks
-        mine = (0, bucket.numel) if whole else (size * rank, size * (rank + 1))
+        mine = (0, bucket.numel) if whole else (bucket.bounds[rank], bucket.bounds[rank + 1])
         held, start = bucket.finest
         for slot in bucket.slots:
             yield from _cut(slot, "", held, start, mine)
@@ -3255,7 +3286,7 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high or slot.offset == slot.end and mine[0] == 0:  # of one without elements, rank 0 saves that it is there
+    if low < high or slot.offset == slot.end and mine[0] == 0 < mine[1]:  # without elements: one rank saves that
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
@@ -3546,8 +3577,9 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
 
     Raises ValueError, which names the argument, what was given and what is allowed.
     """
-    config = config or ZeroConfig()
-    model = model_or_counts
+    config, model = config or ZeroConfig(), model_or_counts
+    if not isinstance(config, ZeroConfig):
+        raise ValueError(f"config is a {type(config).__name__}; allowed: a ZeroConfig; for others engine.estimate")
     if not isinstance(model, nn.Module):
         model = _blocks(model, partial(bucket_size, config, device=torch.device(device or "meta")))
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))

@@ -412,5 +412,7 @@ def test_arguments_that_cant_be_meant_are_errors(arguments, message):
         zero.estimate(*arguments)
     with pytest.raises(ValueError, match="groups has a parameter of shape .3,. that the model has not"):
         zero.estimate(nn.Linear(2, 2), groups=[[nn.Parameter(torch.zeros(3))]])
+    with pytest.raises(ValueError, match="config is a dict; allowed: a ZeroConfig; for others engine.estimate"):
+        zero.estimate(COUNT, {"zero_optimization": {}})
     with pytest.raises(ValueError, match="place is 'gpu'; allowed: device, cpu, nvme, or None for all"):
         zero.estimate(COUNT).bytes(place="gpu")

@@ -9,6 +9,7 @@ import gc
 import logging
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -568,20 +569,24 @@ def test_marked_modules_are_units_without_units_inside():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
-    sizes = [1, 64, 0, 65, 1000, 10, 300, 7]
-    slots, end = [], 0
-    for index, size in enumerate(sizes):
-        p = nn.Parameter(torch.zeros(size))
-        slots.append(zero.Slot(str(index), p, end, end + size, p.shape, (1,)))
-        end = -(-slots[-1].end // zero.ALIGN) * zero.ALIGN
-    numel = zero.lay_out_whole(slots, ranks, first=1)
-    assert numel % (ranks * zero.ALIGN) == 0 and sorted(slot.name for slot in slots) == [*"01234567"]
-    shard = numel // ranks
-    for slot, following in zip(slots, [*slots[1:], None]):
-        assert slot.end - slot.offset == sizes[int(slot.name)] and slot.offset % zero.ALIGN == 0
-        assert slot.offset // shard == max(slot.offset, slot.end - 1) // shard, f"{slot.name} is cut"
-        assert slot.end <= (following.offset if following else numel)
-    assert shard <= max(1024, -(-end // ranks) + 1024)
+    buckets = []
+    for sizes in ([1, 64, 0, 65, 1000, 10, 300, 7], [500], [0], [900, 200, 200]):
+        slots, end = [], 0
+        for index, size in enumerate(sizes):
+            p = nn.Parameter(torch.zeros(size))
+            slots.append(zero.Slot(f"{len(buckets)} {index}", p, end, end + size, p.shape, (1,)))
+            end = -(-slots[-1].end // zero.ALIGN) * zero.ALIGN
+        buckets.append((slots, end))
+    loads = [0] * ranks
+    for (slots, end), bounds in zip(buckets, zero.lay_out_whole([slots for slots, _ in buckets], ranks), strict=True):
+        assert len(bounds) == ranks + 1 and bounds[0] == 0 and bounds == sorted(bounds)
+        assert bounds[-1] == max(end, zero.ALIGN), "nothing but what aligns the parameters is padding"
+        for slot, following in zip(slots, [*slots[1:], None]):
+            assert slot.end - slot.offset == slot.shape.numel() and slot.offset % zero.ALIGN == 0
+            assert any(low <= slot.offset and slot.end <= high for low, high in pairwise(bounds)), f"{slot.name} is cut"
+            assert slot.end <= (following.offset if following else bounds[-1])
+        loads = [load + high - low for load, (low, high) in zip(loads, pairwise(bounds))]
+    assert max(loads) - min(loads) <= 1024 + zero.ALIGN, "no rank has more than another by more than one parameter"
 
 
 # --- Windows: no_sync, flush, overflow --------------------------------------------------------------------------------
