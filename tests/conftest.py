@@ -52,13 +52,17 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
+
+
 # --- In a worker process ----------------------------------------------------------------------------------------------
 
 
 def _serve(rank: int, connection: Any, store_path: str) -> None:
     """Run what comes down ``connection``, in a process group of the size it asks for."""
     torch.set_num_threads(1)
-    gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
+    gc.freeze()  # as in the tests' process
     group = None  # (world size, how many groups came before)
     while True:
         wanted, function, args = pickle.loads(connection.recv_bytes())
