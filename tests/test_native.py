@@ -15,7 +15,7 @@ import zero
 from torch import nn
 
 NAMES = [name for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
-                           "reduce_scatter_tensor", "all_reduce") if hasattr(dist, name)]
+                           "reduce_scatter_tensor", "all_reduce", "broadcast", "reduce") if hasattr(dist, name)]
 
 
 class Late:
@@ -63,7 +63,24 @@ def poisoned(real: dict, open_works: list):
             return Late(tensor, result, [], open_works)
         return tensor.copy_(result)
 
-    return {"all_gather_single": all_gather, "all_gather_into_tensor": all_gather, "all_reduce": all_reduce,
+    def broadcast(tensor, src, group=None, async_op=False):
+        if not async_op:
+            return real["broadcast"](tensor, src, group=group)
+        result = tensor.clone()
+        real["broadcast"](result, src, group=group)
+        if src != dist.get_rank():
+            return Late(tensor, result, [], open_works)
+        return Late(torch.empty(1), torch.zeros(1), [tensor], open_works)
+
+    def reduce(tensor, dst, group=None, async_op=False):
+        assert async_op
+        result = tensor.clone()
+        real["reduce"](result, dst, group=group)
+        if dst == dist.get_rank():
+            return Late(tensor, result, [], open_works)
+        return Late(torch.empty(1), torch.zeros(1), [tensor], open_works)
+
+    return {"broadcast": broadcast, "reduce": reduce, "all_gather_single": all_gather, "all_gather_into_tensor": all_gather, "all_reduce": all_reduce,
             "reduce_scatter_single": reduce_scatter, "reduce_scatter_tensor": reduce_scatter}
 
 
@@ -97,8 +114,8 @@ def batch(step: int, rank: int):
 
 
 ADAMW = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}
-CASES = [dict(zip(("bf16", "accumulate", "recompute", "offload"), flags))
-         for flags in itertools.product([False, True], repeat=4)]
+CASES = [dict(zip(("whole", "bf16", "accumulate", "recompute", "offload"), flags))  # whole: parameters are not cut
+         for flags in itertools.product([False, True], repeat=5)]
 
 
 def trained(stage: int, case: dict, late: bool, steps: int = 3):
@@ -106,6 +123,8 @@ def trained(stage: int, case: dict, late: bool, steps: int = 3):
     config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2 if case["accumulate"] else 1,
               "gradient_clipping": 0.5, "optimizer": {"type": "AdamW", "params": ADAMW},
               "zero_optimization": {"stage": stage, "reduce_bucket_size": 600}}
+    if case["whole"]:
+        config["optimizer"] = {"type": "Lamb", "params": {"lr": 0.01}}
     if case["bf16"]:
         config |= {"bf16": {"enabled": True, "auto_cast": True}, "communication_data_type": "bf16"}
     if case["recompute"]:
@@ -143,7 +162,7 @@ def test_nccls_collectives_train_the_same_whenever_their_results_come(run_ranks,
             (reference(batch(step, rank)).square().mean() / ranks).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         optimizer.step()
-    chosen = CASES if request.config.getoption("--long") else [CASES[0], CASES[stage + 4], CASES[15 - stage]]
+    chosen = CASES if request.config.getoption("--long") else [CASES[0], CASES[stage + 6], CASES[31 - stage]]
     for same, weights, traffic, count in run_ranks(as_under_nccl, ranks, stage, chosen):
         wrong = [case for case, is_same in zip(chosen, same) if not is_same]
         assert not wrong, f"stage {stage}: a result was used before wait(), or an input changed, with {wrong}"
