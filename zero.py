@@ -3286,7 +3286,7 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high or slot.offset == slot.end and mine[0] == 0 < mine[1]:  # without elements: one rank saves that
+    if low < high or slot.offset == slot.end and mine[0] == 0:  # that it is there, without elements
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
