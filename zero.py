@@ -2877,7 +2877,7 @@ class Init:
             raise ValueError(f"zero.Init: dtype is {dtype}; allowed: a floating-point dtype")
         self.enabled, self.dtype, self.param_init_fn = enabled, dtype, param_init_fn
         self.buckets: list[Bucket] = []
-        self.uses: list[tuple[Bucket, Any, int]] = []  # operations that are over, but for a view: see _settle
+        self.uses: list[tuple[Bucket, Any, int]] = []  # operations that are over, but for a view: see _release_used
         self.modules: list[weakref.ref[nn.Module]] = []  # those that got a parameter of their own
         self.hooks: list[Any] = []
         self.started_group = False
@@ -2924,13 +2924,13 @@ class Init:
 
     def _on_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A module is taken into its parent, so it and what it holds are built."""
-        self._settle()
+        self._release_used()
         for part in child.modules() if child is not None else ():
             self._shard(part)
 
     def _finish(self, modules: list[nn.Module]) -> None:
         """Shard what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
-        self._settle()
+        self._release_used()
         for module in modules:
             self._shard(module)
         used = {id(p) for module in modules for p in module.parameters(recurse=False)}
@@ -3002,14 +3002,14 @@ class Init:
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
         """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
         self.uses.append(user)
-        self._settle()
+        self._release_used()
         if user in self.uses:
             user[0].unit.release(None)
             for tensor in tensors_in(result):
-                weakref.finalize(tensor, self._settle, user[0]).atexit = False
+                weakref.finalize(tensor, self._release_used, user[0]).atexit = False
 
     @torch.no_grad()
-    def _settle(self, dying: Bucket | None = None) -> None:
+    def _release_used(self, dying: Bucket | None = None) -> None:
         """Let go of what was used, but for what a view that is still there may write to; one of ``dying`` goes now."""
         for bucket, user, holders in list(self.uses):
             if _holders(bucket.flat) - (bucket is dying) <= holders:
