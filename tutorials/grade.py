@@ -21,6 +21,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EVENTS = "GRADE_EVENTS"  # the environment variable that names the file to which the plugin writes
+ANSWER = "GRADE_ANSWER"  # and the one that has the name of the reader's file, as tracebacks show it
 MODULES = ("schedulers", "amp", "checkpointing", "zero")
 SLOW = 120.0  # seconds after which a test counts as hanging
 
@@ -60,11 +62,14 @@ class Exercise:
     """Definitions of one module, to be written by the reader.
 
     parts     their names in the module: a function, a class, or Class.method
+    chapter   which to read before; ``minutes`` are a rough guess
     anew      the class is written from nothing, with the methods in ``parts`` alone; else they replace single methods
     task      what to write
     hints     each tells more than the one before
     """
     name: str
+    chapter: int
+    minutes: int
     parts: tuple[str, ...]
     task: str
     checks: tuple[Check, ...]
@@ -84,7 +89,7 @@ class Exercise:
 
 EXERCISES = {exercise.name: exercise for exercise in (
     Exercise(
-        "schedulers:WarmupLR", ("WarmupLR",),
+        "schedulers:WarmupLR", 4, 15, ("WarmupLR",),
         "A learning-rate schedule: up from the lowest to the highest rate, then flat.",
         (Check("the same rates as DeepSpeed, at every step",
                "One step off at the start, and every later step of a run has another rate than the one it is compared "
@@ -93,7 +98,11 @@ EXERCISES = {exercise.name: exercise for exercise in (
          Check("each param group ends at its own rate",
                "Groups have rates of their own because their parameters need them; one rate for all trains another "
                "model.",
-               ("test_schedulers.py::test_warmup_keeps_each_groups_own_rate_unless_told_otherwise",)),
+               ("test_schedulers.py::test_warmup_keeps_each_groups_own_rate_unless_told_otherwise",
+                "test_grade.py::test_the_top_of_a_warmup_is_the_rate_that_the_optimizer_began_with")),
+         Check("a warm-up that is resumed goes on where it was",
+               "One that starts over, or takes the rate of the moment for the top, trains another model from there on.",
+               ("test_grade.py::test_a_warmup_goes_on_where_it_was",)),
          Check("a state for other param groups is refused",
                "A schedule that is resumed with another optimizer's rates goes wrong in silence.",
                ("test_schedulers.py::test_a_state_for_other_groups_is_refused",))),
@@ -101,11 +110,12 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "in force for the first optimizer step.",
          "As in DeepSpeed the way up begins one step late: at t = 0 and t = 1 the rate is the lowest. So use "
          "k = max(t - 1, 0). linear: k / n. log: log(k + 1) / log(n), which is 1 at k = n - 1. An n of 1 counts as 2.",
-         "_range(optimizer, ...) gives the lowest and highest rate per group, _WarmUp(n, type).at(t) the fraction "
-         "between them. Set what rate() needs before you call super().__init__, which already asks for it. For "
-         "warmup_max_lr None take each group's initial_lr, or its lr where it has none.")),
+         "_range(optimizer, \"warmup_min_lr\", low, \"warmup_max_lr\", high) gives two lists, the lowest and the "
+         "highest rate per group, and _WarmUp(n, type).at(t) the fraction between them. For warmup_max_lr None high is "
+         "a list: each group's initial_lr, or its lr where it has none. Set what rate() needs before "
+         "super().__init__(optimizer, last_batch_iteration), which already asks for it and keeps the position.")),
     Exercise(
-        "amp:DynamicLossScaler", ("DynamicLossScaler",),
+        "amp:DynamicLossScaler", 7, 20, ("DynamicLossScaler",),
         "A loss scale that is as large as the gradients allow.",
         (Check("the scale after any history is DeepSpeed's, to the last bit",
                "A scale that never falls makes every step overflow, and one that never grows lets small gradients "
@@ -113,10 +123,11 @@ EXERCISES = {exercise.name: exercise for exercise in (
                ("test_amp.py::test_the_scale_is_deepspeeds_to_the_last_bit",)),
          Check("the rule holds for any window and hysteresis, and after resuming",
                "What is not in state_dict() starts anew after a resume, and the run goes another way.",
-               ("test_amp.py::test_the_scale_follows_the_rule_also_when_it_is_resumed",)),
+               ("test_amp.py::test_the_scale_follows_the_rule_also_when_it_is_resumed",
+                "test_grade.py::test_a_loss_scale_goes_on_where_it_was_after_any_short_history")),
          Check("an overflow at the smallest scale is an error",
                "Without it a diverged run skips every step for ever, and looks as if it trained.",
-               ("test_amp.py::test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16",)),
+               ("test_grade.py::test_an_overflow_at_the_smallest_scale_is_an_error",)),
          Check("inside the engine, on two ranks: skip, halve, go on",
                "One rank that updates while another skips leaves two different models.",
                ("test_amp.py::test_an_infinite_gradient_on_one_rank_skips_the_step_and_the_schedule_on_all[fp16]",))),
@@ -127,7 +138,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "give the hysteresis back; with ``consecutive`` any good step gives it back. Then count this step. "
          "state_dict() has to hold the scale and both counters, under the names of your attributes.")),
     Exercise(
-        "amp:Precision.path", ("Precision.path",),
+        "amp:Precision.path", 7, 20, ("Precision.path",),
         "Which dtype goes where: compute, master weights, accumulation, reduction.",
         (Check("masters are the weights as they were before rounding",
                "Masters in 16 bits lose every update that is smaller than a 256th of the weight in bf16.",
@@ -143,20 +154,24 @@ EXERCISES = {exercise.name: exercise for exercise in (
          Check("gradients travel in the dtype that the config names",
                "16 bits halve the traffic, and fp32 keeps the sum exact: the config decides, not chance.",
                ("test_amp.py::test_gradients_are_sent_in_the_dtype_that_the_config_says",)),
+         Check("the four dtypes of every parameter, under every config",
+               "A key that is read nowhere changes nothing, and says nothing: 16-bit masters, autocast's safe modules.",
+               ("test_grade.py::test_every_parameter_has_the_dtypes_that_the_config_says",)),
          Check("chosen modules stay in fp32",
                "Norms and routers in 16 bits can make a run diverge.",
                ("test_amp.py::test_chosen_modules_stay_in_fp32[fp16-torch.float16]",
                 "test_amp.py::test_chosen_modules_stay_in_fp32[bf16-torch.bfloat16]"))),
         ("Four answers, one per field of Dtypes. self.half is the 16-bit dtype, or None; self.kept holds the id() of "
          "each parameter that stays in fp32.",
-         "compute: half, or fp32 for what is kept. master: fp32, unless the config asks for 16-bit masters. gradient: "
+         "compute: half, or fp32 for what is kept. master: fp32, or that of compute where "
+         "fp16.fp16_master_weights_and_grads or bf16.bf16_master_weights_and_grads is set. gradient: "
          "data_types.grad_accum_dtype, or that of the master. reduction: communication_data_type, or that of the "
-         "gradient.",
+         "gradient. self.config has these keys, with dtypes, or None, as values.",
          "Without a half dtype compute and master are the parameter's own dtype; a parameter that is not "
-         "floating-point keeps its dtype everywhere. _dtype(key, name) turns a config's name, or None, into a dtype. "
-         "Parameters in self.low (autocast's lower_precision_safe_modules) are reduced in torch_autocast.dtype.")),
+         "floating-point keeps its dtype everywhere. Parameters whose id() is in self.low (autocast's "
+         "lower_precision_safe_modules) are reduced in torch_autocast.dtype, unless communication_data_type is set.")),
     Exercise(
-        "checkpointing:checkpoint", ("checkpoint",),
+        "checkpointing:checkpoint", 6, 45, ("checkpoint",),
         "Run a function, keep only its inputs, and run it again when backward needs what it saved.",
         (Check("results, gradients and random state of plain autograd, with dropout and nested",
                "A recomputation that draws new random numbers drops other elements in backward than in forward, and "
@@ -166,6 +181,12 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "The first block of a model gets data, which need no gradient; its weights would stop learning in "
                "silence.",
                ("test_grade.py::test_a_checkpointed_function_trains_its_parameters_where_no_input_needs_a_gradient",)),
+         Check("autocast is on again in the second run, and off where it was off",
+               "A second run in another dtype saves other tensors than the first, and their gradients are others.",
+               ("test_grade.py::test_a_checkpointed_function_runs_under_the_autocast_of_its_call",)),
+         Check("it runs twice: once forward, once for backward",
+               "A function that runs again for each tensor that backward asks for costs many forward passes.",
+               ("test_grade.py::test_a_checkpointed_function_runs_twice",)),
          Check("memory of the inputs alone",
                "Keeping less is the point: a function that saves everything passes every other test.",
                ("test_grade.py::test_a_checkpointed_function_keeps_its_inputs_only",)),
@@ -182,11 +203,13 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "slot. Run it in grad mode (torch.enable_grad()), on detached inputs that need a gradient where the originals "
          "did, so that it saves the same tensors; a detached copy keeps the new graph apart from the old one.",
          "Note torch.get_rng_state() before the first run; around the second use torch.random.fork_rng(devices=[]) and "
-         "torch.set_rng_state(). For backward twice and second derivatives hand a slot's tensor out once, and "
+         "torch.set_rng_state(). Note torch.is_autocast_enabled(\"cpu\") and torch.get_autocast_dtype(\"cpu\") as "
+         "well, and run the second time under torch.autocast with both. For backward twice and second derivatives "
+         "hand a slot's tensor out once, and "
          "recompute when it is asked for again. Detach what goes into a slot: with its graph, which holds the hooks "
          "and so the slots, it would keep itself alive for ever.")),
     Exercise(
-        "zero:reduce_scatter", ("Communicator.reduce_scatter",),
+        "zero:reduce_scatter", 5, 20, ("Communicator.reduce_scatter",),
         "The collective of ZeRO: everyone's gradients in, one slice of the sum out.",
         (Check("the sum is right, on three ranks and in training",
                "A wrong slice, or a sum that misses a rank, trains another model.",
@@ -197,6 +220,9 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "An all-reduce gives the same numbers for twice the traffic; then ZeRO-1 would cost more than no ZeRO.",
                ("test_grade.py::test_what_is_counted_is_what_is_sent",
                 "test_zero.py::test_elements_sent_are_those_of_the_table[1-2]")),
+         Check("it returns before the other ranks have called it",
+               "What waits inside the call can't overlap with the backward pass that goes on.",
+               ("test_grade.py::test_a_reduce_scatter_returns_at_once",)),
          Check("the same bits in every run",
                "Sums in the order of arrival differ from run to run, and a bug can no longer be reproduced.",
                ("test_zero.py::test_two_runs_and_all_ranks_give_the_same_bits[3]",))),
@@ -209,7 +235,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.spare.take(numel, dtype) and give it back in finish. With one rank nothing is sent, and _sum([own], "
          "out, add) is left.")),
     Exercise(
-        "zero:bucketed_all_reduce", ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
+        "zero:bucketed_all_reduce", 5, 45, ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
         "Plain data parallelism, done well: gradients go into flat buckets, and full ones out while backward runs.",
         (Check("gradients may come in another order on each rank",
                "Collectives are matched by their order: two ranks that start different ones wait for each other, or "
@@ -219,6 +245,13 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "With unused layers, accumulation and several backward calls, as in real models, each gradient must "
                "count exactly once.",
                ("test_zero.py::test_training_equals_plain_pytorch_on_the_whole_batch[2]",)),
+         Check("full buckets go out while backward runs, and with overlap_comm false after it",
+               "Communication that hides behind computation is what buckets and hooks are for; without it each step "
+               "lasts as long as both together.",
+               ("test_grade.py::test_full_buckets_go_out_while_backward_runs",)),
+         Check("no gradient is kept twice",
+               "A second copy of the gradients is a quarter of the memory of training with Adam.",
+               ("test_grade.py::test_gradients_are_kept_once",)),
          Check("a gradient that comes after its bucket was sent still counts",
                "Recomputation and shared layers finish a gradient more than once in a backward pass.",
                ("test_zero.py::test_a_shared_layer_recomputed_twice_has_the_right_gradient[True]",)),
@@ -233,45 +266,56 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.late[slot], added to what is there. launch_ready: only where self.zero.config.overlap_comm and "
          "self.reduces_now.",
          "launch_ready calls self.launch(gradients) for the first of self.queue while that is complete, and never for "
-         "one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), then a "
-         "Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. A sparse gradient needs "
-         "to_dense().")),
+         "one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), "
+         "then a Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. A sparse gradient "
+         "needs to_dense().")),
     Exercise(
-        "zero:stage_1", ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
-        "ZeRO stage 1 from nothing, in about 40 lines: each rank updates its slice of the parameters, and only that.",
+        "zero:stage_1", 6, 60, ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
+        "ZeRO stage 1 from nothing, in about 60 lines: each rank updates its slice of the parameters, and only that.",
         (Check("training equals plain PyTorch on the whole batch, with clipping",
-               "Sharding memory must not change what is learned.",
+               "Sharding memory must not change what is learned: with tied weights, with parameters that have no "
+               "gradient on some ranks, or on none, and with a scaled loss.",
                ("test_grade.py::test_stage_1_by_hand_equals_plain_pytorch",)),
+         Check("a step whose norm is not finite updates nothing",
+               "One update with NaN, and every later step is lost.",
+               ("test_grade.py::test_stage_1_by_hand_leaves_out_a_step_that_is_not_finite",)),
          Check("micro-batches add up, and are sent once",
                "A window of m micro-batches that is sent m times costs m times the traffic, for nothing.",
                ("test_grade.py::test_stage_1_by_hand_accumulates",)),
          Check("the optimizer's state is really sharded",
                "8 bytes per parameter on every rank are what stage 1 exists to share out.",
                ("test_grade.py::test_stage_1_by_hand_shards_the_optimizer",)),
+         Check("nothing else is kept between steps",
+               "Another optimizer, or a second copy of the weights, takes the memory that sharding has saved.",
+               ("test_grade.py::test_stage_1_by_hand_keeps_nothing_else",)),
          Check("no more traffic than plain data parallelism",
                "A reduce-scatter and an all-gather cost as much as one all-reduce; stage 1 is free, if done right.",
                ("test_grade.py::test_stage_1_by_hand_sends_as_much_as_an_all_reduce",))),
-        ("Make all parameters views of one flat tensor whose length the number of ranks divides, with rank 0's values, "
-         "and give the optimizer one parameter in their place: an nn.Parameter that is this rank's slice of it. "
-         "Communicator has shard_of, broadcast, reduce_scatter, all_reduce and all_gather; keep it as "
-         "self.communicator.",
-         "step: copy each p.grad (zero where it is None) into a flat tensor, reduce_scatter it, divide by divisor (the "
-         "sum over ranks becomes the mean), set it as your parameter's grad, optimizer.step(), all_gather the flat "
-         "parameters, and set every p.grad to None. p.grad adds up micro-batches by itself, so finish_backward has "
-         "nothing to do.",
-         "The norm is over all ranks: all_reduce the sum of squares of your slice, take the root, divide by divisor; "
-         "clip by min(1, clip / (norm + 1e-6)), or not at all where clip is 0. Return StepResult(norm, coefficient, "
-         "False, None). Handles need wait(). Work under torch.no_grad(). Let p.data be a view of the flat tensor, and "
-         "the optimizer's param_groups[0][\"params\"] a list of your parameter alone."),
+        ("Make all parameters views of one flat tensor whose length the number of ranks divides, with rank 0's values. "
+         "This rank updates its slice of it. Give the optimizer, in the place of its parameters, one nn.Parameter for "
+         "each part of a parameter that lies in the slice: a view of it. Communicator has shard_of, broadcast, "
+         "reduce_scatter, all_reduce and all_gather; keep it as self.communicator.",
+         "step: copy each p.grad into a flat tensor (zero where it is None: another rank may have one), reduce_scatter "
+         "it, divide by divisor (the sum over ranks becomes the mean), set its slices as the grads of your parts, "
+         "optimizer.step(), all_gather the flat parameters, and set every p.grad to None. A parameter that has no "
+         "gradient on any rank must be skipped: its part's grad stays None. So all_reduce which ones have one. p.grad "
+         "adds up micro-batches by itself, and finish_backward has nothing to do.",
+         "The norm is over all ranks: all_reduce the sum of squares of your slice, take the root; clip by "
+         "min(1, clip / (norm + 1e-6)), or not at all where clip is 0. Where the norm is not finite and skip_overflow "
+         "is set, leave the update out. Return StepResult(norm, coefficient, whether it was left out, None). Handles "
+         "need wait(). Work under torch.no_grad(). Let p.data be a view of the flat tensor, and the optimizer's "
+         "param_groups[0][\"params\"] the list of your parts."),
         anew=True),
     Exercise(
-        "zero:stage_3", ("Bucket.start_gather", "Bucket.free", "Unit.start_gather", "Unit.finish_gather", "Unit.free",
-                         "Unit.acquire", "Unit.release"),
+        "zero:stage_3", 6, 45,
+        ("Bucket.start_gather", "Bucket.free", "Unit.start_gather", "Unit.finish_gather", "Unit.free", "Unit.acquire",
+         "Unit.release"),
         "The heart of stage 3: parameters that come just before their use, and go right after it.",
         (Check("only the unit in use and the next one are whole",
                "A unit that is never freed makes stage 3 a slow stage 2.",
                ("test_zero.py::test_stage_3_holds_the_unit_in_use_and_the_next_one_only",
-                "test_zero.py::test_evaluation_and_generation_free_what_they_gathered")),
+                "test_zero.py::test_evaluation_and_generation_free_what_they_gathered",
+                "test_grade.py::test_evaluation_holds_two_units_at_most")),
          Check("bytes per rank are those of the table",
                "16/N bytes per parameter are what stage 3 is for.",
                ("test_zero.py::test_bytes_per_rank_are_those_of_the_table[3-2]",)),
@@ -279,6 +323,9 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "A unit that is freed while a second use still needs it computes with garbage.",
                ("test_zero.py::test_training_equals_plain_pytorch_on_the_whole_batch[2]",
                 "test_zero.py::test_a_shared_layer_recomputed_twice_has_the_right_gradient[False]")),
+         Check("every bucket's gather is waited for, before use and before its memory goes",
+               "A gather that is still under way writes into memory that is another tensor's by then.",
+               ("test_grade.py::test_gathers_may_come_late",)),
          Check("one gather in forward, one in backward",
                "Each gather sends every parameter once; one too many is a third more traffic.",
                ("test_zero.py::test_elements_sent_are_those_of_the_table[1-2]",)),
@@ -289,10 +336,10 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "buckets and keeps its state. It also counts users: the first one gathers, the last one frees.",
          "The memory comes and goes with flat.untyped_storage().resize_(bytes): the storage object stays, so that the "
          "parameters, and what autograd saved, remain views of it. Before it goes, wait for the gather under way.",
-         "acquire: add the user; SHARDED: self.start_gather(); GATHERING: self.finish_gather(). A prefetched unit comes "
-         "to acquire in state GATHERING. finish_gather gives each slot.parameter its class slot.kind back, free makes it "
-         "a ShardedParameter. release: discard the user, and self.free() where none is left and the state is not "
-         "SHARDED.")),
+         "acquire: add the user; SHARDED: self.start_gather(); GATHERING: self.finish_gather(). A prefetched unit "
+         "comes to acquire in state GATHERING. finish_gather gives each slot.parameter its class slot.kind back, free "
+         "makes it a ShardedParameter. release: discard the user, and self.free() where none is left and the state is "
+         "not SHARDED.")),
 )}
 
 
@@ -455,14 +502,14 @@ class Outcome:
     message: str = ""
 
 
-def run_tests(folder: Path, tests: list[str], slow: float) -> dict[str, Outcome]:
+def run_tests(folder: Path, tests: list[str], slow: float, answer: str) -> dict[str, Outcome]:
     """Run tests of the project in ``folder``: their outcomes by id, as far as they came. Raises AnswerError.
 
-    The first test that hangs ends the run.
+    The first test that hangs ends the run. ``answer`` is the name that the reader's code has in tracebacks.
     """
     events = folder / "events"
     events.touch()
-    environment = {**os.environ, EVENTS: str(events), "PYTHONPATH": str(folder / "tutorials"),
+    environment = {**os.environ, EVENTS: str(events), ANSWER: answer, "PYTHONPATH": str(folder / "tutorials"),
                    "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "grade", "-p", "no:cacheprovider", "--tb=short",
                *(f"tests/{test}" for test in tests)]
@@ -523,13 +570,13 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     text = report.longreprtext if report.failed else ""
     _write(kind="hung" if _hangs(text) else report.outcome, test=report.nodeid.removeprefix("tests/"),
-           message=essence(text))
+           message=essence(text, os.environ.get(ANSWER, "")))
 
 
 def pytest_collectreport(report: Any) -> None:
     """A hook of pytest's: a test file that can't be imported."""
     if report.failed:
-        _write(kind="collect", message=essence(str(report.longrepr)))
+        _write(kind="collect", message=essence(str(report.longrepr), os.environ.get(ANSWER, "")))
 
 
 def _errors(text: str) -> list[str]:
@@ -549,19 +596,27 @@ def _hangs(text: str) -> bool:
     return all(map(_waited, errors)) and ("no answer from rank" in text or bool(errors))
 
 
-def essence(text: str) -> str:
-    """The lines of a failure that tell the error: those that pytest marks with E, or a traceback's last one."""
+def essence(text: str, answer: str = "") -> str:
+    """The lines of a failure that tell the error: those that pytest marks with E, or a traceback's last one.
+
+    Before them stands the deepest line of the file ``answer`` that the error came through, as ``my.py:47``.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marked = [line[1:].strip() for line in lines if line.startswith("E  ")]
-    return "\n".join((marked or _errors(text)[:1] or lines[-1:])[:4])
+    told = (marked or _errors(text)[:1] or lines[-1:])[:4]
+    before = text[:text.index(told[0])] if told else ""
+    places = re.findall(rf'(?m)(?:^|[\s/"]){re.escape(answer)}(?:", line |:)(\d+)', before) if answer else []
+    return "\n".join([f"{answer}:{places[-1]}: {told[0]}", *told[1:]] if places else told)
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
 def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome]) -> tuple[str, bool]:
-    """The text for the reader, and whether all is well."""
-    rows, passed = [], 0
+    """The text for the reader, and whether all is well. One error that stops every test is told once, on top."""
+    messages = {outcome.message for outcome in outcomes.values() if outcome.result != "skipped"}
+    everywhere = messages.pop() if len(messages) == 1 and len(outcomes) > 1 else ""
+    rows, passed = [f"Every test stops at the same error:\n    {everywhere}"] if everywhere else [], 0
     for check in checks:
         mine = {test: o for test, o in outcomes.items() if test in check.tests or test.partition("[")[0] in check.tests}
         bad = {test: o for test, o in mine.items() if o.result in ("failed", "hung")}
@@ -576,7 +631,8 @@ def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome]) -
         for test, outcome in list(bad.items())[:3]:
             hangs = "; it hangs: the ranks wait for each other, or the code does not end"
             rows.append(f"          tests/{test}{hangs if outcome.result == 'hung' else ''}")
-            rows += [f"              {line}" for line in outcome.message.splitlines()]
+            if not everywhere:
+                rows += [f"              {line}" for line in outcome.message.splitlines()]
         if len(bad) > 3:
             rows.append(f"          and {len(bad) - 3} more")
     rows.append(f"{name}: {passed} of {len(checks)} pass" + (". Well done." if passed == len(checks) else ""))
@@ -602,7 +658,7 @@ def grade(target: str, path: Path, slow: float = SLOW) -> tuple[str, bool]:
         copy_project(Path(folder))
         (Path(folder) / f"{module}.py").write_text(text)
         try:
-            outcomes = run_tests(Path(folder), tests, slow)
+            outcomes = run_tests(Path(folder), tests, slow, f"{module}.py" if whole else path.name)
         except AnswerError as error:
             raise AnswerError(f"{path}: {error}".replace(folder, ".")) from None
     return report(target, checks_of_module(module, outcomes) if whole else exercise.checks, outcomes)
@@ -613,8 +669,10 @@ def grade(target: str, path: Path, slow: float = SLOW) -> tuple[str, bool]:
 
 def listing() -> str:
     """The exercises, from easy to hard."""
-    rows = [f"{name:<26}{exercise.task}" for name, exercise in EXERCISES.items()]
-    return "\n".join(rows + [f"{', '.join(MODULES):<26}\n{'':<26}A whole module, graded by all of its tests."])
+    rows = [f"{'exercise':<26}{'chapter':<9}{'minutes':<9}task"]
+    rows += [f"{name:<26}{exercise.chapter:<9}{exercise.minutes:<9}{exercise.task}"
+             for name, exercise in EXERCISES.items()]
+    return "\n".join([*rows, "", f"{', '.join(MODULES)}: a whole module, graded by all of its tests."])
 
 
 def hints(exercise: Exercise, upto: int) -> str:
@@ -638,8 +696,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     target = options.start or options.target
     if target not in EXERCISES and (options.start or options.hint is not None or target not in MODULES):
-        parser.error(f"the exercise is {target!r}; allowed: {', '.join(EXERCISES)}. A whole module has no starting file: "
-                     f"grade a copy that you have changed ({', '.join(MODULES)})")
+        parser.error(f"the exercise is {target!r}; allowed: {', '.join(EXERCISES)}. A whole module has no starting "
+                     f"file: grade a copy that you have changed ({', '.join(MODULES)})")
     if options.start:
         print(starting_file(EXERCISES[target]), end="")
         return 0
