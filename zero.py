@@ -1541,8 +1541,10 @@ def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
 
 
 def _copy_at(host: Host | None, tensor: Tensor) -> Tensor:
-    """A copy of a slice of a larger tensor, which it must not keep alive."""
-    return tensor.clone() if host is None else host.empty(tensor.numel(), tensor.dtype).copy_(tensor)
+    """These values at ``host``, or on the device: a copy where they are a slice of a larger tensor, which may go."""
+    if host is None:
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    return host.empty(tensor.numel(), tensor.dtype).copy_(tensor)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
