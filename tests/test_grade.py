@@ -311,19 +311,22 @@ def test_a_reduce_scatter_gives_each_rank_its_slice_of_the_sum(run_ranks, world_
             assert torch.equal(out, total.chunk(world_size)[rank] + add), f"rank {rank} of {world_size}, add {add}"
 
 
-def returns_at_once() -> bool:
-    """Whether rank 0's reduce-scatter returned before rank 1 began its own."""
+def returns_at_once() -> tuple[bool, int]:
+    """Whether rank 0's reduce-scatter returned before rank 1 began its own; elements on their way by then."""
     communicator = zero.Communicator(CPU)
     early = dist.get_rank() == 0 or waited_for(communicator, "returned")
-    handle = communicator.reduce_scatter(torch.ones(2**18), torch.empty(2**17), False)
+    with Wire() as wire:
+        handle = communicator.reduce_scatter(torch.ones(2**18), torch.empty(2**17), False)
     if dist.get_rank() == 0:
         say(communicator, "returned")
     handle.wait()
-    return early
+    return early, wire.elements
 
 
 def test_a_reduce_scatter_returns_at_once(run_ranks):
-    assert all(run_ranks(returns_at_once, 2)), "rank 0 waits for rank 1 inside the call"
+    for early, sent in run_ranks(returns_at_once, 2):
+        assert early, "rank 0 waits for rank 1 inside the call"
+        assert sent == 2**17, f"{sent} elements are on their way when the call returns, and not {2**17}"
 
 
 def sent_and_counted(stage: int) -> tuple[int, int]:
@@ -465,8 +468,10 @@ def late_gathers() -> tuple[float, int, int]:
         mine.finish_backward()
         mine.step(divisor=2)
         theirs.step(), theirs.zero_grad()
-    unit = next(unit for unit in mine.units if unit.buckets)
-    unit.start_gather(), unit.free()  # a prefetch that nobody came for
+    unit, before = next(unit for unit in mine.units if unit.buckets), counts["begun"]
+    unit.start_gather()  # a prefetch that nobody will come for
+    assert counts["begun"] == before + len(unit.buckets), "start_gather() leaves gathers to be started later"
+    unit.free()
     with zero.GatheredParameters(list(model.parameters())):
         error = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
     return error, counts["begun"], counts["ended"]
@@ -478,8 +483,8 @@ def test_gathers_may_come_late(run_ranks):
         assert begun == ended, f"rank {rank}: {begun} gathers began, and {ended} were waited for"
 
 
-def held_in_evaluation() -> tuple[int, int]:
-    """By how many bytes this rank grows in evaluation, and those of the largest unit."""
+def held_at_stage_3() -> tuple[int, int, float]:
+    """By how many bytes this rank grows in evaluation; those of the largest unit; bytes per parameter between steps."""
     before, most = storages(), []
 
     def watch(engine: Any) -> None:
@@ -487,16 +492,23 @@ def held_in_evaluation() -> tuple[int, int]:
             most.append(held(before))
 
     engine = test_zero.train_wide(3, watch=watch, stage3_prefetch_bucket_size=10**9)
+    engine.zero.communicator.spare.by_size.clear()
     between = held(before)
     engine.eval()
     with torch.no_grad():
         engine(torch.randn(2, 64))
-    return max(most) - between, 4 * max(unit.numel for unit in engine.zero.units)
+    count = sum(unit.numel for unit in engine.zero.units)
+    return max(most) - between, 4 * max(unit.numel for unit in engine.zero.units), between / count
 
 
 def test_evaluation_holds_two_units_at_most(run_ranks):
-    for rank, (grown, unit) in enumerate(run_ranks(held_in_evaluation, 2)):
+    for rank, (grown, unit, _) in enumerate(run_ranks(held_at_stage_3, 2)):
         assert grown < 2.5 * unit, f"rank {rank} holds {grown / unit:.1f} units in evaluation"
+
+
+def test_stage_3_keeps_shards_alone_between_steps(run_ranks):
+    for rank, (*_, kept) in enumerate(run_ranks(held_at_stage_3, 2)):
+        assert kept < 1.1 * 16 / 2, f"rank {rank} of 2 holds {kept:.2f} bytes per parameter; its shards are 8"
 
 
 # --- Stage 1 without the engine ---------------------------------------------------------------------------------------
@@ -749,6 +761,25 @@ class Communicator:
         return self.all_reduce(flat, "reduce-scatter", lambda: _sum([self.shard_of(flat)], out, add), what)
 '''
 
+SENDS_LATE = '''
+class Communicator:
+    def reduce_scatter(self, flat, out, add, what=str):
+        def everything():
+            parts, works = {self.rank: self.shard_of(flat)}, []
+            if self.world_size > 1:
+                self._begin("reduce-scatter", flat, 1, what)
+                tag = self._tag("reduce-scatter")
+            for other in self._others():
+                parts[other] = torch.empty_like(parts[self.rank])
+                works.append(dist.irecv(parts[other], other, tag=tag))
+                works.append(dist.isend(self.shard_of(flat, other), other, tag=tag))
+            for work in works:
+                work.wait()
+            _sum([parts[rank] for rank in sorted(parts)], out, add)
+
+        return Handle(self, finish=everything)
+'''
+
 BY_OTHER_MEANS = '''
 class Communicator:
     def reduce_scatter(self, flat, out, add, what=str):
@@ -941,7 +972,8 @@ TRAFFIC_OF_1 = "no more traffic than plain data parallelism"
 RESUMED = "a warm-up that is resumed goes on where it was"
 PATHS = "the four dtypes of every parameter, under every config"
 OVERLAP = "full buckets go out while backward runs, and with overlap_comm false after it"
-WAITS = "every bucket's gather is waited for, before use and before its memory goes"
+AT_ONCE = "it begins to send at once, and returns before the other ranks have called it"
+WAITS = "every bucket's gather begins early, and is waited for before use and before its memory goes"
 
 
 def as_deepspeed() -> None:
@@ -1031,7 +1063,9 @@ WRONG: dict[str, tuple[str, str, str, Callable]] = {
         "zero:reduce_scatter", changed(
             REDUCE_SCATTER, "        return Handle(self, works,",
             "        for work in works:\n            work.wait()\n        return Handle(self, [],"),
-        "it returns before the other ranks have called it", test_a_reduce_scatter_returns_at_once),
+        AT_ONCE, test_a_reduce_scatter_returns_at_once),
+    "a reduce-scatter that sends when it is waited for": (
+        "zero:reduce_scatter", SENDS_LATE, AT_ONCE, test_a_reduce_scatter_returns_at_once),
     "buckets that go out as they come": (
         "zero:bucketed_all_reduce", BUCKETS[:BUCKETS.index("            while")] + AS_THEY_COME,
         "gradients may come in another order on each rank", test_gradients_that_come_in_another_order_on_each_rank),
@@ -1102,6 +1136,16 @@ WRONG: dict[str, tuple[str, str, str, Callable]] = {
         "zero:stage_3", changed(STAGE_3, "if not self.users and",
                                 "if torch.is_grad_enabled() and not self.users and"),
         "only the unit in use and the next one are whole", test_evaluation_holds_two_units_at_most),
+    "weights that stay beside the shards": (
+        "zero:stage_3", changed(STAGE_3, "            bucket.gather.wait()\n            for slot",
+                                "            bucket.gather.wait()\n            bucket.copy = bucket.flat.clone()\n"
+                                "            for slot"),
+        "bytes per rank are those of the table", test_stage_3_keeps_shards_alone_between_steps),
+    "gathers that begin when they are waited for": (
+        "zero:stage_3", changed(
+            STAGE_3, "self.gather = self.communicator.all_gather(self.flat, self.label)",
+            "self.gather = Handle(self.communicator, finish=lambda: self.communicator.all_gather(\n"
+            "            self.flat, self.label).wait())"), WAITS, test_gathers_may_come_late),
     "a gather that is not waited for before its memory goes": (
         "zero:stage_3", changed(STAGE_3, "        self.gather.wait()\n", ""), WAITS, test_gathers_may_come_late),
     "a gather of which the first bucket is waited for": (
@@ -1291,8 +1335,9 @@ def test_ranks_that_wait_for_a_failed_one_are_not_a_hang():
 
 
 def test_an_error_is_told_with_the_readers_line_and_once_where_it_stops_everything():
-    in_pytest = ("tests/test_schedulers.py:50: in test_rates\n    schedule.step()\n../my.py:12: in step\n    self.go()\n"
-                 "../my.py:47: in go\n    x + 1\ntorch/x.py:3: in add\nE   NameError: name 'x' is not defined\n")
+    in_pytest = ("tests/test_schedulers.py:50: in test_rates\n    schedule.step()\n"
+                 "../my.py:12: in step\n    self.go()\n../my.py:47: in go\n    x + 1\n"
+                 "torch/x.py:3: in add\nE   NameError: name 'x' is not defined\n")
     on_a_rank = ('--- rank 0 of 2:\nTraceback:\n  File "/tmp/my.py", line 47, in go\n    x + 1\n'
                  "NameError: name 'x' is not defined\n--- no answer from rank [1] of 2")
     told = "my.py:47: NameError: name 'x' is not defined"

@@ -220,8 +220,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "An all-reduce gives the same numbers for twice the traffic; then ZeRO-1 would cost more than no ZeRO.",
                ("test_grade.py::test_what_is_counted_is_what_is_sent",
                 "test_zero.py::test_elements_sent_are_those_of_the_table[1-2]")),
-         Check("it returns before the other ranks have called it",
-               "What waits inside the call can't overlap with the backward pass that goes on.",
+         Check("it begins to send at once, and returns before the other ranks have called it",
+               "What waits inside the call, or does nothing before it is waited for, can't overlap with backward.",
                ("test_grade.py::test_a_reduce_scatter_returns_at_once",)),
          Check("the same bits in every run",
                "Sums in the order of arrival differ from run to run, and a bug can no longer be reproduced.",
@@ -318,12 +318,13 @@ EXERCISES = {exercise.name: exercise for exercise in (
                 "test_grade.py::test_evaluation_holds_two_units_at_most")),
          Check("bytes per rank are those of the table",
                "16/N bytes per parameter are what stage 3 is for.",
-               ("test_zero.py::test_bytes_per_rank_are_those_of_the_table[3-2]",)),
+               ("test_zero.py::test_bytes_per_rank_are_those_of_the_table[3-2]",
+                "test_grade.py::test_stage_3_keeps_shards_alone_between_steps")),
          Check("training equals plain PyTorch, also with shared and recomputed layers",
                "A unit that is freed while a second use still needs it computes with garbage.",
                ("test_zero.py::test_training_equals_plain_pytorch_on_the_whole_batch[2]",
                 "test_zero.py::test_a_shared_layer_recomputed_twice_has_the_right_gradient[False]")),
-         Check("every bucket's gather is waited for, before use and before its memory goes",
+         Check("every bucket's gather begins early, and is waited for before use and before its memory goes",
                "A gather that is still under way writes into memory that is another tensor's by then.",
                ("test_grade.py::test_gathers_may_come_late",)),
          Check("one gather in forward, one in backward",
@@ -438,9 +439,10 @@ def starting_file(exercise: Exercise) -> str:
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)
                    and (whole or f"{owner}.{n.name}" in exercise.parts)]
         blocks.append("\n\n".join([_head(node, lines)] + [_head(method, lines) for method in methods]))
+    checks = "\n".join(f"    {check.asks}" for check in exercise.checks)
     return (f'"""{exercise.name}. {exercise.task}\n\nEvery name of {exercise.module}.py can be used here as if this '
-            f'stood in it; the import is for your editor.\n"""\n\nfrom {exercise.module} import *  # noqa: F403\n\n\n'
-            + "\n\n\n".join(blocks) + "\n")
+            f'stood in it; the import is for your editor.\nThe checks:\n\n{checks}\n"""\n\n'
+            f"from {exercise.module} import *  # noqa: F403\n\n\n" + "\n\n\n".join(blocks) + "\n")
 
 
 def _head(node: ast.AST, lines: list[str]) -> str:
