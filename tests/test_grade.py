@@ -1345,7 +1345,8 @@ def test_an_error_is_told_with_the_readers_line_and_once_where_it_stops_everythi
     assert grade.essence(in_pytest, "other.py") == grade.essence(in_pytest) == told.partition(": ")[2]
     checks = (grade.Check("one", "why", ("a::one",)), grade.Check("two", "why", ("a::two",)))
     failed, passed = grade.Outcome("failed", told), grade.Outcome("passed")
-    everywhere, _ = grade.report("x", checks, {"a::one": failed, "a::two": failed})
+    longer = grade.Outcome("failed", f"{told}\nValueError: WarmupLR: {told}")
+    everywhere, _ = grade.report("x", checks, {"a::one": failed, "a::two": longer})
     assert everywhere.startswith("Every test stops at the same error:\n    my.py:47") and everywhere.count(told) == 1
     once, _ = grade.report("x", checks, {"a::one": failed, "a::two": passed})
     assert "Every test" not in once and once.count(told) == 1

@@ -616,8 +616,10 @@ def essence(text: str, answer: str = "") -> str:
 
 def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome]) -> tuple[str, bool]:
     """The text for the reader, and whether all is well. One error that stops every test is told once, on top."""
-    messages = {outcome.message for outcome in outcomes.values() if outcome.result != "skipped"}
-    everywhere = messages.pop() if len(messages) == 1 and len(outcomes) > 1 else ""
+    firsts = {outcome.message.partition("\n")[0] for outcome in outcomes.values() if outcome.result != "skipped"}
+    everywhere = firsts.pop() if len(firsts) == 1 and len(outcomes) > 1 else ""
+    if not re.match(r"\S+:\d+: ", everywhere):  # else it is the same line of the reader's
+        everywhere = ""
     rows, passed = [f"Every test stops at the same error:\n    {everywhere}"] if everywhere else [], 0
     for check in checks:
         mine = {test: o for test, o in outcomes.items() if test in check.tests or test.partition("[")[0] in check.tests}
