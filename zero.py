@@ -67,6 +67,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  see end_process_group
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.optim import Optimizer
@@ -271,8 +272,10 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
 def end_process_group() -> None:
     """End the default process group, if there is one still.
 
-    A script that forgets it would leave that to the interpreter's own end, where the group's threads may be running
-    while what they use is torn down, and the process aborts after its right output.
+    A script that forgets it would leave that to the interpreter's own end, where one of the group's threads may want
+    the interpreter still, and the process aborts after its right output. The threads end with the last reference: the
+    functions of torch.distributed.nn.functional would be one, by their defaults, if optimizers were the first to import
+    that.
     """
     if dist.is_initialized():
         with suppress(RuntimeError):  # another rank is gone already

@@ -277,10 +277,14 @@ def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone
 
 
 FORGETFUL = """
-import sys, time
+import atexit, sys, time, weakref
 import torch, torch.distributed as dist
 import engine as deepspeed
+groups = []
+atexit.register(lambda: print("gone" if groups[0]() is None else "kept"))  # runs after what is registered later
 deepspeed.init_distributed()
+groups.append(weakref.ref(dist.group.WORLD))
+optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
 if sys.argv[1] == "engine":
     model = torch.nn.Linear(4, 1)
     engine, *_ = deepspeed.initialize(model=model, config={
@@ -308,7 +312,7 @@ def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request)
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
             told = [process.communicate(timeout=DEADLINE) for process in ranks]
         for rank, (process, (out, err)) in enumerate(zip(ranks, told)):
-            assert (process.returncode, out) == (0, f"right {rank}\n"), f"run {run}, {case}, rank {rank}: {err}"
+            assert (process.returncode, out) == (0, f"right {rank}\ngone\n"), f"run {run}, {case}, rank {rank}: {err}"
             assert "terminate" not in err and "Error" not in err, f"run {run}, {case}, rank {rank}: {err}"
 
 
