@@ -24,6 +24,7 @@ needs no launcher; it runs no collective.
 
     python engine.py inspect CHECKPOINT_DIR               what is inside
     python engine.py consolidate CHECKPOINT_DIR OUT.pt    one plain state dict of it
+    python engine.py estimate --params 7.5e9 --world 64   what a rank will hold and send, stage by stage
 """
 
 import argparse

@@ -7,9 +7,9 @@ The sums stay the same, so every stage trains what plain PyTorch trains on the w
 What is sharded and communicated is a **bucket**: a flat tensor into which many parameters are views.
 
     flat       | weight 0        .| bias 0 .| weight 1                 .| padding |     "." aligns what follows
-               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size, but
-                                                                                        see lay_out_whole
-    grad       the same layout; gradients are copied in as autograd finishes them
+               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size; where no
+                                                                                        weight may be cut, of their own
+    buffer     the same layout for gradients, which are copied in as autograd finishes them
     master     the part of the parameters that this rank's optimizer updates: its shard (stage 0: everything)
 
 One step of N ranks, where *reduce* makes gradients sums over ranks and *gather* makes shards whole again:
@@ -35,9 +35,8 @@ all ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
-shards, reading and writing what is sharded, the shares of a checkpoint, and memory. To understand
-ZeRO, read up to ``Zero``'s end; the rest are uses of it. With one process there is nothing to shard: no collective
-runs at any stage.
+shards, reading and writing what is sharded, the shares of a checkpoint, and memory. To understand ZeRO, read up to
+``Zero``'s end; the rest are uses of it. With one process there is nothing to shard: no collective runs at any stage.
 """
 
 import atexit
