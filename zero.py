@@ -274,9 +274,10 @@ def end_process_group() -> None:
     A script that forgets it would leave that to the interpreter's own end, where one of the group's threads may want
     the interpreter still, and the process aborts after its right output. The threads end with the last reference: the
     functions of torch.distributed.nn.functional would be one, by their defaults, if optimizers were the first to import
-    that.
+    that. After an error NCCL's group is left alone: its end would wait for collectives that the other ranks never join.
     """
-    if dist.is_initialized():
+    failed = hasattr(sys, "last_value")
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         with suppress(RuntimeError):  # another rank is gone already
             dist.destroy_process_group()
 
