@@ -1551,7 +1551,7 @@ def _copy_at(host: Host | None, tensor: Tensor) -> Tensor:
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether contiguous CPU tensors of one dtype and size are equal, byte by byte, in a fifth of torch.equal's time."""
+    """Whether contiguous CPU tensors of one dtype and size have the same bytes, in a fifth of torch.equal's time."""
     if os.name != "posix":
         return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     compare = ctypes.CDLL(None).memcmp
