@@ -140,8 +140,10 @@ def set_rendezvous(options: argparse.Namespace) -> None:
     if not 0 <= (options.node_rank or 0) < most:
         raise ValueError(f"--node_rank is {options.node_rank}; allowed: 0 to {most - 1}")
     # A restart must not find the addresses of the start before it in the launchers' store, or it fails to connect and
-    # is lost; so rank 0 keeps a new store for each start.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # is lost; so rank 0 keeps a new store for each start. Without restarts the launcher's store serves: it has its port
+    # already, and no other program can take that in the meantime.
+    if most > 1 or options.max_restarts:
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if most == 1 and not endpoint:
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", f"launch_{os.getpid()}"
         options.node_rank = 0
