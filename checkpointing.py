@@ -98,6 +98,7 @@ class RecomputeContext:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
+        """Random numbers, autocast and default device as they were; afterwards as they are now."""
         with torch.random.fork_rng(devices=list(self.gpu_states)):
             torch.set_rng_state(self.cpu_state)
             for device, state in self.gpu_states.items():

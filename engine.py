@@ -991,7 +991,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 def _check_data(dataset: Any) -> None:
     """Refuse what a ShardedLoader can't be made of."""
     if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
-        raise ValueError("training_data is an IterableDataset, which can't be shared out among "
+        raise ValueError("training_data is an IterableDataset, which can't be divided among "
                          f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
                          "If yours shards itself, put it in a DataLoader of your own")
     if dataset is None or isinstance(dataset, IterableDataset):
@@ -2525,10 +2525,8 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
-    # Untested is what does not say itself, by is_elementwise(), which parameters it lets be cut.
-    allow_untested = settings.zero_allow_untested_optimizer and not hasattr(engine.optimizer, "is_elementwise")
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
-                            lambda p: engine.precision.path(p), allow_untested,
+                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
                             settings.predivide(engine.world_size), settings.debug, settings.timeout)
     engine.precision.apply(model)
     buffers: dict[int, Tensor] = {}

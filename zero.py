@@ -970,13 +970,13 @@ class Bucket:
                  unit: "Unit | None" = None, group: int | None = None, trained: bool = False, host: Host | None = None,
                  shard_host: Host | None = None, bounds: list[int] | None = None):
         self.slots, self.dtypes, self.communicator, self.device = slots, dtypes, communicator, communicator.device
-        self.sharded, self.unit, self.group = sharded._replace(parameters=unit is not None), unit, group
+        self.sharded, self.unit, self.group = sharded, unit, group
         self.host, self.shard_host = host, shard_host
         self.gradients: Gradients | None = None
         self.zero: Zero | None = None
         rank, ranks = communicator.rank, communicator.world_size
         size = _round_up(slots[-1].end, ALIGN * ranks) // ranks
-        self.uneven = {} if bounds is None else {"bounds": bounds}  # what collectives need to know
+        self.uneven = {} if bounds is None else {"bounds": bounds}  # the collectives' argument; none: of one size
         self.bounds = bounds or (range(0, size * ranks + 1, size) if size else [0] * (ranks + 1))
         self.numel = self.bounds[-1]
         self.own = (self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else (0, self.numel)
@@ -1102,7 +1102,8 @@ class Bucket:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
         if self.unit is not None:  # the next gather reads the shard
             if self.master is not None and self.shard is not self.master:
-                self.shard.copy_(self.master, non_blocking=self.shard.device.type != "cpu")  # the host may read its
+                # The host may read a shard of its own at once; what is on a GPU is read in the order of its stream.
+                self.shard.copy_(self.master, non_blocking=self.shard.device.type != "cpu")
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
                 self._start_gather()
         elif self.master is not None:
@@ -2222,13 +2223,17 @@ class Reducer:
 
     def __init__(self, zero: "Zero"):
         self.zero = zero
-        self.every: list[Gradients] = []
         self.pending = self.foreseen = False
         self.task = -1
         self.queue: deque[Gradients] = deque()
         self.in_flight: deque[Gradients] = deque()
         self.dropped = 0
         self.nodes: dict[Slot, Any] = {}
+
+    @property
+    def every(self) -> list[Gradients]:
+        """Those of all trained buckets."""
+        return [bucket.gradients for bucket in self.zero.trained]
 
     def listen(self, slot: Slot) -> Any:
         """Have autograd call back when it has finished a parameter's gradient; returns the hook."""
@@ -2493,15 +2498,16 @@ class Updater:
             bucket.note_versions()
 
 
-def groups_of_whole_parameters(optimizer: Optimizer | None) -> set[int]:
+def groups_of_whole_parameters(optimizer: Optimizer | None, allow_untested: bool) -> set[int]:
     """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
 
-    An optimizer class says of a group by ``is_elementwise(group)`` whether every element is treated alike; one that
-    says nothing, and is not known here, counts as one that looks at whole parameters.
+    An optimizer class says of a group by ``is_elementwise(group)`` whether every element is treated alike. One that
+    says nothing, and is not known here, is untested: it counts as one that looks at whole parameters, unless the caller
+    allows to cut them.
     """
     if optimizer is None or type(optimizer) in ELEMENTWISE:
         return set()
-    rule = getattr(optimizer, "is_elementwise", lambda group: False)
+    rule = getattr(optimizer, "is_elementwise", lambda group: allow_untested)
     return {index for index, group in enumerate(optimizer.param_groups) if not rule(group)}
 
 
@@ -2530,7 +2536,7 @@ class Zero:
         self.communicator = communicator
         if self.communicator.debug:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
-        self.whole = set() if allow_untested and config.stage else groups_of_whole_parameters(optimizer)
+        self.whole = groups_of_whole_parameters(optimizer, allow_untested and config.stage > 0)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
@@ -2595,7 +2601,6 @@ class Zero:
             bucket.keep_state(self.optimizer)
             self.hooks += [self.reducer.listen(slot) for slot in bucket.slots if slot not in self._frozen]
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
-        self.reducer.every = [bucket.gradients for bucket in self.trained]
         self.refill_groups()
 
     def refill_groups(self) -> None:

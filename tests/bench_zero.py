@@ -10,8 +10,8 @@ same batches, with fused AdamW, the gradient clipped to norm 1, and one CPU thre
 
     none     each process by itself, nothing is communicated: the floor, and no training of one model
     ddp      DistributedDataParallel, whose gradients are views into its buckets
-    zero1    ZeroRedundancyOptimizer on top of that: optimizer state shared out
-    fsdp2    fully_shard on every block and on the whole: parameters, gradients and optimizer state shared out
+    zero1    ZeroRedundancyOptimizer on top of that: optimizer state sharded
+    fsdp2    fully_shard on every block and on the whole: parameters, gradients and optimizer state sharded
     ours0-3  ``engine.initialize()`` with zero_optimization.stage 0 to 3 and no other setting
 
 Every run is new processes; a round runs every contender once, and every second round in the opposite order, so that

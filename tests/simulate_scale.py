@@ -12,8 +12,8 @@ its buckets and units, its hooks start collectives, gather and free, and PyTorch
 was measured on live storages, counted at the collectives, and timed; it was not worked out with a formula.
 
 *States* are parameters, gradients, masters and optimizer state. *Paper* is what the ZeRO paper (arXiv 1910.02054)
-counts for as many parameters, *table* what this code shall hold, see TABLE; the differences are padding, and at stage 3
-the 16-bit shard that the paper counts beside the masters and that this code has not. One rank has nothing to share out:
+counts for as many parameters, *table* what this code has to hold, see TABLE; the differences are padding, and at stage 3
+the 16-bit shard that the paper counts beside the masters and that this code has not. One rank has nothing to shard:
 all its stages are stage 0, and it is measured once. *Live* is the most of gathered units and of buckets of gradients at
 any time, *update* the gradients in the masters' dtype while the optimizer steps. *Sent* is elements per rank and
 step, divided by the parameters and by (N-1)/N. Seconds are of this process's CPU time: for set-up, and for one step, of

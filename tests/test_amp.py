@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def trained(precision: dict, stage: int, micro_batches: int, steps: int = 5, **more):
-    """Weights after training on ``micro_batches`` per step: shared out over the ranks, the rest accumulated."""
+    """Weights after training on ``micro_batches`` per step: divided among the ranks, the rest accumulated."""
     torch.manual_seed(0)
     model = Net()
     config = {"train_batch_size": 4 * micro_batches,

@@ -449,7 +449,7 @@ def stream_on_ranks():
 def test_a_stream_is_for_one_rank_only(alone, run_ranks):
     _, _, loader, _ = alone({"train_batch_size": 2}, training_data=Stream(), collate_fn=lambda samples: {"x": samples})
     assert [batch["x"] for batch in loader] == [[0, 1], [2, 3]]
-    assert all("can't be shared out among 2 ranks" in told for told in run_ranks(stream_on_ranks, 2))
+    assert all("can't be divided among 2 ranks" in told for told in run_ranks(stream_on_ranks, 2))
 
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def only_rank_0_saves(folder: str):
 
 def test_saving_on_rank_0_alone_raises_and_says_so(run_ranks, tmp_path):
     assert run_ranks(only_rank_0_saves, 2, str(tmp_path)) == [True, True]
-    run_ranks.stop()  # the barrier has left the group in a state that no other test shall meet
+    run_ranks.stop()  # the barrier has left the group in a state that no other test should meet
 
 
 @pytest.mark.parametrize("section, told", [({"keep_last": 0}, "checkpoint.keep_last is 0"),

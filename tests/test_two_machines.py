@@ -37,7 +37,7 @@ STEPS, SAVED, CUT = 8, 4, 6  # of the last run: all, the one saved after, the on
 
 
 def cut_cable() -> None:
-    """From inside a machine: from here on its packets get lost, and nobody is told."""
+    """From inside a machine: from here on its packets get lost, without an error."""
     subprocess.run(["ip", "link", "set", CARD, "down"], check=True)
 
 

@@ -13,7 +13,7 @@
     same_losses   the losses of plain PyTorch and of stages 0 to 3, and how far they are apart
 
 Nothing is drawn by hand. Bytes, losses and scales are the same in every run of a version; the times of ``timeline`` are
-those of the quickest of some steps on the machine at hand.
+those of the quickest of some steps on the current machine.
 """
 
 import argparse

@@ -283,7 +283,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "A window of m micro-batches that is sent m times costs m times the traffic, for nothing.",
                ("test_grade.py::test_stage_1_by_hand_accumulates",)),
          Check("the optimizer's state is really sharded",
-               "8 bytes per parameter on every rank are what stage 1 exists to share out.",
+               "8 bytes per parameter on every rank are what stage 1 exists to shard.",
                ("test_grade.py::test_stage_1_by_hand_shards_the_optimizer",)),
          Check("nothing else is kept between steps",
                "Another optimizer, or a second copy of the weights, takes the memory that sharding has saved.",
@@ -615,7 +615,7 @@ def essence(text: str, answer: str = "") -> str:
 
 
 def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome]) -> tuple[str, bool]:
-    """The text for the reader, and whether all is well. One error that stops every test is told once, on top."""
+    """The text for the reader, and whether all is well. One error that stops every test stands once, on top."""
     firsts = {outcome.message.partition("\n")[0] for outcome in outcomes.values() if outcome.result != "skipped"}
     everywhere = firsts.pop() if len(firsts) == 1 and len(outcomes) > 1 else ""
     if not re.match(r"\S+:\d+: ", everywhere):  # else it is the same line of the reader's

@@ -2,7 +2,7 @@
 
     python tutorials/train_gpt.py                                     on this machine's copy of Python's own library
     python tutorials/train_gpt.py --data book.txt --steps 2000        on a file of yours
-    torchrun --nproc_per_node 2 tutorials/train_gpt.py                on two processes: the same batches, shared out
+    torchrun --nproc_per_node 2 tutorials/train_gpt.py                on two processes: the same batches, divided
     python tutorials/train_gpt.py --config ds_config.json             with a DeepSpeed config of yours
     python tutorials/train_gpt.py --save_dir runs --save_every 50 --resume    go on after whatever ended the last run
 
