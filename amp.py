@@ -294,6 +294,10 @@ class LossScaler:
         for key in self.state_dict():
             setattr(self, key, state[key])
 
+    def outcome(self, before: float) -> str:
+        """What became of the scale, which was ``before``, when a step overflowed: the end of a sentence."""
+        return "" if self.scale == 1 == before else f"; loss scale {before:g}, now {self.scale:g}"
+
     def __str__(self) -> str:
         return f"{self.scale:g}" if self.scale != 1 else "none"
 
@@ -338,6 +342,11 @@ class DynamicLossScaler(LossScaler):
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as plain data."""
         return {"scale": self.scale, "forgiving": self.forgiving, "good_steps": self.good_steps}
+
+    def outcome(self, before: float) -> str:
+        """As above. An overflow looks like a failure, and at the start of fp16 it is none."""
+        done = super().outcome(before) if self.scale < before else f"; forgiven, the loss scale stays {before:g}"
+        return f"{done}: normal at the start, until it has come down far enough"
 
     def __str__(self) -> str:
         return f"dynamic, now {self.scale:g}"

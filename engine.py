@@ -1439,10 +1439,8 @@ class Engine(nn.Module):
         self.scaler.update(result.overflow, result.culprit)
         self._show_scale()
         if result.overflow and self.global_rank == 0:
-            scaled = self.scaler.scale != 1 or before != 1
-            scale = f"; loss scale {before:g}, now {self.scaler.scale:g}" if scaled else ""
             logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
-                           result.culprit or "a parameter", scale, self.skipped_steps)
+                           result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
 
     def _show_scale(self) -> None:
         """Show the loss scale where DeepSpeed shows it. To be read only."""

@@ -248,13 +248,15 @@ def test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16(ru
         assert "the gradient of blocks.0.0.weight is not finite" in told and "Use bf16" in told and skipped == 1
 
 
-def test_a_skipped_step_is_told_once_with_the_new_scale(run_ranks):
-    assert run_ranks(warnings_of_a_skip, 2) == [
-        ["step skipped, nothing was changed: the gradient of blocks.0.0.weight is not finite; loss scale 256, now 128 "
-         "(1 skipped so far)"], []]
+@pytest.mark.parametrize("hysteresis, outcome", [(1, "loss scale 256, now 128"),
+                                                 (2, "forgiven, the loss scale stays 256")])
+def test_a_skipped_step_is_told_once_with_what_became_of_the_scale(run_ranks, hysteresis, outcome):
+    assert run_ranks(warnings_of_a_skip, 2, hysteresis) == [
+        ["step skipped, nothing was changed: the gradient of blocks.0.0.weight is not finite; " + outcome +
+         ": normal at the start, until it has come down far enough (1 skipped so far)"], []]
 
 
-def warnings_of_a_skip():
+def warnings_of_a_skip(hysteresis: int):
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -263,7 +265,7 @@ def warnings_of_a_skip():
         model = Net()
         engine, *_ = deepspeed.initialize(model=model, config={
             "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
-            "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8, "hysteresis": 1}})
+            "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8, "hysteresis": hysteresis}})
         engine.backward(engine(torch.ones(1, 16)).float().mean() * float("nan"))
         engine.step()
     finally:

@@ -152,7 +152,7 @@ def overflow(precision: str) -> list:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_overflow_changes_nothing_is_counted_and_is_told_once_in_every_precision(run_ranks, precision):
-    scale = "; loss scale 16, now 8" if precision == "fp16" else ""
+    scale = "; loss scale 16, now 8: normal at the start, until it has come down far enough" if precision == "fp16" else ""
     warning = f"step skipped, nothing was changed: the gradient of 0.weight is not finite{scale} (1 skipped so far)"
     for rank, found in enumerate(run_ranks(overflow, 2, precision)):
         assert found == [(True, 1, 0, [warning] if rank == 0 else [])] * 4, f"rank {rank}"
