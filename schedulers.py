@@ -18,8 +18,8 @@ warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that
 Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. A wrong value raises a
 ``ValueError`` that names the parameter, what was given and what is allowed.
 
-    python schedulers.py --output schedules.png                       draw them all
-    python schedulers.py ds_config.json --steps 2000 --output lr.png  draw the one in a config file
+    python schedulers.py                   draw them all, as schedules.png
+    python schedulers.py ds_config.json    draw the one in a config file, in its whole length, as ds_config_lr.png
 """
 
 import argparse
@@ -31,6 +31,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class Schedule(LRScheduler):
 
     ``last_batch_iteration`` is DeepSpeed's position, one less than PyTorch's ``last_epoch``: -1 at the start.
     """
+    span: float = 1000  # steps in which all that it does is seen: what a picture shows
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1):
         start = _number("last_batch_iteration", last_batch_iteration, low=-1, whole=True)
@@ -220,6 +222,7 @@ class WarmupLR(Schedule):
             warmup_max_lr = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.min_lrs, self.max_lrs = _range(optimizer, "warmup_min_lr", warmup_min_lr, "warmup_max_lr", warmup_max_lr)
         self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
+        self.span = self.warm_up.steps
         super().__init__(optimizer, last_batch_iteration)
 
     def height(self, t: int) -> float:
@@ -239,6 +242,7 @@ class WarmupDecayLR(WarmupLR):
                  last_batch_iteration: int = -1):
         self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
+        self.span = self.total_num_steps
 
     def height(self, t: int) -> float:
         if self.warm_up.lasts(t):
@@ -256,7 +260,7 @@ class WarmupCosineLR(Schedule):
     def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_ratio: float = 0.0,
                  warmup_num_steps: int = 1000, cos_min_ratio: float = 0.0001, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
-        self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
+        self.total_num_steps = self.span = _total_steps(total_num_steps, warmup_num_steps)
         self.warmup_min_ratio = _number("warmup_min_ratio", warmup_min_ratio, high=1.0)
         self.cos_min_ratio = _number("cos_min_ratio", cos_min_ratio, high=1.0)
         self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
@@ -304,6 +308,7 @@ class OneCycle(Schedule):
         self.decay_step_size = _number("decay_step_size", decay_step_size, whole=True)
         self.decay_lr_rate = _number("decay_lr_rate", decay_lr_rate)
         self.decay_mom_rate = _number("decay_mom_rate", decay_mom_rate)
+        self.span = self.first_size + self.second_size + 4 * self.decay_step_size
         if not self.decay_step_size and (self.decay_lr_rate or self.decay_mom_rate):
             warnings.warn("OneCycle: decay_lr_rate and decay_mom_rate have no effect while decay_step_size is 0")
         self.min_moms, self.max_moms = _range(optimizer, "cycle_min_mom", cycle_min_mom, "cycle_max_mom", cycle_max_mom,
@@ -361,6 +366,7 @@ class LRRangeTest(Schedule):
         self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
         self.step_size = _number("lr_range_test_step_size", lr_range_test_step_size, low=1, whole=True)
         self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
+        self.span = 4 * self.step_size
         self.staircase = _one_of("lr_range_test_staircase", lr_range_test_staircase, (True, False))
         super().__init__(optimizer, last_batch_iteration)
 
@@ -433,6 +439,7 @@ class MultiPhaseLR(Schedule):
         groups, last = range(len(optimizer.param_groups)), len(phases) - 1
         self.phases = [[Phase.checked(f"phases[{i}]", _of_group(raw, f"phases[{i}]", group, len(groups)), i == last)
                         for i, raw in enumerate(phases)] for group in groups]
+        self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases[0]) or self.span
         super().__init__(optimizer, last_batch_iteration)
         for group in groups:  # through all borders once: a curve that can't be drawn is refused now, not mid-training
             self.rate(sum(phase.steps or 0 for phase in self.phases[group]), group)
@@ -517,8 +524,11 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
         raise ValueError(f"{name}: {error}") from error
 
 
-def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[list[dict[str, Any]]]:
-    """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are."""
+def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) -> list[list[dict[str, Any]]]:
+    """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are.
+
+    Without ``steps``: over the schedule's own span, and a tenth more.
+    """
     real = source.optimizer if isinstance(source, LRScheduler) else None
     groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
                                              for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
@@ -529,7 +539,7 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int, lr: Rates) -> list[l
         schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
             build(stand_in, source.get("type"), source.get("params"))
         seen = []
-        for _ in range(steps):
+        for _ in range(int(1.1 * getattr(schedule, "span", Schedule.span)) + 1 if steps is None else steps):
             seen.append([dict(group) for group in stand_in.param_groups])
             schedule.step()
     return seen
@@ -564,8 +574,8 @@ GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at 
                                  {"type": "constant", "steps": 500}, {"type": "cosine", "steps": 350, "end_lr": 0.0}]})]
 
 
-def draw(sections: Sequence[dict[str, Any]], steps: int, output: str, lr: Rates = 0.01) -> None:
-    """Draw each scheduler section over ``steps`` steps, a panel each: rates as lines, momentum dashed where it moves.
+def draw(sections: Sequence[dict[str, Any]], steps: int | None, output: str, lr: Rates = 0.01) -> None:
+    """Draw each scheduler section over ``steps`` steps, or its own span: rates as lines, a momentum that moves dashed.
     """
     import matplotlib.figure  # here, so that training does not wait for it
 
@@ -592,23 +602,26 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description="Draw learning-rate schedules: one of each, or the one in a config.")
     parser.add_argument("config", nargs="?", help="a JSON file with a DeepSpeed config, or its scheduler section")
-    parser.add_argument("--output", default="schedules.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps to draw (default: %(default)s)")
+    parser.add_argument("--output", help="the picture to write (default: schedules.png, or CONFIG_lr.png)")
+    parser.add_argument("--steps", type=int, help="optimizer steps to draw (default: all that the schedule does; "
+                                                  "1000 for PyTorch's, and where all are drawn)")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01], metavar="RATE",
                         help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
     options = parser.parse_args(argv)
-    sections, lr = [{"type": name, "params": params} for name, params in GALLERY], options.lr
+    sections, lr, steps, output = [{"type": name, "params": params} for name, params in GALLERY], options.lr, 1000, \
+        options.output or (f"{Path(options.config).stem}_lr.png" if options.config else "schedules.png")
     try:
-        _number("--steps", options.steps, low=1)
         if options.config:
             from engine import read_scheduler  # the reader of configs; only the command line needs it
 
             section, rate = read_scheduler(options.config)
-            sections, lr = [section], options.lr if rate is None else rate
-        draw(sections, options.steps, options.output, lr)
+            sections, lr, steps = [section], options.lr if rate is None else rate, None
+        if options.steps is not None:
+            steps = _number("--steps", options.steps, low=1)
+        draw(sections, steps, output, lr)
     except (OSError, ValueError) as error:
         sys.exit(f"schedulers.py: error: {error}")
-    print(f"wrote {options.output}")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

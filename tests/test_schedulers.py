@@ -320,6 +320,31 @@ def test_momentum_that_would_grow_to_one_is_an_error_not_a_divergence():
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("section, last", [
+    ({"type": "WarmupLR", "params": {"warmup_num_steps": 40}}, 44),
+    ({"type": "WarmupDecayLR", "params": {"total_num_steps": 500, "warmup_num_steps": 40}}, 550),
+    ({"type": "WarmupCosineLR", "params": {"total_num_steps": 500.5, "warmup_num_steps": 40}}, 550),
+    ({"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "cycle_first_step_size": 70,
+                                     "cycle_second_step_size": 30}}, 110),
+    ({"type": "LRRangeTest", "params": {"lr_range_test_step_size": 50}}, 220),
+    ({"type": "LinearDecayLR", "params": {"total_num_steps": 500}}, 550),
+    ({"type": "StepDecayLR", "params": {"step_size": 50}}, 220),
+    ({"type": "MultiPhaseLR", "params": {"phases": [{"type": "linear", "steps": 30, "end_lr": 0.1},
+                                                    {"type": "cosine", "steps": 70, "end_lr": 0.0}]}}, 110),
+    ({"type": "MultiPhaseLR", "params": {"phases": [{"type": "constant"}]}}, 1100),
+    ({"type": "StepLR", "params": {"step_size": 50}}, 1100),
+])
+def test_a_configs_schedule_is_drawn_in_its_own_length_and_into_its_own_file(tmp_path, monkeypatch, section, last):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: figures.append((self, path)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps({"scheduler": section}))
+    for more in ([], ["--steps", "7"]):
+        schedulers.main(["mine.json", *more])
+    assert [len(figure.axes[0].lines[0].get_xdata()) - 1 for figure, _ in figures] == [last, 6]
+    assert [path for _, path in figures] == ["mine_lr.png"] * 2, "schedules.png is the picture of them all"
+
+
 def test_command_line_draws_a_picture_and_refuses_in_one_line(tmp_path, capsys):
     config, picture = tmp_path / "ds.json", tmp_path / "lr.png"
     config.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}))
