@@ -43,6 +43,25 @@ def test_it_learns_real_text_the_same_on_one_rank_and_on_two(run_ranks, tmp_path
     assert losses(together) == pytest.approx(losses(alone), abs=2e-4)
 
 
+def curves_of(arguments: list[str]) -> list[list[tuple[int, float]]]:
+    """The curves that the script draws."""
+    with mock.patch.object(train_gpt, "draw_curves") as drawn:
+        run_script(arguments)
+    return [list(curve) for curve in drawn.call_args.args[:2]] if drawn.called else []
+
+
+def test_the_curve_has_every_step_also_those_before_a_resume(run_ranks, tmp_path):
+    (whole, held_out), _ = run_ranks(curves_of, 2, SMALL)
+    assert [step for step, _ in whole] == list(range(1, 21)) and [step for step, _ in held_out] == [20]
+    saving = [*SMALL, f"--save_dir={tmp_path / 'runs'}", "--save_every=5", "--report=100", "--resume"]
+    schedule = "--config=" + str(tmp_path / "constant.json")
+    (tmp_path / "constant.json").write_text('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}}')
+    (expected, _), _ = run_ranks(curves_of, 2, [*SMALL, schedule])
+    run_ranks(curves_of, 2, [*saving, schedule, "--steps=7"])
+    (resumed, held_out), _ = run_ranks(curves_of, 2, [*saving, schedule, "--steps=20"])
+    assert resumed == expected and [step for step, _ in held_out] == [7, 20]
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(run_ranks, tmp_path, request):
     """A run of one process is killed after a checkpoint, and resumed on two."""
     if not request.config.getoption("--long"):

@@ -60,7 +60,7 @@ def train(stage: int, steps: int, folder: str | None = None, cut: bool = False) 
             cut_cable()
         engine.backward(loss)
         engine.step()
-        losses[step] = train_gpt.mean_over_ranks(loss)
+        losses[step] = float(train_gpt.mean_over_ranks(loss))
         if folder and step == SAVED:
             engine.save_checkpoint(folder)
     engine.destroy()

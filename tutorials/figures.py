@@ -608,7 +608,7 @@ def losses_of_all_stages(steps: int, dtype: torch.dtype) -> list[list[float]]:
             loss = loss_of(engine, text_windows(step, 8, 64)[dist.get_rank()::dist.get_world_size()])
             engine.backward(loss)
             engine.step()
-            losses.append(mean_over_ranks(loss))
+            losses.append(float(mean_over_ranks(loss)))
         engine.destroy()
         stages.append(losses)
     return stages

@@ -8,7 +8,7 @@
 
 The model reads bytes, so any file will do and no tokenizer is needed; its loss is in nats per byte. One file in ten
 (of a single file, its last tenth) is held out, never trained on, and measures what was learned. At the end the model
-writes some text, and the loss curve is saved as a picture.
+writes some text, and the loss curve is saved as a picture: every step's loss, of a resumed run from its first step on.
 
 The batches depend on ``--seed`` and the step alone: rank r of N takes rows r, r + N, ... of each, so that a run on any
 number of processes sees the same data and gives, rounding apart, the same losses.
@@ -114,12 +114,12 @@ def default_config(options: argparse.Namespace) -> dict:
     }
 
 
-def mean_over_ranks(value: Tensor) -> float:
-    """The mean of a scalar tensor over all ranks."""
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks."""
     value = value.detach().clone()
     if dist.get_world_size() > 1:
         dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
+    return value / dist.get_world_size()
 
 
 @torch.no_grad()
@@ -132,12 +132,13 @@ def held_out_loss(engine: deepspeed.Engine, text: Tensor, options: argparse.Name
     for part in share.split(options.batch):
         loss_sum += len(part) * engine(*batch_at(text, part, options.context))
     engine.train()
-    return mean_over_ranks(loss_sum) * engine.world_size / len(offsets)
+    return float(mean_over_ranks(loss_sum)) * engine.world_size / len(offsets)
 
 
-def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: argparse.Namespace) -> tuple[list, list]:
-    """Train for ``options.steps`` optimizer steps; returns [(step, loss)] of the training and of the held-out text."""
-    curve, held_curve = [], []
+def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: argparse.Namespace,
+          curve: list, held_curve: list) -> None:
+    """Train up to ``options.steps`` optimizer steps; adds (step, loss) to the curves of training and held-out text."""
+    losses = []  # this rank's, of the steps since the last report: one collective averages them all
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     generator = torch.Generator().manual_seed(options.seed)
     started, tokens, first = time.perf_counter(), 0, engine.global_steps
@@ -153,22 +154,24 @@ def train(engine: deepspeed.Engine, text: Tensor, held_out: Tensor, options: arg
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()
+        losses.append(loss_sum / accumulation)
         tokens += engine.train_batch_size() * options.context
-        if step % options.report == 0 or step in (1, options.steps):
-            loss = mean_over_ranks(loss_sum) / accumulation
-            curve.append((step, loss))
-            if engine.global_rank == 0:
-                seconds = time.perf_counter() - started
-                print(f"step {step:5d}/{options.steps}  loss {loss:.4f}  lr {rate:.2e}  {tokens / seconds:7.0f} "
-                      f"tokens/s  {seconds / (step - first) * (options.steps - step):4.0f} s left", flush=True)
+        reports = step % options.report == 0 or step in (1, options.steps)
+        saves = options.save_dir and (step % options.save_every == 0 or step == options.steps)
+        if reports or saves:
+            curve += enumerate(mean_over_ranks(torch.stack(losses)).tolist(), step - len(losses) + 1)
+            losses.clear()
+        if reports and engine.global_rank == 0:
+            seconds = time.perf_counter() - started
+            print(f"step {step:5d}/{options.steps}  loss {curve[-1][1]:.4f}  lr {rate:.2e}  {tokens / seconds:7.0f} "
+                  f"tokens/s  {seconds / (step - first) * (options.steps - step):4.0f} s left", flush=True)
         if step % (10 * options.report) == 0 or step == options.steps:
             held_curve.append((step, held_out_loss(engine, held_out, options)))
             if engine.global_rank == 0:
                 print(f"step {step:5d}/{options.steps}  held-out loss {held_curve[-1][1]:.4f} nats per byte",
                       flush=True)
-        if options.save_dir and (step % options.save_every == 0 or step == options.steps):
-            engine.save_checkpoint(options.save_dir)
-    return curve, held_curve
+        if saves:
+            engine.save_checkpoint(options.save_dir, client_state={"curve": curve, "held_curve": held_curve})
 
 
 @torch.no_grad()
@@ -189,12 +192,11 @@ def draw_curves(curve: list, held_curve: list, path: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
-    if curve:
-        axis.plot(*zip(*curve), label="training text")
-        axis.plot(*zip(*held_curve), "o--", color="black", label="held-out text")
+    axis.plot(*zip(*curve), label="training text")
+    axis.plot(*zip(*held_curve), "o--", color="black", label="held-out text")
     axis.set(xlabel="optimizer step", ylabel="loss (nats per byte)")
     axis.grid(alpha=0.3)
-    axis.legend() if curve else None
+    axis.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -253,11 +255,14 @@ def main() -> None:
         count = sum(p.numel() for p in model.parameters())
         print(f"{count / 1e6:.2f} M parameters, {len(text) / 1e6:.1f} MB of text, {engine.world_size} process(es), "
               f"{engine.train_batch_size() * options.context} bytes per step")
+    curve, held_curve = [], []
     if options.resume:
-        folder, _ = engine.load_checkpoint(options.save_dir)
-        if engine.global_rank == 0 and folder:
-            print(f"resumed from {folder}")
-    curve, held_curve = train(engine, text, held_out, options)
+        folder, saved = engine.load_checkpoint(options.save_dir)
+        if folder:
+            curve, held_curve = saved["curve"], saved["held_curve"]
+            if engine.global_rank == 0:
+                print(f"resumed from {folder}")
+    train(engine, text, held_out, options, curve, held_curve)
     sample = write_text(engine, options.sample, options.seed)
     if engine.global_rank == 0:
         print(f"--- the model writes:\n{sample}\n---")
