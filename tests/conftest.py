@@ -1,5 +1,8 @@
 """What the tests share: ``run_ranks``, which runs a function on N gloo processes, and the ``--long`` option.
 
+A test that is decorated with ``@on_ranks(N)`` runs on N such processes from its first line to its last. The others call
+``run_ranks`` themselves: they draw their cases, or compare what the ranks return.
+
     .venv/bin/python -m pytest -q             everything, with a few draws per property
     .venv/bin/python -m pytest -q --long      the same properties with many more draws
 
@@ -8,6 +11,7 @@ server that has PyTorch and the tests' modules loaded already, since loading the
 """
 
 import gc
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -46,14 +50,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ranks(count): run the test in so many processes; see on_ranks")
+    config.addinivalue_line("markers", "long: only with --long")
     torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads would wait for each other
     hypothesis.settings.register_profile("short", max_examples=12, deadline=None, derandomize=True, database=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("long") and not item.config.getoption("--long"):
+        pytest.skip("only with --long")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
+
+
+def on_ranks(count: int | None = None, **tables: Iterable) -> Callable:
+    """Run a test's whole body on ``count`` ranks, or on as many as its argument ``ranks`` says.
+
+    Each table is an argument of the test, and the values that it has in turn: ``@on_ranks(2, stage=range(4))``.
+    """
+    def mark(test: Callable) -> Callable:
+        for name, values in reversed(tables.items()):
+            test = pytest.mark.parametrize(name, values)(test)
+        return pytest.mark.usefixtures("run_ranks")(pytest.mark.ranks(count)(test))
+    return mark
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Call a test in the worker processes, if ``on_ranks`` marks it; None leaves it to pytest."""
+    mark = pyfuncitem.get_closest_marker("ranks")
+    if mark is None:
+        return None
+    arguments = [pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters]
+    pyfuncitem.funcargs["run_ranks"](pyfuncitem.obj, mark.args[0] or pyfuncitem.funcargs["ranks"], *arguments)
+    return True
+
+
+@pytest.fixture
+def is_long(pytestconfig: pytest.Config) -> bool:
+    """Whether many more cases are asked for."""
+    return pytestconfig.getoption("--long")
 
 
 # --- In a worker process ----------------------------------------------------------------------------------------------
