@@ -85,6 +85,7 @@ class BF16Config:
     immediate_grad_update: bool = False    # no effect
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
     bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
+    loss_scale: float = 0.0                # only 0
     keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
@@ -93,6 +94,9 @@ class BF16Config:
                          "min_loss_scale"), "bf16 has the range of fp32 and needs no loss scale")}
 
     def __post_init__(self) -> None:
+        if self.loss_scale:
+            raise ValueError(f"bf16.loss_scale is {self.loss_scale:g}, but bf16 has the range of fp32 and needs no "
+                             "loss scale; take it out, or use fp16")
         if self.bf16_optimizer_states != self.bf16_master_weights_and_grads:
             raise ValueError(f"bf16.bf16_optimizer_states is {self.bf16_optimizer_states}; allowed: the value of "
                              "bf16_master_weights_and_grads, since PyTorch's optimizers keep their state in the dtype "

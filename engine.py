@@ -47,7 +47,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property, partial, wraps
@@ -82,7 +82,7 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, **rules: Any) -> Any:
-    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``; see _convert."""
+    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``; see _Parser.value."""
     return field(default=default, metadata=rules)
 
 
@@ -179,7 +179,12 @@ class Config:
                         "no log is written; the script can log what engine.get_lr() and the loss tell")}
 
     def __post_init__(self) -> None:
-        self.precision()
+        self.precision()  # which refuses what contradicts itself
+        params = self.optimizer.params if self.optimizer else {}
+        norm = params.pop("max_grad_norm", self.gradient_clipping)
+        if norm != self.gradient_clipping or isinstance(norm, bool):
+            raise ValueError(f"optimizer.params.max_grad_norm is {norm!r}, but gradient_clipping is "
+                             f"{self.gradient_clipping}; write gradient_clipping: {norm!r} instead")
 
     def precision(self) -> amp.PrecisionConfig:
         """What the config says of dtypes."""
@@ -232,39 +237,18 @@ NOT_HERE |= {f"zero_optimization.{key}" for key in (
 # Of the keys without effect (NO_EFFECT of each section), those where "false" is worth a word as well.
 ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "optimizer.adam_w_mode"}
 
-# Former spellings: where the value goes now, and what it becomes where that is not the value itself.
-FORMER: dict[str, tuple[str, Callable[[bool], Any] | None]] = {
-    "bfloat16": ("bf16", None),
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
-        "zero_optimization.stage3_gather_16bit_weights_on_model_save", None)}
-FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.stage3_{key}", None) for key in (
+# Former spellings, and where the value goes now.
+FORMER = {"bfloat16": "bf16", "zero_optimization.stage3_gather_fp16_weights_on_model_save":
+          "zero_optimization.stage3_gather_16bit_weights_on_model_save"}
+FORMER |= {f"zero_optimization.{key}": f"zero_optimization.stage3_{key}" for key in (
     "gather_16bit_weights_on_model_save", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size",
     "param_persistence_threshold", "model_persistence_threshold", "module_granularity_threshold",
     "use_all_reduce_for_fetch_params", "allgather_sequential")}
-FORMER |= {f"zero_optimization.{key}": (f"zero_optimization.{now}", lambda on: {"device": "cpu" if on else "none"})
-           for key, now in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param"),
-                            ("cpu_offload_params", "offload_param"))}
+FORMER |= {f"zero_optimization.cpu_offload{what}": f"zero_optimization.{now}" for what, now in (
+    ("", "offload_optimizer"), ("_param", "offload_param"), ("_params", "offload_param"))}  # were true or false
 
-# Where "auto" has no default that can be right: these name what the caller wants.
-UNDECIDED = ("*.type", "*.stage", "*.device", "*.nvme_path")
-
-
-@dataclass
-class _Remarks:
-    """What a config holds that the reader has to say a word about."""
-    former: list[str] = field(default_factory=list)    # former spellings
-    autos: list[str] = field(default_factory=list)     # keys that are "auto", and not needed
-    without_effect: list[str] = field(default_factory=list)
-
-    def tell(self) -> None:
-        """Log them, on rank 0."""
-        warnings = list(self.former)
-        if self.autos:
-            warnings.append(f'"auto", so the default or what the other keys say: {", ".join(self.autos)}')
-        if self.without_effect:
-            warnings.append(f"without effect here: {'; '.join(self.without_effect)}")
-        for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
-            logger.warning("config: %s", text)
+# Keys that name what the caller wants: "auto" has no default there that can be right.
+UNDECIDED = (".type", ".stage", ".device", ".nvme_path", ".total_num_steps", ".cycle_min_lr", ".cycle_max_lr")
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
@@ -273,15 +257,21 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     Former spellings and keys that have no effect here are taken, with a warning on rank 0. So is "auto" where it leaves
     no question open: the key then has its default.
     """
-    raw, remarks = read_config(config), _Remarks()
+    raw, parser = read_config(config), _Parser()
     if isinstance(raw, dict):
-        remarks.former = _respell(raw)
-    result = _parse(Config, raw, "", remarks)
+        parser.respell(raw)
+    result = parser.section(Config, raw)
     if _says_off(raw.get("activation_checkpointing")):
         result.activation_checkpointing = None
-    _settle_params(result, remarks)
-    _refuse_undecided(result, remarks.autos)
-    remarks.tell()
+    if "scheduler.params.warmup_max_lr" in parser.autos:
+        result.scheduler.params["warmup_max_lr"] = None  # the optimizer's own rate
+    undecided = [path for path in parser.autos if path.endswith(UNDECIDED)]
+    if result.train_batch_size is None and result.train_micro_batch_size_per_gpu is None:
+        undecided += [key for key in result.SIZES[:2] if key in parser.autos]
+    if undecided:
+        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
+                          "Trainer and Accelerate fill them in before DeepSpeed reads the config")
+    parser.tell()
     return result
 
 
@@ -291,14 +281,14 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike) -> Any:
     In a file, comments (#, //, /* */) and commas before a closing bracket may stand.
     """
     if not isinstance(config, (str, os.PathLike)):
-        return _plain(config, "")
+        return _plain(config)
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8-sig")
         for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # as blanks, so that errors name the place
             text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
                           lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
-        return _plain(json.loads(text, object_pairs_hook=_without_duplicates), "")
+        return _plain(json.loads(text, object_pairs_hook=_without_duplicates))
     except OSError as error:
         raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -317,7 +307,7 @@ def _is_comment(key: str) -> bool:
     return key.startswith(("_", "#", "//")) or key.lower() in ("comment", "comments")
 
 
-def _plain(raw: Any, path: str) -> Any:
+def _plain(raw: Any, path: str = "") -> Any:
     """``raw`` with a new dict for each mapping in it, without comments."""
     if not isinstance(raw, Mapping):
         return raw
@@ -327,110 +317,129 @@ def _plain(raw: Any, path: str) -> Any:
     return {key: _plain(value, f"{path}.{key}".lstrip(".")) for key, value in raw.items() if not _is_comment(key)}
 
 
-def _respell(raw: dict[str, Any]) -> list[str]:
-    """Give former spellings their present ones, in place; what was done."""
-    done = []
-    if _number(raw.get("steps_per_print")) == float("inf"):
-        del raw["steps_per_print"]  # never
-    if isinstance(raw.get("zero_optimization"), bool):
-        done.append(f"zero_optimization {raw['zero_optimization']} is now written "
-                    f'{{"stage": {int(raw["zero_optimization"])}}}')
-        raw["zero_optimization"] = {"stage": int(raw["zero_optimization"])}
-    for former, (now, becomes) in FORMER.items():
-        place, (*_, key), new = raw, former.split("."), now.split(".")[-1]
-        if "." in former:
-            place = raw.get(former.split(".")[0])
-        if not isinstance(place, dict) or key not in place:
-            continue
-        value = place.pop(key)
-        if value is None or _is_auto(value):
-            continue
-        if becomes:
-            value = becomes(_convert(bool, {}, value, former, _Remarks()))
-        given = place.setdefault(new, value)
-        if given != value and not (becomes and isinstance(given, dict) and value.items() <= given.items()):
-            raise ConfigError(f"{former} is the former spelling of {now} and says {value!r}, but {now} is {given!r}; "
-                              f"take {former} out")
-        done.append(f"{former} is now {now}{f' {value}' if becomes else ''}")
-    return done
+class _Parser:
+    """What makes dataclasses of JSON, and remembers what the config holds that is worth a word."""
 
+    def __init__(self) -> None:
+        self.former: list[str] = []          # former spellings
+        self.autos: list[str] = []           # keys that are "auto"
+        self.without_effect: list[str] = []  # keys, and why they have none
 
-def _settle_params(config: Config, remarks: _Remarks) -> None:
-    """Take out of ``optimizer.params`` and ``scheduler.params`` what is "auto", or says what happens anyway."""
-    for name in ("optimizer", "scheduler"):
-        section = getattr(config, name)
-        for key in [key for key, value in section.params.items() if _is_auto(value)] if section else ():
-            remarks.autos.append(f"{name}.params.{key}")
-            del section.params[key]
-            if key == "warmup_max_lr":
-                section.params[key] = None  # the optimizer's own rate
-    if config.optimizer and "max_grad_norm" in config.optimizer.params:
-        norm = config.optimizer.params.pop("max_grad_norm")
-        if norm != config.gradient_clipping or isinstance(norm, bool):
-            raise ConfigError(f"optimizer.params.max_grad_norm is {norm!r}, but gradient_clipping is "
-                              f"{config.gradient_clipping}; write gradient_clipping: {norm!r} instead")
+    def tell(self) -> None:
+        """Log what is worth a word, on rank 0."""
+        warnings = list(self.former)
+        if self.autos:
+            warnings.append(f'"auto", so the default or what the other keys say: {", ".join(self.autos)}')
+        if self.without_effect:
+            warnings.append(f"without effect here: {'; '.join(self.without_effect)}")
+        for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
+            logger.warning("config: %s", text)
 
-
-def _refuse_undecided(config: Config, autos: list[str]) -> None:
-    undecided = [path for path in autos if any(fnmatchcase(path, pattern) for pattern in UNDECIDED)]
-    if config.train_batch_size is None and config.train_micro_batch_size_per_gpu is None:
-        undecided += [key for key in config.SIZES[:2] if key in autos]
-    if config.scheduler and not _is_auto(config.scheduler.type):
-        taken = inspect.signature(_named_schedule(config.scheduler.type)).parameters
-        undecided += [f"scheduler.params.{key}" for key, parameter in taken.items()
-                      if f"scheduler.params.{key}" in autos and parameter.default is parameter.empty]
-    if undecided:
-        raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
-                          "Trainer and Accelerate fill them in before DeepSpeed reads the config")
-
-
-def _parse(cls: type, raw: Any, path: str, remarks: _Remarks) -> Any:
-    """An instance of the dataclass ``cls`` from the JSON object ``raw``, which stands at ``path`` in the config."""
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
-    # A key that is a word of Python's, such as async, has a field with an underscore behind it.
-    names = {f.name.removesuffix("_"): f for f in fields(cls)}
-    known, hints, values = list(names), typing.get_type_hints(cls), {}
-    idle = getattr(cls, "NO_EFFECT", {})
-    for key, value in raw.items():
-        if key not in known:
-            _judge_other(f"{path}{key}", value, known, idle.get(key), remarks)
-            continue
-        has_default = names[key].default is not names[key].default_factory  # else both are MISSING
-        if _is_auto(value):
-            remarks.autos.append(f"{path}{key}")
-            if has_default:
+    def respell(self, raw: dict[str, Any]) -> None:
+        """Give former spellings their present ones, in place."""
+        if _number(raw.get("steps_per_print")) == math.inf:
+            del raw["steps_per_print"]  # never
+        if isinstance(raw.get("zero_optimization"), bool):
+            now = {"stage": int(raw["zero_optimization"])}
+            self.former.append(f"zero_optimization {raw['zero_optimization']} is now written {json.dumps(now)}")
+            raw["zero_optimization"] = now
+        for former, now in FORMER.items():
+            place = raw.get(former.split(".")[0]) if "." in former else raw
+            value = place.pop(former.split(".")[-1], None) if isinstance(place, dict) else None
+            if value is None or _is_auto(value):
                 continue
-        f = names[key]
-        values[f.name] = _convert(hints[f.name], f.metadata, value, f"{path}{key}", remarks)
-        if key in idle and values[f.name] != f.default:
-            remarks.without_effect.append(f"{path}{key} ({idle[key]})")
-    for f in fields(cls):
-        if f.name not in values and f.default is f.default_factory:
-            raise ConfigError(f"{path}{f.name} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:  # a section's own checks
-        raise ConfigError(str(error)) from None
+            if "cpu_offload" in former:
+                value = {"device": "cpu" if self.value(bool, {}, value, former) else "none"}
+            given = place.setdefault(now.split(".")[-1], value)
+            if given != value and not (isinstance(given, dict) and isinstance(value, dict)
+                                       and value.items() <= given.items()):
+                raise ConfigError(f"{former} is the former spelling of {now} and says {value!r}, but {now} is "
+                                  f"{given!r}; take {former} out")
+            self.former.append(f"{former} is now {now}{f' {value}' if 'cpu_offload' in former else ''}")
+
+    def section(self, cls: type, raw: Any, path: str = "") -> Any:
+        """An instance of the dataclass ``cls`` from the JSON object ``raw``, whose keys begin with ``path``."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
+        # A key that is a word of Python's, such as async, has a field with an underscore behind it.
+        known = {f.name.removesuffix("_"): f for f in fields(cls)}
+        hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
+        for key, value in raw.items():
+            if key not in known:
+                self.judge(f"{path}{key}", value, known, idle.get(key))
+                continue
+            f = known[key]
+            if _is_auto(value):
+                self.autos.append(f"{path}{key}")
+            if not _is_auto(value) or _is_needed(f):
+                values[f.name] = self.value(hints[f.name], f.metadata, value, f"{path}{key}")
+                if key in idle and values[f.name] != f.default:
+                    self.without_effect.append(f"{path}{key} ({idle[key]})")
+        for f in fields(cls):
+            if _is_needed(f) and f.name not in values:
+                raise ConfigError(f"{path}{f.name} is missing")
+        try:
+            return cls(**values)
+        except ValueError as error:  # a section's own checks
+            raise ConfigError(str(error)) from None
+
+    def judge(self, path: str, value: Any, known: Iterable[str], idle: str | None) -> None:
+        """Refuse a key that is no field, unless it says that something is off. ``idle``: why it has no effect."""
+        if idle is not None:
+            if not _is_off(value) or path in ALWAYS_ON and value is not None:
+                self.without_effect.append(f"{path} ({idle})")
+        elif path not in NOT_HERE:
+            homes = [f.name for f in fields(Config) if is_dataclass(f.default_factory)
+                     and path in vars(f.default_factory())]
+            hint = f"; its place is in {homes[0]}" if len(homes) == 1 else _nearest(path.rpartition(".")[2], known)
+            raise ConfigError(f"unknown key {path}, set to {value!r}{hint} (known: {', '.join(known)})")
+        elif not _is_off(value, path):
+            raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
+
+    def value(self, hint: Any, rules: Mapping[str, Any], value: Any, path: str) -> Any:
+        """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several.
+
+        ``rules`` are the field's metadata: ``choices``, of which a mapping has the values that names stand for, and the
+        range of a number: ``least``, ``most``, ``above``, ``below``. Text that can only mean a number or a truth value
+        means it, as do 0 and 1.
+        """
+        kinds = typing.get_args(hint) or (hint,)
+        choices, number = rules.get("choices", ()), _number(value)
+        word = str(value).lower() if isinstance(value, (str, torch.dtype)) else None
+        truth = float(value) if isinstance(value, bool) else {"true": 1, "false": 0}.get(word, number)
+        for kind in kinds:
+            if is_dataclass(kind) and value is not None:
+                return self.switched(kind, value, path)
+            if kind in (int, float) and number is not None and _is_within(number, rules) \
+                    and (kind is float or number.is_integer() and abs(number) < 2**53):
+                return kind(number)  # JSON files like to write 5e8
+            if kind is bool and truth in (0, 1):
+                return bool(truth)
+            if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+                return list(value)
+            if kind is dict and isinstance(value, dict):
+                self.autos += [f"{path}.{key}" for key, item in value.items() if _is_auto(item)]
+                return {key: item for key, item in value.items() if not _is_auto(item)}
+            if kind in (str, torch.dtype) and word in choices:
+                return choices[word] if isinstance(choices, Mapping) else word
+            if kind in (str, types.NoneType) and isinstance(value, kind) and not (kind is str and choices):
+                return value
+        raise ConfigError(f"{path} is {value!r}; allowed: {_allowed(kinds, rules)}")
+
+    def switched(self, cls: type, raw: Any, path: str) -> Any:
+        """A section; one that is off has its defaults where it can't be read."""
+        if not isinstance(raw, Mapping) or not _is_off(raw):
+            return self.section(cls, raw, f"{path}.")
+        if _is_auto(raw.get("enabled")):
+            self.autos.append(f"{path}.enabled")
+        try:
+            return _Parser().section(cls, raw, f"{path}.")
+        except ConfigError:
+            return cls()
 
 
-def _judge_other(path: str, value: Any, known: list[str], idle: str | None, remarks: _Remarks) -> None:
-    """Refuse a key that is no field, unless it says that something is off. ``idle``: why it has no effect, if so."""
-    key = path.rpartition(".")[2]
-    if path == "bf16.loss_scale" and not _is_off(value):
-        raise ConfigError(f"bf16.{key} is {value!r}, but bf16 has the range of fp32 and needs no loss scale; "
-                          "take it out, or use fp16")
-    if path == "bf16.loss_scale" or path in NOT_HERE and _is_off(value, path):
-        return
-    if path in NOT_HERE:
-        raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
-    if idle is None:
-        sections = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
-        homes = [name for name, section in sections.items() if path in vars(section())]
-        hint = f"; its place is in {homes[0]}" if len(homes) == 1 else _nearest(key, known)
-        raise ConfigError(f"unknown key {path}, set to {value!r}{hint} (known: {', '.join(known)})")
-    if not _is_off(value) or path in ALWAYS_ON and value is not None:
-        remarks.without_effect.append(f"{path} ({idle})")
+def _is_needed(f: Field) -> bool:
+    return f.default is f.default_factory  # both are MISSING
 
 
 def _says_off(section: Any) -> bool:
@@ -459,45 +468,9 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _convert(hint: Any, rules: Mapping[str, Any], value: Any, path: str, remarks: _Remarks) -> Any:
-    """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several of these.
-
-    ``rules`` are the field's metadata: ``choices``, of which a mapping has the values that names stand for, and the
-    range of a number: ``least``, ``most``, ``above``, ``below``. Where text can only mean a number or a truth value, it
-    does; so do 0 and 1. A section that is off is not judged.
-    """
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    choices, number = rules.get("choices", ()), _number(value)
-    word = str(value).lower() if isinstance(value, (str, torch.dtype)) else None
-    for kind in kinds:
-        if is_dataclass(kind) and isinstance(value, Mapping) and _is_off(value):
-            if _is_auto(value.get("enabled")):
-                remarks.autos.append(f"{path}.enabled")
-            try:
-                return _parse(kind, value, f"{path}.", _Remarks())
-            except ConfigError:
-                return kind()
-        if is_dataclass(kind) and value is not None:
-            return _parse(kind, value, f"{path}.", remarks)
-        if kind is float and number is not None and _is_within(number, rules):
-            return float(number)
-        if kind is int and number is not None and abs(number) < 2**63 and number == int(number) \
-                and _is_within(number, rules):
-            return int(number)  # JSON files like to write 5e8
-        if kind is bool and (isinstance(value, bool) or number in (0, 1) or word in ("true", "false")):
-            return word == "true" if word and number is None else bool(number if number is not None else value)
-        if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return list(value)
-        if kind in (str, torch.dtype) and word in choices:
-            return choices[word] if isinstance(choices, Mapping) else word
-        if kind in (str, dict, types.NoneType) and isinstance(value, kind) and not (kind is str and choices):
-            return value
-    raise ConfigError(f"{path} is {value!r}; allowed: {_allowed(kinds, rules)}")
-
-
 def _is_within(number: float, rules: Mapping[str, Any]) -> bool:
     """Whether a field with these ``rules`` may have the number."""
-    if "choices" in rules and (number in rules["choices"] or len(rules) == 1):
+    if number in rules.get("choices", ()) or rules.keys() == {"choices"}:
         return number in rules["choices"]
     return math.isfinite(number) and rules.get("least", number) <= number <= rules.get("most", number) \
         and rules.get("above", -math.inf) < number < rules.get("below", math.inf)
@@ -516,39 +489,41 @@ def _allowed(kinds: Iterable[type], rules: Mapping[str, Any]) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _number(value: Any) -> int | float | None:
+def _number(value: Any) -> float | None:
     """The number that ``value`` is, or is the text of; None if it is none, or too large for one."""
-    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+    try:
+        return float(value) if isinstance(value, (Real, str)) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
         return None
-    for kind in (int, float) if isinstance(value, (Integral, str)) else (float,):
-        try:
-            float(kind(value))  # else too large
-            return kind(value)
-        except (ValueError, OverflowError):
-            continue
-    return None
 
 
 def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any]:
-    """``params`` for the constructor of ``cls``: what it takes as a flag is one, and its numbers are finite."""
-    known = inspect.signature(cls).parameters
-    return {key: value if key not in known else _check_param(
-        value, f"{path}.{key}", isinstance(known[key].default, bool) or "bool" in str(known[key].annotation),
-        isinstance(known[key].default, str) or "str" in str(known[key].annotation)) for key, value in params.items()}
+    """``params`` for the constructor of ``cls``, whose first argument is given: known names, with what fits them."""
+    known = dict(list(inspect.signature(cls).parameters.items())[1:])
+    for key in params:
+        if key not in known:
+            raise ConfigError(f"unknown key {path}.{key}{_nearest(key, known)} ({cls.__name__} takes: "
+                              f"{', '.join(known)})")
+    kinds = {key: next((kind for kind in (bool, str) if isinstance(p.default, kind)
+                        or kind.__name__ in str(p.annotation)), float) for key, p in known.items()}
+    return {key: _check_param(value, f"{path}.{key}", kinds[key]) for key, value in params.items()}
 
 
-def _check_param(value: Any, path: str, is_flag: bool, is_text: bool = False) -> Any:
-    """``value`` where it is of its parameter's kind; PyTorch's classes take any text for true, and true for 1."""
+def _check_param(value: Any, path: str, kind: type) -> Any:
+    """``value`` where it is of its parameter's kind: bool, str or float, or a list of these. Other objects may be.
+
+    PyTorch's classes take any text for true, and true for 1.
+    """
     number = _number(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(_check_param(item, path, is_flag, is_text) for item in value)
-    if is_flag and (isinstance(value, bool) or number in (0, 1) and not isinstance(value, str)):
+        return type(value)(_check_param(item, path, kind) for item in value)
+    if kind is bool and value in (0, 1):
         return bool(value)
-    is_number = number is not None and -sys.float_info.max <= number <= sys.float_info.max
-    if is_flag and value is not None or isinstance(value, bool) \
-            or isinstance(value, (Real, str)) and not is_text and not is_number:
-        raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if is_flag else 'a finite number'}")
-    return number if is_number and not is_text else value
+    if kind is float and number is not None and math.isfinite(number):
+        return number if isinstance(value, str) else value
+    if value is None or not isinstance(value, {bool: object, str: bool, float: (Real, str)}[kind]):
+        return value
+    raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if kind is bool else 'a finite number'}")
 
 
 def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[str, Any], Any]:
@@ -566,7 +541,39 @@ def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[
 UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)  # one needs a closure, the other sparse gradients: not covered
 
 
-class Lion(Optimizer):
+class _Named(Optimizer):
+    """What Lion, Lamb and Muon share: ``step()``, of which each defines ``update()``, and the check of arguments."""
+
+    @staticmethod
+    def check(betas: Any, **numbers: float) -> None:
+        """Refuse what no step could use."""
+        if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas!r}; allowed: two numbers from 0 up and below 1")
+        for name, value in numbers.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; allowed: a number from 0 up")
+
+    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
+        """What ZeRO asks before it cuts a group's parameters."""
+        raise NotImplementedError
+
+    def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """Update those of a group's parameters that have a gradient."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self.update(params, group)
+        return loss
+
+
+class Lion(_Named):
     """Lion (arXiv 2302.06675, algorithm 2): each weight moves the same distance, in the direction of a sign.
 
         c = beta1 * m + (1 - beta1) * g
@@ -585,36 +592,27 @@ class Lion(Optimizer):
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
                  weight_decay: float = 0.0):
-        _check_numbers(betas, lr=lr, weight_decay=weight_decay)
+        self.check(betas, lr=lr, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        """What ZeRO asks before it cuts parameters."""
         return True
 
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """Update every parameter that has a gradient."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            (beta1, beta2), rate = group["betas"], group["lr"]
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-            if not params:
-                continue
-            gradients, averages = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
-            direction = torch._foreach_mul(averages, beta1)
-            torch._foreach_add_(direction, gradients, alpha=1 - beta1)
-            torch._foreach_sign_(direction)
-            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(params, direction, alpha=-rate)
-            torch._foreach_lerp_(averages, gradients, 1 - beta2)
-        return loss
+    def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+        gradients, averages = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
+        direction = torch._foreach_mul(averages, beta1)
+        torch._foreach_add_(direction, gradients, alpha=1 - beta1)
+        torch._foreach_sign_(direction)
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        torch._foreach_add_(params, direction, alpha=-rate)
+        torch._foreach_lerp_(averages, gradients, 1 - beta2)
 
 
-class Lamb(Optimizer):
+class Lamb(_Named):
     """LAMB (arXiv 1904.00962, algorithm 2): Adam's direction, as long as each whole parameter's own length asks for.
 
         m = beta1 * m + (1 - beta1) * g             v = beta2 * v + (1 - beta2) * g ** 2
@@ -639,7 +637,7 @@ class Lamb(Optimizer):
     def __init__(self, params: Iterable, lr: float = 1e-3, bias_correction: bool = True,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, eps_inside_sqrt: bool = False,
                  weight_decay: float = 0.0, max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False):
-        _check_numbers(betas, lr=lr, eps=eps, weight_decay=weight_decay, max_coeff=max_coeff, min_coeff=min_coeff)
+        self.check(betas, lr=lr, eps=eps, weight_decay=weight_decay, max_coeff=max_coeff, min_coeff=min_coeff)
         if min_coeff > max_coeff:
             raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
         if amsgrad:
@@ -650,21 +648,15 @@ class Lamb(Optimizer):
             "min_coeff": min_coeff})
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        """What ZeRO asks before it cuts parameters."""
         return False
 
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """Update every parameter that has a gradient."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                direction = self._direction(p, group).add_(p, alpha=group["weight_decay"])
-                norm, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
-                ratio = (norm / length).clamp(group["min_coeff"], group["max_coeff"])
-                ratio = torch.where((norm > 0) & (length > 0), ratio, 1.0)  # without waiting for a GPU
-                p.sub_(direction.mul_(ratio * group["lr"]))
-        return loss
+    def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        for p in params:
+            direction = self._direction(p, group).add_(p, alpha=group["weight_decay"])
+            norm, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
+            ratio = (norm / length).clamp(group["min_coeff"], group["max_coeff"])
+            ratio = torch.where((norm > 0) & (length > 0), ratio, 1.0)  # without waiting for a GPU
+            p.sub_(direction.mul_(ratio * group["lr"]))
 
     def _direction(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Adam's step for a parameter, without rate and decay."""
@@ -681,7 +673,7 @@ class Lamb(Optimizer):
         return torch.div(state["exp_avg"], root, out=root).div_(left[0])
 
 
-class Muon(Optimizer):
+class Muon(_Named):
     """Muon for hidden matrices and AdamW for all else, as one optimizer with one state.
 
     Muon (K. Jordan, https://kellerjordan.github.io/posts/muon/) makes a matrix's momentum orthogonal: each direction
@@ -700,13 +692,13 @@ class Muon(Optimizer):
     def __init__(self, params: Iterable, lr: float | None = None, muon_lr: float | None = None,
                  adam_lr: float | None = None, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-10, weight_decay: float = 0.0):
-        rates = [next(rate for rate in (own, lr, default) if rate is not None)
-                 for own, default in ((muon_lr, 0.02), (adam_lr, 3e-4))]
-        _check_numbers(betas, muon_lr=rates[0], adam_lr=rates[1], momentum=momentum, eps=eps, weight_decay=weight_decay)
+        matrices, others = ([rate for rate in (own, lr, default) if rate is not None][0]
+                            for own, default in ((muon_lr, 0.02), (adam_lr, 3e-4)))
+        self.check(betas, muon_lr=matrices, adam_lr=others, momentum=momentum, eps=eps, weight_decay=weight_decay)
         if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
             raise ValueError(f"ns_steps is {ns_steps!r}; allowed: a whole number from 1 to 99")
-        options = {True: {"lr": rates[0], "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps},
-                   False: {"lr": rates[1], "betas": betas, "eps": eps}}
+        options = {True: {"lr": matrices, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps},
+                   False: {"lr": others, "betas": betas, "eps": eps}}
         groups = list(params)
         for group in groups:
             if not isinstance(group, dict) or not isinstance(group.get("use_muon"), bool):
@@ -717,29 +709,20 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if not group["use_muon"]:
                 group.setdefault("fused", not any(p.is_complex() for p in group["params"]))
-        self._parts()  # PyTorch's own checks
+            self._pytorchs(group)  # its own checks
 
-    def _parts(self) -> list[Optimizer]:
-        """PyTorch's two optimizers, over this one's param groups and state; made anew, as others may exchange both."""
-        parts = []
-        for kind, use_muon in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
-            groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
-            if groups:
-                parts.append(kind(groups))
-                parts[-1].state = self.state
-        return parts
+    def _pytorchs(self, group: dict[str, Any]) -> Optimizer:
+        """PyTorch's optimizer over a group; made for each step, as others may exchange the groups and the state."""
+        optimizer = (torch.optim.Muon if group["use_muon"] else torch.optim.AdamW)([group])
+        optimizer.state = self.state
+        return optimizer
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        """What ZeRO asks before it cuts parameters."""
         return not group["use_muon"]
 
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """Update every parameter that has a gradient."""
-        loss = _evaluate(closure)
-        for part in self._parts():
-            type(part).step.__wrapped__(part)  # without the global step hooks, which run once, around this
-        return loss
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        optimizer = self._pytorchs(group)
+        type(optimizer).step.__wrapped__(optimizer)  # without the global step hooks, which run once, around this
 
 
 def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[dict[str, Any]]:
@@ -777,22 +760,6 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     return found
 
 
-def _check_numbers(betas: Any, **values: float) -> None:
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas!r}; allowed: two numbers from 0 up and below 1")
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value!r}; allowed: a number from 0 up")
-
-
-def _evaluate(closure: Callable | None) -> Any:
-    """The loss of PyTorch's ``step(closure)``."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
 # What a config may name beside the classes of torch.optim. The first three are DeepSpeed's names of its own kernels.
 BY_NAME: dict[str, type[Optimizer]] = {
     "FusedAdam": torch.optim.Adam, "CPUAdam": torch.optim.Adam, "DeepSpeedCPUAdam": torch.optim.Adam,
@@ -821,46 +788,36 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     if cls in (torch.optim.Adam, torch.optim.AdamW):
         cls = _choose_adam(name, params)
     params = _check_params(cls, params, "optimizer.params")
-    allowed = list(inspect.signature(cls).parameters)[1:]
-    for key in params:
-        if key not in allowed:
-            raise ConfigError(f"unknown key optimizer.params.{key}{_nearest(key, allowed)} "
-                              f"({cls.__name__} takes: {', '.join(allowed)})")
+    fused = {"fused": True} if _runs_fused(cls, params, device) else {}
     try:
-        if cls is Muon:
-            parameters = muon_groups(parameters, model)
-        elif _runs_fused(cls, allowed, params, device):
-            plain = cls(parameters, **params)  # sorts out what parameters may be; PyTorch can't fuse complex ones
-            parameters = [{key: option for key, option in group.items() if key != "fused"}
-                          for group in plain.param_groups]
-            params["fused"] = not any(p.is_complex() for group in parameters for p in group["params"])
-        optimizer = cls(parameters, **params)
+        optimizer = cls(muon_groups(parameters, model) if cls is Muon else parameters, **params, **fused)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"optimizer.params {section.params} for {cls.__name__}: {error}") from error
+    for group in optimizer.param_groups if fused else ():
+        group["fused"] = not any(p.is_complex() for p in group["params"])  # which PyTorch's kernels do not know
     if name in BY_NAME and name != cls.__name__ and int(os.environ.get("RANK", 0)) == 0:
         logger.warning("optimizer.type %s is %s.%s here%s", name, cls.__module__, cls.__name__,
-                       ", with PyTorch's fused kernel" if params.get("fused") else "")
+                       ", with PyTorch's fused kernel" if fused else "")
     return optimizer
 
 
 def _choose_adam(name: str, params: dict[str, Any]) -> type[Optimizer]:
     """PyTorch's class for a name that DeepSpeed has for Adam; takes the flags that say so out of ``params``."""
-    def take(flag: str, default: bool) -> bool:
-        return _check_param(params.pop(flag, default), f"optimizer.params.{flag}", is_flag=True)
-
-    decoupled = take("adam_w_mode", True)
-    if not take("torch_adam", False):
+    decoupled, torch_adam, corrects = (_check_param(params.pop(flag, default), f"optimizer.params.{flag}", bool)
+                                       for flag, default in (("adam_w_mode", True), ("torch_adam", False),
+                                                             ("bias_correction", True)))
+    if not torch_adam:
         params.setdefault("weight_decay", 0.0)
-    if not take("bias_correction", True):
+    if not corrects:
         raise ConfigError("optimizer.params.bias_correction is false; allowed: true, as PyTorch always corrects")
     return torch.optim.AdamW if decoupled or name == "AdamW" else torch.optim.Adam
 
 
-def _runs_fused(cls: type[Optimizer], allowed: list[str], params: dict[str, Any], device: torch.device) -> bool:
+def _runs_fused(cls: type[Optimizer], params: Mapping[str, Any], device: torch.device) -> bool:
     """Whether PyTorch has a fused kernel for the class, and ``params`` leave it the choice."""
     if cls is torch.optim.SGD and params.get("momentum"):
         return False  # PyTorch's fused kernel fails where some parameters get their first gradient later
-    return ("fused" in allowed and (cls is not torch.optim.Adagrad or device.type == "cpu")
+    return ("fused" in inspect.signature(cls).parameters and (cls is not torch.optim.Adagrad or device.type == "cpu")
             and not {"fused", "foreach", "capturable", "differentiable"} & params.keys())
 
 
@@ -2591,13 +2548,6 @@ def _checked(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def _named_schedule(name: str) -> type:
-    try:
-        return schedulers.named(name)
-    except ValueError as error:
-        raise ConfigError(f"scheduler: {error}") from error
-
-
 def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: Optimizer | None) -> Any:
     """The caller's scheduler, or what the caller's callable makes, or the config's, or none."""
     if (client is not None or section is not None) and optimizer is None:
@@ -2605,11 +2555,11 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
     if client is None:
         if section is None:
             return None
-        params = _check_params(_named_schedule(section.type), section.params, "scheduler.params")
         try:
+            params = _check_params(schedulers.named(section.type), section.params, "scheduler.params")
             return schedulers.build(optimizer, section.type, params)
         except ValueError as error:
-            raise ConfigError(f"scheduler: {error}") from error
+            raise error if isinstance(error, ConfigError) else ConfigError(f"scheduler: {error}") from error
     scheduler = client(optimizer) if callable(client) else client
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("lr_scheduler drives another optimizer than the engine's; allowed: one made for the optimizer "
@@ -2721,7 +2671,7 @@ def _compare(options: argparse.Namespace) -> str:
 
 def _whole(option: str, text: str, least: int) -> int:
     number = _number(text)
-    if number is None or number < least or number != int(number):
+    if number is None or number < least or not number.is_integer():
         raise ValueError(f"{option} is {text!r}; allowed: a whole number from {least} up, such as 64 or 7.5e9")
     return int(number)
 
@@ -2843,15 +2793,15 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
     """
     if mpu_ is not None:
         raise ValueError(f"mpu_ is {mpu_!r}; allowed: None, as there is no model parallelism here")
-    raw, remarks = read_config(deepspeed_config or {}), _Remarks()
+    raw, parser = read_config(deepspeed_config or {}), _Parser()
     section = raw.get("activation_checkpointing") or {} if isinstance(raw, dict) else raw
     given = {"partition_activations": partition_activations, "contiguous_memory_optimization": contiguous_checkpointing,
              "number_checkpoints": num_checkpoints, "cpu_checkpointing": checkpoint_in_cpu,
              "synchronize_checkpoint_boundary": synchronize, "profile": profile}
     if isinstance(section, dict):
         section |= {key: value for key, value in given.items() if value is not None}
-    config = _parse(recompute.CheckpointingConfig, section, "activation_checkpointing.", remarks)
-    remarks.tell()
+    config = parser.section(recompute.CheckpointingConfig, section, "activation_checkpointing.")
+    parser.tell()
     return recompute.configure(config)
 
 

@@ -548,7 +548,7 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"optimizer": {"type": "Adam", "params": {"learning_rate": 0.1}}}, "unknown key optimizer.params.learning_rate"),
     ({"optimizer": {"type": "Adam", "params": {"lr": -1.0}}}, "optimizer.params .*Invalid learning rate: -1.0"),
     ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction is false; allowed: true"),
-    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "scheduler: WarmupLR: a parameter"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "scheduler.params.warmup_steps; did you mean 'warmup_num_steps'"),
     ({"scheduler": {"type": "StepLR", "params": {"step_size": True}}}, "scheduler.params.step_size is True; allowed"),
     ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": float("inf")}}}, "params.gamma is inf"),
     ({"scheduler": {"type": "WarmLR"}}, "scheduler: scheduler type is 'WarmLR'; did you mean 'WarmupLR'"),
@@ -672,9 +672,8 @@ def test_all_that_auto_leaves_open_is_told_at_once():
     with pytest.raises(ConfigError, match="can't be decided here: .*Hugging Face's Trainer") as caught:
         deepspeed.load_config(config)
     assert re.search("here: (.*); write", str(caught.value))[1].split(", ") == [
-        "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
-        "zero_optimization.offload_optimizer.nvme_path", "train_batch_size", "train_micro_batch_size_per_gpu",
-        "scheduler.params.total_num_steps"]
+        "scheduler.params.total_num_steps", "zero_optimization.stage", "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.nvme_path", "train_batch_size", "train_micro_batch_size_per_gpu"]
     with pytest.raises(ConfigError, match="can't be decided here: optimizer.type, scheduler.type; write"):
         deepspeed.load_config({"train_batch_size": 1, "optimizer": {"type": "auto"}, "scheduler": {"type": "auto"}})
 
