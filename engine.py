@@ -1477,8 +1477,7 @@ class Engine(nn.Module):
         if self._inside_window() and self.global_rank == 0:
             logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
                            "resumed run goes on without them")
-        save = _Save(folder, save_latest, self.config.checkpoint.keep_last)
-        save.prepare(self, client_state, not exclude_frozen_parameters)
+        save = _Save(self, folder, client_state, save_latest, not exclude_frozen_parameters)
         if not self.config.checkpoint.async_:
             save.write()
             return True
@@ -1486,7 +1485,8 @@ class Engine(nn.Module):
             self._writer = (ThreadPoolExecutor(1, "checkpoint"),
                             dist.new_group(backend="gloo", timeout=self.config.collective_timeout()))
         thread, group = self._writer
-        self._writing = thread.submit(_write_behind, save, group)
+        self._writing = thread.submit(save.write, group)
+        self._writing.add_done_callback(_log_failure)  # at once, since no wait_for_save() may follow
         return True
 
     def wait_for_save(self) -> None:
@@ -1517,7 +1517,8 @@ class Engine(nn.Module):
                      load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
         tag = None if tag is None else _folder_name(tag)
         self.wait_for_save()
-        folder = _on_rank_0(lambda: _checkpoint_folder(load_dir, tag, True))
+        nothing_there = tag is None and not (Path(load_dir) / "latest").exists()
+        folder = _on_rank_0(lambda: None if nothing_there else _checkpoint_folder(load_dir, tag))
         if folder is None:
             if self.global_rank == 0:
                 logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
@@ -1529,19 +1530,13 @@ class Engine(nn.Module):
             seen = _agreed(lambda: _check_fits(self, reader, load_module_strict, with_optimizer, with_schedule))
             if len(set(seen)) > 1:
                 raise CheckpointError(f"{folder} was saved anew while it was read; load it again")
-            own = zero.describe(self.zero)
-            zero.fill(self.zero, lambda name, *place: reader.read(name, *place, own[name]["stride"]),
-                      reader.optimizer_state() if with_optimizer else None)
-        own, state = _persistent_buffers(self.module), reader.state
-        for name, buffer in _saved_buffers(self, state).items():
-            if name in own:
-                own[name].copy_(buffer)
+            _take_over(self, reader, with_optimizer)
         self.zero_grad()
         if not load_module_only:
-            _restore(self, state, with_optimizer, with_schedule)
+            _restore(self, reader.state, with_optimizer, with_schedule)
         self._show_scale()
         self._tell_boundary()
-        return str(folder), state["client_state"]
+        return str(folder), reader.state["client_state"]
 
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
@@ -1751,7 +1746,12 @@ class _Clock:
 #     meta.json            the index: the parameters, and where each stretch of them lies; with its own checksum
 #     rank_00000.ID.bin    what rank 0 saved, as raw numbers, one stretch after the other; so for every rank
 #     state.ID             plain data: counters, schedule, generators, buffers, and state that is no value per element
-# Beside the folders is the file latest, with the name of the one that load_checkpoint() takes.
+#     meta.ID              a claim: the files of this ID are no checkpoint, or soon will be none
+# Next to the folders is the file latest, with the name of the one that load_checkpoint() takes.
+#
+# The index of a save begins as its claim, on which rank 0 has a lock as long as the save lives; one rename makes it the
+# checkpoint's meta.json. What a newer save replaces, or keep_last lets go, gets a claim again. Every save removes the
+# files of the claims that nobody has locked. So what a dead save leaves goes, and what another job writes stays.
 
 
 CheckpointError = zero.CheckpointError
@@ -1784,6 +1784,9 @@ class _Piece(NamedTuple):
     shape: list[int] | None = None  # of state in a shape of its own; None: 1-D, from start to end
 
 
+# Files, each written next to how it is read.
+
+
 @contextmanager
 def _synced(path: Path) -> Iterator[Any]:
     """A new file, which is on the disk when the block is left."""
@@ -1801,12 +1804,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
 def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
     """Write a rank's shares into a file of its own, one after the other; returns the pieces of the index."""
     offset, pieces = 0, []
     with _synced(path) as file:
         for name, key, start, tensor in shares:
-            data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            data = _memory(tensor.detach().cpu().contiguous())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
             pieces.append(_Piece(name, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name, offset,
                                  len(data), zlib.crc32(data), shape)._asdict())
@@ -1838,22 +1846,65 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index | {"checksum": checksum}
 
 
+def _to_bytes(value: Any, place: str = "") -> bytes:
+    """``value`` as the contents of a file that loads safely; CheckpointError names what in it can't be."""
+    value, stored = tree_map_only(np.generic, np.generic.item, value), io.BytesIO()
+    try:
+        torch.save(value, stored)
+        _from_bytes(stored.getvalue())
+    except Exception as error:
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
+        for key, part in parts.items():
+            _to_bytes(part, f"{place}[{key!r}]" if place else key)
+        raise CheckpointError(f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}), can't be saved so "
+                              "that it loads safely; allowed: numbers, text, tensors and containers of these") from None
+    return stored.getvalue()
+
+
+def _from_bytes(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _folder_name(tag: Any) -> str:
+    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
+    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
+            or name.startswith((".", " ")) or name.endswith((".", " "))):
+        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
+    return name
+
+
+def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path:
+    """The folder of ``tag``, or of the tag that ``latest`` names."""
+    latest = Path(directory) / "latest"
+    try:
+        return Path(directory) / _folder_name(latest.read_text().strip() if tag is None else tag)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
+    except ValueError as error:
+        if tag is not None:
+            raise
+        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
+                              "one into it, or load by a tag") from None
+
+
+def _log_failure(done: Future) -> None:
+    if done.exception() is not None:
+        logger.error("%s", done.exception())
+
+
+# The life of a save: take, claim, write, publish, sweep.
+
+
 class _Save:
-    """A checkpoint on its way to the disk.
+    """A checkpoint on its way to the disk."""
 
-    Before its files are written, rank 0 lists them in a claim, the file ``save_dir/.checkpoint-ID.claim``, on which it
-    has a lock as long as the save lives. What a newer save replaces, or ``keep_last`` lets go, is put into a claim too.
-    ``_sweep`` removes the files of claims that nobody has locked, unless an index names them. So what a dead save
-    leaves goes with the next one, and what another job writes stays.
-    """
-
-    def __init__(self, folder: Path, save_latest: bool, keep_last: int | None):
-        self.folder, self.save_latest, self.keep_last, self.claim = folder, save_latest, keep_last, None
-
-    def prepare(self, engine: Engine, client_state: Any, with_frozen: bool) -> None:
+    def __init__(self, engine: Engine, folder: Path, client_state: Any, save_latest: bool, with_frozen: bool):
         """Take what will be written, and on rank 0 make the folder and the claim. All ranks must call it."""
-        told = _agreed(lambda: self._take(engine, client_state, with_frozen))
-        self.id = _on_rank_0(lambda: self._begin(told))
+        self.folder, self.save_latest, self.keep_last = folder, save_latest, engine.config.checkpoint.keep_last
+        self.claim: Any = None  # rank 0's file, open and locked
+        states = _agreed(lambda: self._take(engine, client_state, with_frozen))
+        self.id = _on_rank_0(lambda: self._begin(states))
 
     def _take(self, engine: Engine, client_state: Any, with_frozen: bool) -> bytes:
         """Take this rank's numbers; returns its plain data, as the contents of a file."""
@@ -1866,81 +1917,73 @@ class _Save:
             self.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in self.shares]
         return _to_bytes(_state_of(engine) | {"client_state": dict(client_state or {})})
 
-    def _begin(self, told: list[bytes]) -> str:
-        self.state = _to_bytes(_merged([_from_bytes(data) for data in told]))
+    def _begin(self, states: list[bytes]) -> str:
+        """Refuse a folder that is not ours, and claim this save's files; returns their ID."""
+        self.state, meta = _to_bytes(_merged([_from_bytes(data) for data in states])), self.folder / "meta.json"
         if self.folder.is_symlink():
             raise CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag whose "
                                   "folder is none")
-        if (self.folder / "meta.json").exists():
+        if meta.exists():
             try:
                 _read_index(self.folder)
             except CheckpointError:
-                raise CheckpointError(f"{self.folder / 'meta.json'} is there, and is no index of a checkpoint that "
-                                      "this program can read; move it away, or save under another tag") from None
+                raise CheckpointError(f"{meta} is there, and is no index of a checkpoint that this program can read; "
+                                      "move it away, or save under another tag") from None
         _sweep(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.id = secrets.token_hex(8)
-        ranks = range(self.index["ranks"])
-        self.claim = _claim(self.folder, self.id, map(self._file, [*ranks, "state", "meta", "latest"]))
+        self.claim = open(self._file("meta"), "x")
+        with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
+            _lock(self.claim)
         return self.id
 
-    def _file(self, what: int | str) -> str:
-        """The name of a rank's file, or of another one."""
-        return f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}"
+    def _file(self, what: int | str) -> Path:
+        """A rank's file, or another one."""
+        return self.folder / (f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}")
 
     def write(self, group: Any = None) -> None:
-        """Write this rank's file; rank 0 adds the rest and puts the index in its place. Talks only to ``group``."""
+        """Write this rank's file; rank 0 adds the rest and makes it the checkpoint. Talks only to ``group``."""
         failure = None
         try:
-            pieces = _agreed(lambda: _write_pieces(self.shares, self.folder / self._file(dist.get_rank())), group)
+            pieces = _agreed(lambda: _write_pieces(self.shares, self._file(dist.get_rank())), group)
             _on_rank_0(lambda: self._publish(sum(pieces, [])), group)
         except CheckpointError as error:  # on every rank
             failure = error
         finally:  # as the system does where the process dies
             if self.claim is not None:
-                _let_go(self.claim)
+                with suppress(OSError):
+                    _lock(self.claim, release=True)  # close() would not do where the process was forked since
+                self.claim.close()
         _on_rank_0(lambda: _sweep(self.folder.parent), group)
         if failure is not None:
             raise CheckpointError(f"{self.folder} was not saved: {failure}") from failure
 
     def _publish(self, pieces: list[dict]) -> None:
         """Add the plain data and the index to the ranks' files; then one rename makes them the checkpoint."""
-        folder, state, latest = self.folder, self._file("state"), self._file("latest")
-        for name, data in ((state, self.state), (latest, folder.name.encode())):
-            with _synced(folder / name) as file:
-                file.write(data)
-        files = {name: {"size": (folder / name).stat().st_size}
-                 for name in map(self._file, [*range(self.index["ranks"]), "state"])}
-        files[state]["checksum"] = zlib.crc32(self.state)
-        _write_index(folder / self._file("meta"), self.index | {"files": files, "state": state, "pieces": pieces})
-        _sync_folder(folder)
-        if (folder / "meta.json").exists():
-            _let_go(_claim(folder, secrets.token_hex(8), _read_index(folder)["files"]))
-        os.rename(folder / self._file("meta"), folder / "meta.json")
-        _sync_folder(folder)
+        state, latest, meta = self._file("state"), self._file("latest"), self.folder / "meta.json"
+        with _synced(state) as file:
+            file.write(self.state)
+        files = {path.name: {"size": path.stat().st_size} for path in (
+            *map(self._file, range(self.index["ranks"])), state)}
+        files[state.name]["checksum"] = zlib.crc32(self.state)
+        _write_index(self._file("meta"), self.index | {"files": files, "state": state.name, "pieces": pieces})
+        _sync_folder(self.folder)
+        if meta.exists():
+            _claim_of(self.folder).touch()
+        os.rename(self._file("meta"), meta)
+        _sync_folder(self.folder)
         if self.save_latest:
-            os.rename(folder / latest, folder.parent / "latest")
-        _sync_folder(folder.parent)
-        for old in [] if self.keep_last is None else _outdated(folder, self.keep_last):
-            _let_go(_claim(old, secrets.token_hex(8), _read_index(old)["files"]))
-            (old / "meta.json").unlink()
+            with _synced(latest) as file:
+                file.write(self.folder.name.encode())
+            os.rename(latest, self.folder.parent / "latest")
+        _sync_folder(self.folder.parent)
+        for old in [] if self.keep_last is None else _outdated(self.folder, self.keep_last):
+            os.rename(old / "meta.json", _claim_of(old))
 
 
-def _claim(folder: Path, name: str, files: Iterable[str]) -> Any:
-    """A new claim on ``files`` of ``folder``, see _Save: its file, open and locked."""
-    file = open(folder.parent / f".checkpoint-{name}.claim", "x")
-    with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
-        _lock(file)
-    json.dump({"folder": folder.name, "files": list(files)}, file)
-    file.flush()
-    os.fsync(file.fileno())
-    return file
-
-
-def _let_go(claim: Any) -> None:
-    with suppress(OSError):
-        _lock(claim, release=True)  # close() would not do where the process was forked since
-    claim.close()
+def _claim_of(folder: Path) -> Path:
+    """The claim that makes the present checkpoint of ``folder`` go, once its index is gone."""
+    return folder / f"meta{Path(_read_index(folder)['state']).suffix}"
 
 
 def _lock(file: Any, release: bool = False) -> None:
@@ -1953,18 +1996,15 @@ def _lock(file: Any, release: bool = False) -> None:
 
 
 def _sweep(save_dir: Path) -> None:
-    """Remove the files of claims that nobody has locked, see _Save. What can't be removed or read stays."""
-    for path in save_dir.glob(".checkpoint-*.claim"):
-        with suppress(OSError, ValueError, CheckpointError), open(path) as file:
+    """Remove the files of claims that nobody has locked, unless an index names them. What can't be removed stays."""
+    for claim in save_dir.glob(f"[!.]*/meta.{'[0-9a-f]' * 16}"):
+        folder = claim.parent
+        with suppress(OSError, CheckpointError), open(claim) as file:
             _lock(file)
-            claim = json.load(file)
-            folder = save_dir / _folder_name(claim["folder"])
-            kept = _read_index(folder)["files"] if (folder / "meta.json").exists() else ()
-            for name in set(claim["files"]) - {"meta.json", *kept}:
-                (folder / Path(name).name).unlink(missing_ok=True)
-            with suppress(OSError):  # others' files are in it, or the checkpoint is
-                folder.rmdir()
-            path.unlink()
+            if not (folder / "meta.json").exists() or _claim_of(folder) != claim:
+                for path in [*folder.glob(f"[!m]*{claim.suffix}*"), claim]:
+                    path.unlink(missing_ok=True)
+                folder.rmdir()  # stays where others' files are in it, or a checkpoint
 
 
 def _outdated(newest: Path, keep_last: int) -> list[Path]:
@@ -1984,12 +2024,7 @@ def _outdated(newest: Path, keep_last: int) -> list[Path]:
     return [folder for folder in old if folder.resolve() not in kept]
 
 
-def _write_behind(save: _Save, group: Any) -> None:
-    try:
-        save.write(group)
-    except BaseException as error:
-        logger.error("%s", error)  # at once, since no wait_for_save() may follow
-        raise
+# The life of a load: open, check all, fill. What needs no engine only opens and checks.
 
 
 class _Reader:
@@ -2001,6 +2036,7 @@ class _Reader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[str, Any] = {}
+        self.buffer = torch.empty(CHUNK, dtype=torch.uint8)
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -2028,8 +2064,8 @@ class _Reader:
         """The plain data."""
         name = self.index["state"]
         facts = self.index["files"][name]
-        data = self._bytes(name, 0, facts["size"])
-        if zlib.crc32(data) != facts["checksum"]:
+        data = bytearray(facts["size"])
+        if zlib.crc32(self._fill(memoryview(data), name)) != facts["checksum"]:
             raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
         try:
             return _from_bytes(data)
@@ -2056,11 +2092,13 @@ class _Reader:
     def verify(self, name: str, key: str = "", start: int = 0, end: float = math.inf) -> None:
         """Raise CheckpointError unless a parameter, or its state, is undamaged from ``start`` to ``end``."""
         for piece in self.pieces[name][key]:
-            checksum, needed = 0, piece.shape is not None or piece.start < end and start < piece.end
-            for low in range(0, piece.size, CHUNK) if needed else ():
-                data = self._bytes(piece.file, piece.offset + low, min(CHUNK, piece.size - low))
-                checksum = zlib.crc32(data, checksum)
-            if needed and checksum != piece.checksum:
+            if piece.shape is None and not (piece.start < end and start < piece.end):
+                continue
+            checksum = 0
+            for low in range(0, piece.size, CHUNK):
+                chunk = _memory(self.buffer[:piece.size - low])
+                checksum = zlib.crc32(self._fill(chunk, piece.file, piece.offset + low), checksum)
+            if checksum != piece.checksum:
                 raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
                                       f"{key or 'the values'} of {name} does not match; load another tag")
 
@@ -2078,10 +2116,11 @@ class _Reader:
         for piece in self.pieces[name][key]:
             low, high = max(start, piece.start), min(start + len(flat), piece.end)
             if low < high:
-                dtype = getattr(torch, piece.dtype)
-                data = self._bytes(piece.file, piece.offset + (low - piece.start) * dtype.itemsize,
-                                   (high - low) * dtype.itemsize)
-                flat[low - start:high - start] = torch.from_numpy(data).view(dtype)
+                part, dtype = flat[low - start:high - start], getattr(torch, piece.dtype)
+                values = part if (part.dtype, part.is_cpu) == (dtype, True) else torch.empty(high - low, dtype=dtype)
+                self._fill(_memory(values), piece.file, piece.offset + (low - piece.start) * dtype.itemsize)
+                if values is not part:
+                    part.copy_(values)
 
     def whole(self, name: str, key: str = "") -> Tensor:
         """A parameter, or its state, in the parameter's shape."""
@@ -2091,8 +2130,8 @@ class _Reader:
         self.read(name, key, 0, flat, facts["stride"])
         return flat.as_strided(facts["shape"], facts["stride"])
 
-    def _bytes(self, name: str, start: int, size: int) -> np.ndarray:
-        """The bytes of a file from ``start`` on; fewer than ``size`` where it ends."""
+    def _fill(self, memory: memoryview, name: str, start: int = 0) -> memoryview:
+        """Fill ``memory`` with a file's bytes from ``start`` on; returns what of it there were."""
         if name not in self.files:
             path = self.folder / Path(name).name
             try:
@@ -2101,92 +2140,28 @@ class _Reader:
                 raise CheckpointError(f"{path} can't be read ({error.strerror}): the checkpoint is not complete, or is "
                                       "being saved anew; load another tag") from None
         self.files[name].seek(start)
-        return np.fromfile(self.files[name], np.uint8, size)
+        done = 0
+        while count := self.files[name].readinto(memory[done:]):  # the system gives 2 GiB at once, at most
+            done += count
+        return memory[:done]
 
     def close(self) -> None:
         """Close the files."""
         for file in self.files.values():
             file.close()
-        self.files.clear()
-
-
-def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None, may_lack: bool = False) -> Path | None:
-    """The folder of ``tag``, or of the tag that ``latest`` names; None where it ``may_lack`` and there is no latest."""
-    if tag is not None:
-        return Path(directory) / _folder_name(tag)
-    latest = Path(directory) / "latest"
-    try:
-        return Path(directory) / _folder_name(latest.read_text().strip())
-    except (FileNotFoundError, NotADirectoryError):
-        if may_lack:
-            return None
-        raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
-    except ValueError as error:
-        raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
-                              "one into it, or load by a tag") from None
-
-
-def _folder_name(tag: Any) -> str:
-    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
-    name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
-    if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
-            or name.startswith((".", " ")) or name.endswith((".", " "))):
-        raise ValueError(f"tag is {tag!r}; allowed: a plain folder name, such as 'step100', or a number")
-    return name
-
-
-# What a checkpoint has of an engine: taken, checked, and put back.
-
-
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-def _state_of(engine: Engine) -> dict[str, Any]:
-    """This rank's plain data: all that is no share of a parameter."""
-    def entry(value: Any) -> tuple[Any, str | None]:  # numbers, so that those of all ranks can be compared
-        is_number = isinstance(value, Tensor) and value.dim() == 0
-        return (value.item(), str(value.dtype)[6:]) if is_number else (value, None)
-
-    scheduler = engine.lr_scheduler
-    return {"training": {key: getattr(engine, key) for key in COUNTERS},
-            "optimizer": type(engine.optimizer).__name__, "scaler": engine.scaler.state_dict(),
-            "groups": [{key: value for key, value in group.items() if key != "params"}
-                       for group in (engine.optimizer.param_groups if engine.optimizer else ())],
-            "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
-            "scheduler": type(scheduler).__name__,
-            "data": None if engine.loader is None else engine.loader.state_dict(),
-            "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module)),
-            "optimizer_state": {name: {key: entry(value) for key, value in kept.items()}
-                                for name, kept in zero.scalars(engine.zero).items()}}
-
-
-def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain data of all ranks: rank 0's, each one's generators, and the buffers in which it differs."""
-    buffers, kept = states[0]["buffers"], {}
-    for name, entries in (item for state in states for item in state["optimizer_state"].items()):
-        known = kept.setdefault(name, entries)
-        for key in known.keys() | entries.keys():
-            if not _same(known.get(key), entries.get(key)):
-                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
-                                      "has a part of the parameter; it can be saved at stage 0")
-    return states[0] | {"random": [state["random"] for state in states], "optimizer_state": kept, "rank_buffers": [
-        {name: buffer for name, buffer in state["buffers"].items() if not torch.equal(buffer, buffers[name])}
-        for state in states]}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two entries of an optimizer's state, of any kind, say the same."""
-    (a, kind), (b, other) = tree_flatten(a), tree_flatten(b)
-    return kind == other and all(
-        type(x) is type(y) and (x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else
-                                bool(x == y or x != x and y != y)) for x, y in zip(a, b))  # NaN is like NaN
 
 
 def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: bool, with_schedule: bool) -> int:
     """Raise CheckpointError unless all that this rank loads is undamaged and fits; returns the index's checksum."""
     saved, own, state, folder = reader.index["parameters"], zero.describe(engine.zero), reader.state, reader.folder
-    buffers = map(_described, (_persistent_buffers(engine.module), _saved_buffers(engine, state)))
-    zero.check_fits(own | next(buffers), saved | next(buffers), str(folder), strict, with_optimizer)
+
+    def described(buffers: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+        return {f"the buffer {name}": {"shape": list(buffer.shape),
+                                       "kind": "floating" if buffer.is_floating_point() else str(buffer.dtype)}
+                for name, buffer in buffers.items()}
+
+    zero.check_fits(own | described(_persistent_buffers(engine.module)), saved | described(_own_buffers(engine, state)),
+                    str(folder), strict, with_optimizer)
     for name, key, start, values in zero.shares(engine.zero, whole=True):
         if name in saved and not key:
             mine = (start, start + len(values)) if saved[name]["stride"] == own[name]["stride"] else ()
@@ -2206,17 +2181,56 @@ def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: b
     return reader.index["checksum"]
 
 
-def _saved_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
-    """A checkpoint's buffers as this rank takes them: rank 0's, or its own where there are as many ranks."""
-    mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
-    return state["buffers"] | mine
+def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
+    """Take over weights, buffers and the optimizer's state."""
+    strides = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}
+    zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
+              reader.optimizer_state() if with_optimizer else None)
+    saved = _own_buffers(engine, reader.state)
+    for name, buffer in _persistent_buffers(engine.module).items():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
-def _described(buffers: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Buffers as ``zero.describe`` tells of parameters."""
-    return {f"the buffer {name}": {"shape": list(buffer.shape),
-                                   "kind": "floating" if buffer.is_floating_point() else str(buffer.dtype)}
-            for name, buffer in buffers.items()}
+def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
+    """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
+
+    dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
+    """
+    whole: dict[str, Tensor] = {}
+    with closing(_Reader(folder)) as reader:
+        for name, facts in reader.index["parameters"].items():
+            if with_frozen or facts["trained"]:
+                reader.verify(name)
+                tensor = reader.whole(name)
+                whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                whole |= dict.fromkeys(facts["aliases"], whole[name])
+        return whole | reader.state["buffers"]
+
+
+# What a checkpoint has of an engine as plain data: taken and put back.
+
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def _state_of(engine: Engine) -> dict[str, Any]:
+    """This rank's plain data: all that is no share of a parameter."""
+    def entry(value: Any) -> tuple[Any, str | None]:  # a number is small, and quickly compared
+        is_number = isinstance(value, Tensor) and value.dim() == 0
+        return (value.item(), str(value.dtype)[6:]) if is_number else (value, None)
+
+    scheduler = engine.lr_scheduler
+    return {"training": {key: getattr(engine, key) for key in COUNTERS},
+            "optimizer": type(engine.optimizer).__name__, "scaler": engine.scaler.state_dict(),
+            "groups": [{key: value for key, value in group.items() if key != "params"}
+                       for group in (engine.optimizer.param_groups if engine.optimizer else ())],
+            "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
+            "scheduler": type(scheduler).__name__,
+            "data": None if engine.loader is None else engine.loader.state_dict(),
+            "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module)),
+            "optimizer_state": {name: {key: entry(value) for key, value in kept.items()}
+                                for name, kept in zero.scalars(engine.zero).items()}}
 
 
 def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
@@ -2234,6 +2248,34 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
         _set_random_state(state["random"][engine.global_rank])
     if engine.loader is not None and state["data"] is not None:
         engine.loader.load_state_dict(state["data"])
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plain data of all ranks: rank 0's, each one's generators, and the buffers in which it differs."""
+    buffers, kept = states[0]["buffers"], {}
+    for name, entries in (item for state in states for item in state["optimizer_state"].items()):
+        known = kept.setdefault(name, entries)
+        for key in known.keys() | entries.keys():
+            if not _same(known.get(key), entries.get(key)):
+                raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
+                                      "has a part of the parameter; it can be saved at stage 0")
+    return states[0] | {"random": [state["random"] for state in states], "optimizer_state": kept, "rank_buffers": [
+        {name: buffer for name, buffer in state["buffers"].items() if not torch.equal(buffer, buffers[name])}
+        for state in states]}
+
+
+def _own_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The inverse: this rank's buffers where there are as many ranks, else rank 0's."""
+    mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
+    return state["buffers"] | mine
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    (a, kind), (b, other) = tree_flatten(a), tree_flatten(b)
+    return kind == other and all(
+        type(x) is type(y) and (x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else
+                                bool(x == y or x != x and y != y)) for x, y in zip(a, b))  # NaN is like NaN
 
 
 def _random_state() -> dict[str, Any]:
@@ -2261,44 +2303,6 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU."""
     return {name: buffer.cpu().clone() for name, buffer in buffers.items()}
-
-
-def _to_bytes(value: Any, place: str = "") -> bytes:
-    """``value`` as the contents of a file that loads safely; CheckpointError names what in it can't be."""
-    value, stored = tree_map_only(np.generic, np.generic.item, value), io.BytesIO()
-    try:
-        torch.save(value, stored)
-        _from_bytes(stored.getvalue())
-    except Exception as error:
-        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
-        for key, part in parts.items():
-            _to_bytes(part, f"{place}[{key!r}]" if place else key)
-        raise CheckpointError(f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}), can't be saved so "
-                              "that it loads safely; allowed: numbers, text, tensors and containers of these") from None
-    return stored.getvalue()
-
-
-def _from_bytes(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-
-
-# What needs no engine.
-
-
-def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
-    """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
-
-    dtype   of floating-point parameters; None: fp32 where the optimizer kept fp32, else as they were
-    """
-    whole: dict[str, Tensor] = {}
-    with closing(_Reader(folder)) as reader:
-        for name, facts in reader.index["parameters"].items():
-            if with_frozen or facts["trained"]:
-                reader.verify(name)
-                tensor = reader.whole(name)
-                whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-                whole |= dict.fromkeys(facts["aliases"], whole[name])
-        return whole | reader.state["buffers"]
 
 
 # --- initialize() -----------------------------------------------------------------------------------------------------
