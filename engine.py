@@ -1919,7 +1919,9 @@ class _Save:
 
     def _begin(self, states: list[bytes]) -> str:
         """Refuse a folder that is not ours, and claim this save's files; returns their ID."""
-        self.state, meta = _to_bytes(_merged([_from_bytes(data) for data in states])), self.folder / "meta.json"
+        meta, merged = self.folder / "meta.json", io.BytesIO()
+        torch.save(_merged([_from_bytes(data) for data in states]), merged)
+        self.state = merged.getvalue()
         if self.folder.is_symlink():
             raise CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag whose "
                                   "folder is none")
