@@ -115,6 +115,7 @@ class Pair:
     def _start(self, stage: int, make_optimizer: Any, options: dict) -> None:
         self.engine = start(self.model, stage, make_optimizer, **options)
         self.optimizer = make_optimizer(self.reference.parameters())
+        self.clip, self.norm = options.get("gradient_clipping", 0.0) or float("inf"), 0.0
 
     def backward(self, step: int, loss: Callable = square) -> None:
         """The engine's backward, on this rank's rows."""
@@ -127,6 +128,8 @@ class Pair:
         self.plain_step()
 
     def plain_step(self) -> None:
+        """Clip, step, and drop the gradients, whose norm was ``norm``."""
+        self.norm = float(nn.utils.clip_grad_norm_(self.reference.parameters(), self.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
 

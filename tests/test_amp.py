@@ -18,7 +18,9 @@ from torch import nn
 import amp
 import engine as deepspeed
 import zero
+from conftest import on_ranks
 from engine import ConfigError
+from oracle import STAGES, start, whole
 from test_zero import model_state_bytes, train_wide
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -248,29 +250,34 @@ def test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16(ru
         assert "the gradient of blocks.0.0.weight is not finite" in told and "Use bf16" in told and skipped == 1
 
 
-@pytest.mark.parametrize("hysteresis, outcome", [(1, "loss scale 256, now 128"),
-                                                 (2, "forgiven, the loss scale stays 256")])
-def test_a_skipped_step_is_told_once_with_what_became_of_the_scale(run_ranks, hysteresis, outcome):
-    assert run_ranks(warnings_of_a_skip, 2, hysteresis) == [
-        ["step skipped, nothing was changed: the gradient of blocks.0.0.weight is not finite; " + outcome +
-         ": normal at the start, until it has come down far enough (1 skipped so far)"], []]
+def fp16(hysteresis: int) -> dict:
+    return {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": hysteresis, "auto_cast": True}}
 
 
-def warnings_of_a_skip(hysteresis: int):
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
+NORMAL = ": normal at the start, until it has come down far enough"
+OVERFLOWS = {"fp32": ({}, ""), "bf16": (HALF["bf16"], ""), "fp16": (fp16(1), "; loss scale 16, now 8" + NORMAL),
+             "fp16, forgiving": (fp16(2), "; forgiven, the loss scale stays 16" + NORMAL)}
+
+
+@on_ranks(2, stage=STAGES, precision=OVERFLOWS)
+def test_an_overflow_changes_nothing_is_counted_and_is_told_once_in_every_precision(stage, precision):
+    """An infinite gradient on rank 1 alone; the step after it is taken."""
+    config, outcome = OVERFLOWS[precision]
+    torch.manual_seed(0)
+    engine = start(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)), stage, **config)
+    before, told, handler = whole(engine.module), [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("engine").addHandler(handler)
-    try:
-        model = Net()
-        engine, *_ = deepspeed.initialize(model=model, config={
-            "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
-            "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 8, "hysteresis": hysteresis}})
-        engine.backward(engine(torch.ones(1, 16)).float().mean() * float("nan"))
+    for factor in (float("inf") if dist.get_rank() == 1 else 1.0, 1.0):
+        loss = engine(torch.ones(2, 6)).float().mean()
+        engine.backward(loss * factor)
         engine.step()
-    finally:
-        logging.getLogger("engine").removeHandler(handler)
-    return records
+        if engine.global_steps == 0:
+            assert all(torch.equal(value, before[name]) for name, value in whole(engine.module).items())
+    logging.getLogger("engine").removeHandler(handler)
+    assert (engine.skipped_steps, engine.global_steps) == (1, 1)
+    warning = f"step skipped, nothing was changed: the gradient of 0.weight is not finite{outcome} (1 skipped so far)"
+    assert told == ([warning] if dist.get_rank() == 0 else [])
 
 
 def test_bf16_takes_such_a_step_when_told_to(run_ranks):

@@ -9,18 +9,19 @@ on the same model, trains what a fresh model trains.
 """
 
 import argparse
+import ast
 import json
 import logging
 import random
 import re
 import string
+import sys
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,10 +32,11 @@ from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import engine as deepspeed
+from conftest import ROOT
 from engine import ConfigError
 
 PAGE = "tutorials/coming_from_deepspeed.md"
-SECTION = (Path(__file__).resolve().parent.parent / PAGE).read_text()
+SECTION = (ROOT / PAGE).read_text()
 SIZES = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 CONFIG = SIZES | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}
 
@@ -141,6 +143,61 @@ def test_a_misspelt_name_is_named(alone):
     for place, name in ((deepspeed, "initialise"), (deepspeed.utils, "loger"), (engine, "backwards")):
         with pytest.raises(AttributeError, match=f"attribute '{name}'"):
             getattr(place, name)
+
+
+# --- The table of pains -----------------------------------------------------------------------------------------------
+
+
+@cache
+def functions_of(file: str) -> set[str]:
+    """The top-level functions of a test file."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_row_of_the_table_of_pains_names_tests_that_exist():
+    reference = (ROOT / "tutorials" / "reference.md").read_text()
+    section = reference.split("## What goes wrong elsewhere\n")[1].split("\n## ")[0]
+    groups = re.findall(r"^\| ([^|]+) \| what happens here \| test \|$", section, re.MULTILINE)
+    assert groups == ["resuming", "numbers", "hangs", "messages"]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|") and "`" in line]
+    assert len(rows) == len([line for line in section.splitlines() if line.startswith("|")]) - 2 * len(groups)
+    for pain, behaviour, tests in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert pain.strip() and behaviour.strip() and named, f"{pain}: no test is named"
+        assert len(named) == tests.count("`") // 2, f"{pain}: {tests} names something else than tests"
+        for file, name in named:
+            assert name in functions_of(file), f"{pain}: there is no {name} in {file}"
+
+
+# --- What it needs ----------------------------------------------------------------------------------------------------
+
+
+NOT_ON_WINDOWS = {"fcntl", "grp", "pwd", "pty", "resource", "termios", "tty"}
+
+
+def imported(nodes) -> set[str]:
+    """The modules that these statements import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_nothing_needs_a_compiler_a_gpu_or_one_operating_system():
+    files = [*ROOT.glob("*.py"), *(ROOT / "tutorials").glob("*.py")]
+    own = {file.stem for file in files}
+    for file in files:
+        tree = ast.parse(file.read_text())
+        for name in imported(ast.walk(tree)):
+            package = name.split(".")[0]
+            assert package in sys.stdlib_module_names | own | {"torch", "numpy", "matplotlib"}, f"{file.name}: {name}"
+            assert "cpp_extension" not in name, f"{file.name} imports {name}"
+        assert not imported(tree.body) & NOT_ON_WINDOWS, f"{file.name} can't be imported on Windows"
+    assert not [file for kind in ("c", "cpp", "cu", "so", "pyx") for file in ROOT.glob(f"*.{kind}")]
 
 
 # --- Calls that scripts make ------------------------------------------------------------------------------------------

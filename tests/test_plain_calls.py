@@ -1,11 +1,13 @@
 """PyTorch's own calls on a model and an optimizer that initialize() was given: they mean what they say, or raise.
 
     .venv/bin/python -m pytest -q tests/test_plain_calls.py
+
+So do writes in place, by the model or the script: what is written into a weight stays, at every stage and precision.
 """
 
-import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,42 +15,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-import engine as deepspeed
 import zero
-
-STAGES, RANKS, WIDTH = range(4), 2, 8
+from conftest import on_ranks
+from oracle import STAGES, WIDTH, Pair, assert_close, batches, mine, plain_backward, square, start, twins, whole
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))).double()
-
-
-def start(model, stage, optimizer=None, **config):
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0,
-              "zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, **config}
-    if optimizer is None:
-        config.setdefault("optimizer", {"type": "SGD", "params": {"lr": 0.1}})
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[:2]
-
-
-def rows(step, rank, dtype=torch.float64):
-    return torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank), dtype=dtype)
-
-
-def mine(step):
-    return rows(step, dist.get_rank())
-
-
-def plain_backward(model, step, weight=1.0):
-    for rank in range(dist.get_world_size()):
-        (weight * model(rows(step, rank)).square().mean() / dist.get_world_size()).backward()
-
-
-def assert_equal_models(engine, reference, what):
-    for (name, p), q in zip(engine.module.named_parameters(), reference.parameters()):
-        difference = float((zero.safe_get_full_fp32_param(p) - q).abs().max())
-        assert difference < 1e-12, f"{what}: {name} differs by {difference:.3g}"
+    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
 
 
 # --- Gradients that are dropped ---------------------------------------------------------------------------------------
@@ -64,85 +37,59 @@ DROPS = {
 }
 
 
-def drop_gradients(stage, drop, accumulation, raw):
-    """A micro-batch whose gradients, or some of them, are dropped; then more; equal to plain PyTorch."""
-    model = net()
-    reference = copy.deepcopy(model)
-    engine, optimizer = start(model, stage, gradient_accumulation_steps=accumulation)
-    plain = torch.optim.SGD(reference.parameters(), lr=0.1)
+@pytest.mark.parametrize("stage, drop, raw", [
+    pytest.param(stage, drop, raw, marks=() if (stage + index + raw) % 2 else pytest.mark.long)
+    for stage in STAGES for index, drop in enumerate(DROPS) for raw in (False, True)])
+@on_ranks(2)
+def test_dropped_gradients_do_not_train(stage, drop, raw):
+    """Of a micro-batch, all or some; by either kind of backward."""
+    accumulation = 1 + (stage + raw) % 2
+    pair = Pair(net, stage, gradient_accumulation_steps=accumulation)
     for step in range(3):
         for micro in range(accumulation):
             for bad in (True, False) if step < 2 else (False,):
                 data = 10 * step + 2 * micro + bad
-                loss = engine(mine(data)).square().mean()
-                loss.backward() if raw else engine.backward(loss)
-                plain_backward(reference, data, 1 / accumulation)
+                loss = square(pair.engine, mine(batches(data)))
+                loss.backward() if raw else pair.engine.backward(loss)
+                plain_backward(square(pair.reference, x) / accumulation for x in batches(data))
                 if bad and micro == accumulation - 1:
-                    DROPS[drop](model, optimizer)
-                    DROPS[drop](reference, plain)
-            engine.step()
-        plain.step()
-        plain.zero_grad()
-        assert_equal_models(engine, reference, f"{drop}, stage {stage}, accumulation {accumulation}, step {step}")
-    engine.destroy()
+                    DROPS[drop](pair.model, pair.engine.optimizer)
+                    DROPS[drop](pair.reference, pair.optimizer)
+            pair.engine.step()
+        pair.plain_step()
+        pair.check(f"step {step}")
 
 
-@pytest.mark.parametrize("raw", [False, True], ids=["engine.backward", "loss.backward"])
-def test_dropped_gradients_do_not_train(run_ranks, raw, request):
-    """Half of the pairs of a stage and a way to drop with each kind of backward, unless --long."""
-    for stage in STAGES:
-        for index, drop in enumerate(DROPS):
-            if request.config.getoption("--long") or (stage + index + raw) % 2:
-                run_ranks(drop_gradients, RANKS, stage, drop, 1 + (stage + raw) % 2, raw)
-
-
-def reductions_of_two_backwards(stage):
-    """The reductions of a window's first backward, and of one more after the model's own zero_grad()."""
-    model, counts = net(), []
-    engine, _ = start(model, stage, gradient_accumulation_steps=2 if stage > 1 else 1)
+@on_ranks(2, stage=STAGES)
+def test_a_backward_after_zero_grad_reduces_each_bucket_once(stage):
+    pair, counts = Pair(net, stage, gradient_accumulation_steps=2 if stage > 1 else 1), [0]
     for step in range(2):
-        before = sum(t.calls for kind, t in engine.zero.communicator.traffic.items() if kind != "all-gather")
-        engine.backward(engine(mine(step)).square().mean())
-        counts.append(sum(t.calls for kind, t in engine.zero.communicator.traffic.items()
-                          if kind != "all-gather") - before)
-        model.zero_grad()
-    engine.zero_grad()
-    engine.destroy()
-    return counts
+        pair.backward(step)
+        traffic = pair.engine.zero.communicator.traffic
+        counts.append(sum(record.calls for kind, record in traffic.items() if kind != "all-gather"))
+        pair.model.zero_grad()
+    assert counts[2] - counts[1] == counts[1] > 0
 
 
-def test_a_backward_after_zero_grad_reduces_each_bucket_once(run_ranks):
-    for stage in STAGES:
-        for first, second in run_ranks(reductions_of_two_backwards, RANKS, stage):
-            assert first == second > 0, f"stage {stage}"
-
-
-def drop_on_one_rank(stage):
-    model = net()
-    engine, _ = start(model, stage)
-    engine.backward(engine(mine(0)).square().mean())
+@on_ranks(2, stage=STAGES)
+def test_a_reduced_gradient_that_one_rank_drops_is_an_error_on_all(stage):
+    pair = Pair(net, stage)
+    pair.backward(0)
     if dist.get_rank() == 1:
-        model.zero_grad()
+        pair.model.zero_grad()
     with pytest.raises(RuntimeError, match="dropped gradients on some ranks alone"):
-        engine.step()
-    engine.zero_grad()
-    engine.destroy()
-
-
-def test_a_reduced_gradient_that_one_rank_drops_is_an_error_on_all(run_ranks):
-    for stage in STAGES:
-        run_ranks(drop_on_one_rank, RANKS, stage)
+        pair.engine.step()
 
 
 # --- Calls that can't do what they say --------------------------------------------------------------------------------
 
 
-def refused_calls(stage):
-    model = net()
-    engine, optimizer = start(model, stage)
-    before = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
-    engine.backward(engine(mine(0)).square().mean())
-    p = model[1][0].weight
+@on_ranks(2, stage=STAGES)
+def test_calls_that_move_nothing_raise_and_name_the_one_that_does(stage):
+    pair = Pair(net, stage)
+    model, engine, optimizer, p = pair.model, pair.engine, pair.engine.optimizer, pair.model[1][0].weight
+    before = whole(model)
+    pair.backward(0)
     calls = {
         "engine.step": [optimizer.step, lambda: torch.amp.GradScaler("cpu", enabled=False).step(optimizer)],
         "initialize": [lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})],
@@ -156,91 +103,58 @@ def refused_calls(stage):
         for call in some:
             with pytest.raises(RuntimeError, match=name):
                 call()
-    after = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
-    assert all(map(torch.equal, before, after))
+    assert all(torch.equal(value, before[name]) for name, value in whole(model).items())
     p.grad = torch.ones(WIDTH, WIDTH, dtype=p.dtype)
     with pytest.raises(RuntimeError, match="p.grad of 1.0.weight was set after backward"):
         engine.step()
     p.grad = None
     engine.zero_grad()
-    engine.backward(engine(mine(0)).square().mean())
-    engine.step()
+    pair.train(0)
+    pair.check()
     engine.destroy()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # it is the caller's again
 
 
-def test_calls_that_move_nothing_raise_and_name_the_one_that_does(run_ranks):
-    for stage in STAGES:
-        run_ranks(refused_calls, RANKS, stage)
+CHANGES = {
+    "replace a layer": (lambda model, optimizer: model[1].__setitem__(0, nn.Linear(WIDTH, WIDTH).double()),
+                        "1.0.weight came into the model"),
+    "add a layer": (lambda model, optimizer: model[2].add_module("adapter", nn.Linear(WIDTH, WIDTH).double()),
+                    "2.adapter.weight came into the model"),
+    "replace a parameter": (
+        lambda model, optimizer: setattr(model[0][0], "weight", nn.Parameter(torch.ones(WIDTH, WIDTH).double())),
+        "0.0.weight came into the model"),
+    "remove a layer": (lambda model, optimizer: model[2].__setitem__(0, nn.Identity()), "2.0.bias has left the model"),
+    "assign data": (lambda model, optimizer: setattr(model[0][0].weight, "data", torch.ones(WIDTH, WIDTH).double()),
+                    "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded"),
+    "assign data of the optimizer's": (
+        lambda model, optimizer: [setattr(p, "data", p.data.mul(0.9)) for p in optimizer.param_groups[0]["params"]],
+        "was given other memory"),
+    "append to a group": (
+        lambda model, optimizer: optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2))),
+        "param group 0 were changed"),
+    "append a group": (
+        lambda model, optimizer: optimizer.param_groups.append(
+            {**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2))]}), "param group 1 were changed"),
+}
 
 
-def replace_a_layer(model, optimizer):
-    model[1][0] = nn.Linear(WIDTH, WIDTH).double()
+@on_ranks(2, change=CHANGES, stage=STAGES, then=["save_checkpoint", "step"])
+def test_a_model_or_optimizer_that_was_changed_behind_the_engine_is_named(change, stage, then, tmp_path):
+    pair = Pair(net, stage)
+    pair.backward(0)
+    call, told = CHANGES[change]
+    with pytest.raises(RuntimeError, match=told):
+        call(pair.model, pair.engine.optimizer)
+        getattr(pair.engine, then)(*[tmp_path] * (then == "save_checkpoint"))
 
 
-def add_a_layer(model, optimizer):
-    model[2].add_module("adapter", nn.Linear(WIDTH, WIDTH).double())
-
-
-def replace_a_parameter(model, optimizer):
-    model[0][0].weight = nn.Parameter(torch.ones(WIDTH, WIDTH).double())
-
-
-def remove_a_layer(model, optimizer):
-    model[2][0] = nn.Identity()
-
-
-def assign_data(model, optimizer):
-    model[0][0].weight.data = torch.ones(WIDTH, WIDTH).double()
-
-
-def assign_data_of_the_optimizers(model, optimizer):
-    for p in optimizer.param_groups[0]["params"]:
-        p.data = p.data.mul(0.9)
-
-
-def append_to_a_group(model, optimizer):
-    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
-
-
-def append_a_group(model, optimizer):
-    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2))]})
-
-
-CHANGES = {replace_a_layer: "1.0.weight came into the model", add_a_layer: "2.adapter.weight came into the model",
-           replace_a_parameter: "0.0.weight came into the model", remove_a_layer: "2.0.bias has left the model",
-           assign_data: "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded",
-           assign_data_of_the_optimizers: "was given other memory",
-           append_to_a_group: "param group 0 were changed", append_a_group: "param group 1 were changed"}
-
-
-def changed_model(stage, change, path):
-    for then in (lambda engine: engine.save_checkpoint(path), lambda engine: engine.step()):
-        model = net()
-        engine, optimizer = start(model, stage)
-        engine.backward(engine(mine(0)).square().mean())
-        with pytest.raises(RuntimeError, match=CHANGES[change]):
-            change(model, optimizer)
-            then(engine)
-        engine.destroy()
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_or_optimizer_that_was_changed_behind_the_engine_is_named(run_ranks, tmp_path, change):
-    for stage in STAGES:
-        run_ranks(changed_model, RANKS, stage, change, tmp_path)
-
-
-def assign_inside_gathered():
-    model = net()
+@on_ranks(2)
+def test_assigning_data_inside_gathered_parameters_is_an_error():
+    model, _ = twins(net)
     start(model, 3)
     with pytest.raises(RuntimeError, match="0.0.weight: p.data was assigned inside GatheredParameters"):
         with zero.GatheredParameters(model.parameters(), modifier_rank=0):
             model[0][0].weight.data = torch.ones(WIDTH, WIDTH).double()
-
-
-def test_assigning_data_inside_gathered_parameters_is_an_error(run_ranks):
-    run_ranks(assign_inside_gathered, RANKS)
 
 
 @pytest.mark.parametrize("share", ["a parameter", "a buffer", "a part"])
@@ -254,83 +168,70 @@ def test_parameters_over_one_memory_are_refused(share):
         model["head"].weight = nn.Parameter(model["emb"].weight.data[2:])
     with pytest.raises(ValueError, match="emb.weight and head.* share memory"):
         start(model, 0)
-    whole = torch.ones(9, 4)  # parts that don't overlap are parameters like others
-    model["emb"].weight, model["head"].weight = nn.Parameter(whole[:5]), nn.Parameter(whole[5:])
+    parts = torch.ones(9, 4)  # parts that don't overlap are parameters like others
+    model["emb"].weight, model["head"].weight = nn.Parameter(parts[:5]), nn.Parameter(parts[5:])
     model["head"]._buffers.clear()
-    start(model, 0)[0].destroy()
+    start(model, 0).destroy()
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda: torch.jit.script(nn.Linear(3, 1)), "model is a ScriptModule"),
+    (lambda: nn.LazyLinear(3), "weight has no shape yet; run a lazy model once")], ids=["script", "lazy"])
+def test_scripted_and_lazy_models_are_refused_by_name(make, told):
+    with pytest.raises(ValueError, match=told):
+        start(make(), 0, make_optimizer=None)
 
 
 # --- Hooks of the optimizer -------------------------------------------------------------------------------------------
 
 
-def hooked_steps(stage, kind):
-    """A hook that doubles gradients before the step and one that averages the model after it, as plain PyTorch's."""
-    engines = []
-    for model in (net(), net()):
-        optimizer, averages = kind(model.parameters(), lr=0.01), []
+@on_ranks(2, stage=STAGES, kind=[torch.optim.SGD, torch.optim.AdamW])
+def test_step_hooks_run_once_around_the_whole_step(stage, kind):
+    """One doubles the gradients before the step, and one sees the model after it."""
+    seen: list[list] = []
 
-        def double(optimizer, *_):
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad.mul_(2)
+    def double(optimizer, *_):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(2)
 
-        def average(optimizer, *_, model=model, averages=averages, ours=bool(engines)):
-            averages.append([zero.safe_get_full_fp32_param(p) if ours else p.detach().clone()
-                             for p in model.parameters()])
-
+    def make(parameters):
+        parameters, weights = list(parameters), []
+        optimizer, read = kind(parameters, lr=0.01), torch.clone if seen else zero.safe_get_full_fp32_param
+        seen.append(weights)
         optimizer.register_step_pre_hook(double)
-        optimizer.register_step_post_hook(average)
-        if not engines:
-            reference = model, optimizer, averages
-            engines.append(None)
-    engines[0] = start(model, stage, optimizer)[0]
+        optimizer.register_step_post_hook(lambda *_: weights.append([read(p) for p in parameters]))
+        return optimizer
+
+    pair = Pair(net, stage, make)  # the engine makes its own first
     for step in range(2):
-        engines[0].backward(engines[0](mine(step)).square().mean())
-        engines[0].step()
-        plain_backward(reference[0], step)
-        reference[1].step()
-        reference[1].zero_grad()
-    assert_equal_models(engines[0], reference[0], f"stage {stage}, {kind.__name__}")
-    assert len(averages) == len(reference[2]) == 2
-    for step, (ours, theirs) in enumerate(zip(averages, reference[2])):
-        assert all(map(torch.allclose, ours, theirs)), f"stage {stage}: the hook of step {step} saw other weights"
-    engines[0].destroy()
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_step_hooks_run_once_around_the_whole_step(run_ranks, kind):
-    for stage in STAGES:
-        run_ranks(hooked_steps, RANKS, stage, kind)
+        pair.train(step)
+    pair.check()
+    assert len(seen[0]) == len(seen[1]) == 2
+    for step, (ours, theirs) in enumerate(zip(*seen)):
+        assert all(map(torch.allclose, ours, theirs)), f"the hook of step {step} saw other weights"
 
 
 # --- The caller's own backward ----------------------------------------------------------------------------------------
 
 
-def own_backward(stage, call):
-    """A window of three: the engine's mean, whether backward is the engine's, its scaled loss's or the loss's own."""
-    model = net()
-    reference = copy.deepcopy(model)
-    engine, _ = start(model, stage, gradient_accumulation_steps=3)
-    plain = torch.optim.SGD(reference.parameters(), lr=0.1)
+@on_ranks(2, stage=STAGES, call=["engine", "raw", "scale"])
+def test_the_mean_over_micro_batches_is_the_engines(stage, call):
+    """Whether backward is the engine's, its scaled loss's or the loss's own."""
+    pair = Pair(net, stage, gradient_accumulation_steps=3)
     for micro in range(3):
-        loss = engine(mine(micro)).square().mean()
-        {"engine": engine.backward, "raw": torch.Tensor.backward,
-         "scale": lambda loss: engine.scale(loss).backward()}[call](loss)
-        engine.step()
-        plain_backward(reference, micro, 1 / 3)
-    plain.step()
-    assert_equal_models(engine, reference, f"stage {stage}, {call}")
-    engine.destroy()
-
-
-def test_the_mean_over_micro_batches_is_the_engines(run_ranks):
-    for stage in STAGES:
-        for call in ("engine", "raw", "scale"):
-            run_ranks(own_backward, RANKS, stage, call)
+        loss = square(pair.engine, mine(batches(micro)))
+        if call == "engine":
+            pair.engine.backward(loss)
+        else:
+            (pair.engine.scale(loss) if call == "scale" else loss).backward()
+        pair.engine.step()
+    pair.plain(0, 1, 2)
+    pair.check()
 
 
 def test_a_backward_without_the_loss_scale_is_an_error():
-    engine, _ = start(nn.Linear(2, 2), 0, fp16={"enabled": True, "initial_scale_power": 4})
+    engine = start(nn.Linear(2, 2), 0, fp16={"enabled": True, "initial_scale_power": 4})
     x = torch.ones(1, 2, dtype=torch.float16)
     for after in (lambda: engine(x), engine.step, lambda: engine.backward(engine.module(x).sum()), engine.flush):
         engine.module(x).sum().backward()
@@ -342,60 +243,43 @@ def test_a_backward_without_the_loss_scale_is_an_error():
     engine.destroy()
 
 
-def old_loss(stage):
-    engine, _ = start(net(), stage)
-    old = engine(mine(0)).square().mean()
-    engine.backward(engine(mine(1)).square().mean())
-    engine.step()
+@on_ranks(2, stage=STAGES)
+def test_a_loss_from_before_the_step_is_refused_as_in_pytorch(stage):
+    pair = Pair(net, stage)
+    old = square(pair.engine, mine(batches(0)))
+    pair.train(1)
     with pytest.raises(RuntimeError, match="modified"):
-        engine.backward(old)
-    engine.zero_grad()
-    engine.destroy()
-
-
-def test_a_loss_from_before_the_step_is_refused_as_in_pytorch(run_ranks):
-    for stage in STAGES:
-        run_ranks(old_loss, RANKS, stage)
+        pair.engine.backward(old)
 
 
 class Reused(nn.Module):
-    """Its middle layer is used inside and outside of a recomputed part, so its gradient comes twice in a backward."""
+    """Its layers are used inside and outside of a recomputed part, so a gradient comes twice in a backward."""
 
     def __init__(self):
         super().__init__()
         self.layers = net()
 
     def forward(self, x):
-        y = torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=True)
+        y = torch.utils.checkpoint.checkpoint(self.layers, x.requires_grad_(), use_reentrant=True)
         return self.layers(y)
 
 
-def late_gradient(stage):
-    model = Reused()
-    reference = copy.deepcopy(model)
-    engine, _ = start(model, stage)
-    engine.backward(engine(mine(0).requires_grad_()).square().mean())
-    for rank in range(RANKS):
-        (reference(rows(0, rank).requires_grad_()).square().mean() / RANKS).backward()
-    for (name, p), q in zip(model.named_parameters(), reference.parameters()):
-        difference = float((zero.safe_get_full_grad(p) - q.grad).abs().max())
-        assert difference < 1e-12, f"stage {stage}: the gradient of {name} differs by {difference:.3g}"
-    engine.destroy()
-
-
-def test_a_gradient_that_comes_late_is_in_the_whole_gradient(run_ranks):
-    for stage in STAGES:
-        run_ranks(late_gradient, RANKS, stage)
+@on_ranks(2, stage=STAGES)
+def test_a_gradient_that_comes_late_is_in_the_whole_gradient(stage):
+    pair = Pair(Reused, stage)
+    pair.backward(0)
+    plain_backward(square(pair.reference, x) for x in batches(0))
+    for (name, p), q in zip(pair.model.named_parameters(), pair.reference.parameters()):
+        assert_close(zero.safe_get_full_grad(p), q.grad, f"the gradient of {name}")
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_create_graph_leaves_no_graph_behind_the_bucket(stage):
-    model = net()
-    engine, _ = start(model, stage, gradient_accumulation_steps=2)
+    engine = start(net(), stage, gradient_accumulation_steps=2)
     for _ in range(2):
-        x = rows(0, 0).requires_grad_()
+        x = torch.randn(2, WIDTH, requires_grad=True)
         graph = weakref.ref(engine(x).square())
-        engine(x).square().mean().backward(create_graph=True)
+        square(engine, x).backward(create_graph=True)
         for bucket in engine.zero.buckets:
             held = [bucket.gradients.buffer, bucket.gradients.sum, *(slot.parameter.grad for slot in bucket.slots)]
             assert not any(t is not None and t.requires_grad for t in held)
@@ -407,9 +291,85 @@ def test_create_graph_leaves_no_graph_behind_the_bucket(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_engine_that_nobody_refers_to_is_collected_with_its_model(stage):
     model = net()
-    engine, optimizer = start(model, stage)
-    engine.backward(engine(rows(0, 0)).square().mean())
+    engine = start(model, stage)
+    engine.backward(square(engine, torch.randn(2, WIDTH)))
     alive = weakref.ref(engine), weakref.ref(model)
-    del model, engine, optimizer
+    del model, engine
     gc.collect()
     assert alive[0]() is None and alive[1]() is None
+
+
+# --- Writes in place --------------------------------------------------------------------------------------------------
+
+
+SGD, AMP = partial(torch.optim.SGD, lr=0.0), {"bf16": {"enabled": True, "auto_cast": True}}
+
+
+def train(engine, *inputs: torch.Tensor) -> None:
+    for x in inputs or (torch.ones(4, WIDTH),):
+        engine.backward(engine(x).sum())
+        engine.step()
+
+
+def largest(*parameters: nn.Parameter) -> float:
+    return max(float(zero.safe_get_full_fp32_param(p).abs().max()) for p in parameters)
+
+
+class Clamps(nn.Module):
+    """In forward its embedding renormalizes rows of its weight, and it writes into a child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(4, WIDTH, max_norm=0.1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in range(3))
+
+    def forward(self, ids):
+        x = torch.ones(len(ids), WIDTH)
+        for block in self.blocks:
+            x = block(x)
+        with torch.no_grad():
+            self.blocks[0][0].weight.clamp_(-0.01, 0.01)
+        return x + self.rows(ids)
+
+
+@on_ranks(2, stage=STAGES)
+def test_what_a_model_writes_into_its_weights_in_forward_stays(stage):
+    torch.manual_seed(0)
+    model = Clamps()
+    train(start(model, stage, SGD), torch.arange(4))
+    assert largest(model.blocks[0][0].weight) <= 0.01001
+    assert float(zero.safe_get_full_fp32_param(model.rows.weight).norm(dim=1).max()) <= 0.1 + 1e-6
+
+
+@on_ranks(2, stage=STAGES, options=[{}, AMP, {"zero_options": {"offload_optimizer": {"device": "cpu"}}}])
+def test_what_a_script_writes_between_steps_is_not_undone_by_the_next(stage, options):
+    """WGAN's clipping of weights."""
+    torch.manual_seed(0)
+    model = net()
+    engine = start(model, stage, SGD, **options)
+    for _ in range(2):
+        train(engine)
+        with torch.no_grad(), zero.GatheredParameters(model.parameters(), modifier_rank=0 if stage == 3 else None):
+            for p in model.parameters():
+                p.clamp_(-0.01, 0.01)
+    train(engine)
+    assert largest(*model.parameters()) <= 0.01001
+
+
+@on_ranks(2, stage=range(3))
+def test_what_was_written_just_before_is_saved_and_a_state_dict_that_is_loaded_stays(stage, tmp_path):
+    """With fp32 masters beside bf16 weights."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, WIDTH)
+    engine = start(model, stage, SGD, **AMP)
+    train(engine)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        assert torch.equal(zero.safe_get_full_fp32_param(model.weight), torch.full((WIDTH, WIDTH), 0.5))
+        model.bias.fill_(0.25)
+    engine.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    assert torch.equal(zero.safe_get_full_fp32_param(model.bias), torch.full((WIDTH,), 0.25))
+    model.load_state_dict({name: torch.full_like(p, 0.125) for name, p in model.state_dict().items()})
+    train(engine)
+    assert all(bool((value == 0.125).all()) for value in whole(model).values())

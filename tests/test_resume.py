@@ -27,8 +27,9 @@ from torch.utils.data import TensorDataset
 
 import engine as deepspeed
 import zero
-from conftest import DEADLINE
+from conftest import DEADLINE, on_ranks
 from engine import ConfigError
+from oracle import STAGES, Pair, batches, mine, square, whole
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
@@ -180,6 +181,48 @@ def test_after_a_weights_only_load_a_step_at_rate_0_keeps_the_loaded_weights(run
     run_ranks(save_after, 2, str(tmp_path), 1, {}, False, 2, 0)
     for stage in range(4):
         assert run_ranks(weights_only, 2, str(tmp_path), stage) == [(0.0, 1)] * 2, f"stage {stage}"
+
+
+def half_frozen() -> nn.Module:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+    model[:2].requires_grad_(False)
+    model[3][0].bias.requires_grad_(False)
+    return model
+
+
+@on_ranks(2, saver=STAGES, other=[False, True])
+def test_a_half_frozen_model_comes_back_bit_for_bit(saver, other, tmp_path):
+    """Loaded at the stage that saved it, or at another, into a model that begins with other weights."""
+    adam = partial(torch.optim.AdamW, lr=0.01)
+    pair = Pair(half_frozen, saver, adam)
+    pair.train(0)
+    pair.engine.save_checkpoint(tmp_path)
+    saved = whole(pair.model)
+    pair = Pair(half_frozen, 3 - saver if other else saver, adam)
+    pair.train(1)
+    with zero.GatheredParameters(pair.model.parameters(), modifier_rank=0):
+        pair.model[0][0].weight.data.fill_(7.0)
+    pair.engine.load_checkpoint(tmp_path)
+    for name, value in whole(pair.model).items():
+        assert torch.equal(value, saved[name]), name
+    assert [p.requires_grad for p in pair.model.parameters()] == [p.requires_grad for p in half_frozen().parameters()]
+
+
+@on_ranks(2, stage=[1, 3])
+def test_a_thawed_layers_state_is_resumed(stage, tmp_path):
+    """Its step count, after a resume in which it is thawed before loading."""
+    adam, counts = partial(torch.optim.AdamW, lr=0.01), []
+    for steps in (3, 1):
+        pair = Pair(half_frozen, stage, adam)
+        pair.model[0].requires_grad_(True)
+        if counts:
+            pair.engine.load_checkpoint(tmp_path)
+        for step in range(steps):
+            pair.engine.backward(square(pair.engine, mine(batches(step))))
+            pair.engine.step()
+        pair.engine.save_checkpoint(tmp_path)
+        counts.append(float(zero.safe_get_full_optimizer_state(pair.model[0][0].weight, "step")))
+    assert counts == [3.0, 4.0]
 
 
 def two_tags(folder: str):

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 import engine as deepspeed
 import schedulers
+import zero
+from conftest import on_ranks
+from oracle import STAGES, start
 
 TRACES = json.loads((Path(__file__).parent / "data" / "lr_traces.json").read_text())["traces"]
 
@@ -225,6 +228,30 @@ def test_phases_with_a_list_give_each_group_its_own_rates():
     config = {"type": "MultiPhaseLR", "params": {"phases": [
         {"type": "linear", "steps": 2, "start_lr": 0.0, "end_lr": [0.1, 0.4]}, {"type": "constant"}]}}
     assert schedulers.preview(config, 4, lr=[1.0, 1.0]) == [[0.0, 0.0], [0.05, 0.2], [0.1, 0.4], [0.1, 0.4]]
+
+
+# --- In force ---------------------------------------------------------------------------------------------------------
+
+
+SCHEDULES = [
+    {"type": "WarmupLR", "params": {"warmup_min_lr": 0.125, "warmup_num_steps": 4, "warmup_type": "linear"}},
+    {"type": "OneCycle", "params": {"cycle_min_lr": 0.25, "cycle_max_lr": 0.5, "cycle_first_step_size": 2}},
+    {"type": "MultiPhaseLR", "params": {"phases": [{"type": "linear", "steps": 2, "start_lr": 0.0, "end_lr": 0.5}]}},
+]
+
+
+@on_ranks(2, stage=STAGES, schedule=SCHEDULES)
+def test_the_first_update_uses_the_schedules_first_rate_and_not_the_optimizers(stage, schedule):
+    """A weight whose gradient is 1 moves by the rate that is in force."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    engine = start(model, stage, None, optimizer={"type": "SGD", "params": {"lr": 1.0}}, scheduler=schedule)
+    expected, values = schedulers.preview(schedule, 4, lr=1.0), [zero.safe_get_full_fp32_param(model.weight).item()]
+    assert expected[0] != [1.0], "else it says nothing"
+    for _ in expected:
+        engine.backward(engine(torch.ones(2, 1, dtype=torch.float64)).mean())
+        engine.step()
+        values.append(zero.safe_get_full_fp32_param(model.weight).item())
+    assert [[a - b] for a, b in zip(values, values[1:])] == [pytest.approx(row, abs=1e-12) for row in expected]
 
 
 # --- PyTorch's side ---------------------------------------------------------------------------------------------------

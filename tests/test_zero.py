@@ -21,6 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import engine as deepspeed
 import zero
+from conftest import on_ranks
+from oracle import STAGES, Mlp, Pair, square
 
 BATCH = 12  # rows; divisible by every ranks * accumulation below
 WIDTH = 6
@@ -259,6 +261,38 @@ def test_training_equals_plain_pytorch_on_the_whole_batch(run_ranks, world_size,
         assert_equal(mine, reference, tolerance, f"stage {stage}, rank {rank} of {world_size}")
 
 
+class Tiny(nn.Module):
+    """Parameters without an element, and with fewer than there are ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.none, self.gain, self.three = nn.Linear(8, 0), nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return torch.cat([self.none(x), self.gain * x], dim=-1) * self.three.sum()
+
+
+def one_by_one(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": [p]} for p in parameters], lr=0.1)
+
+
+@on_ranks(4, stage=STAGES)
+def test_parameters_without_elements_and_groups_smaller_than_the_ranks_train(stage):
+    pair = Pair(Tiny, stage, one_by_one)
+    for step in range(3):
+        pair.train(step)
+        pair.check(f"step {step}", tolerance=1e-12)
+
+
+@on_ranks(3, stage=STAGES)
+def test_the_norm_returned_is_that_of_one_process_before_clipping(stage):
+    pair = Pair(Mlp, stage, gradient_clipping=0.01)
+    pair.train(0, loss=lambda model, x: 2000 * square(model, x))
+    assert pair.engine.get_global_grad_norm() == pytest.approx(pair.norm, rel=1e-12) and pair.norm > 1.0
+    pair.check()
+    assert "before clipping" in deepspeed.Engine.get_global_grad_norm.__doc__
+
+
 # --- The same bits, on every stage and in every run -------------------------------------------------------------------
 
 
@@ -422,42 +456,6 @@ def test_elements_sent_are_those_of_the_table(run_ranks, world_size, accumulatio
 
 
 # --- Any model, unmodified --------------------------------------------------------------------------------------------
-
-
-class Reader(nn.Module):
-    """A parent that reads a child's weight without calling the child, as tied heads are often written."""
-
-    def __init__(self):
-        super().__init__()
-        self.token = nn.Embedding(7, WIDTH)
-        self.mix = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-        self.scale = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, ids):
-        x = self.token(ids)
-        x = self.mix(x, x, x)[0] * self.scale.weight.sum()
-        return x @ self.token.weight.t()
-
-
-def reads_a_childs_weight(stage: int):
-    torch.manual_seed(0)
-    model = Reader().double()
-    plain_model = copy.deepcopy(model)
-    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": BATCH, "optimizer": {
-        "type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}})
-    optimizer, worst = torch.optim.SGD(plain_model.parameters(), lr=0.1), 0.0
-    for step in range(3):
-        ids, targets = data(step)
-        for net, run in ((engine, engine.backward), (plain_model, torch.Tensor.backward)):
-            run(nn.functional.cross_entropy(net(ids).flatten(0, 1), targets.flatten()))
-        engine.step(), optimizer.step(), optimizer.zero_grad()
-    for p, q in zip(model.parameters(), plain_model.parameters()):
-        worst = max(worst, float((zero.safe_get_full_fp32_param(p) - q).abs().max()))
-    return worst
-
-
-def test_a_parent_may_read_a_childs_weight_without_calling_it(run_ranks):
-    assert max(run_ranks(reads_a_childs_weight, 2, 3)) < 1e-12
 
 
 class Recomputing(nn.Module):
@@ -640,25 +638,6 @@ def test_no_sync_sends_nothing_at_stages_0_and_1_and_explains_itself_above(run_r
     assert run_ranks(no_sync_at, 2, 1)[0] == {"reduce-scatter": 1, "scalars": 1, "all-gather": 1}
     for stage in (2, 3):
         assert f"no_sync() at stage {stage}: a rank keeps only its shard" in run_ranks(no_sync_at, 2, stage)[1]
-
-
-def with_an_inf(stage: int):
-    """A step whose gradient is infinite on one rank only."""
-    engine = train_wide(stage, steps=1)
-    before = [zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()]
-    loss = engine(torch.randn(2, 64)).square().mean()
-    engine.backward(loss * (float("inf") if dist.get_rank() == 1 else 1.0))
-    engine.step()
-    after = [zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()]
-    counts = (engine.global_steps, engine.skipped_steps)
-    engine.backward(engine(torch.randn(2, 64)).square().mean())
-    engine.step()
-    return all(map(torch.equal, before, after)), counts, (engine.global_steps, engine.skipped_steps)
-
-
-def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(run_ranks):
-    for stage in range(4):
-        assert run_ranks(with_an_inf, 2, stage) == [(True, (1, 1), (2, 1))] * 2
 
 
 def unused_is_an_error(stage: int):
