@@ -35,6 +35,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -1056,12 +1057,34 @@ def _by_all_ranks(*own: str) -> Callable:
             said = [name] + [f"{name}, where {key} is {os.fspath(value) if isinstance(value, os.PathLike) else value!r}"
                              for key, value in given.arguments.items() if key not in ("self", *own)]
             if self.world_size > 1:
-                self._meet(name)
+                _meet(name, self.config.collective_timeout())
                 zero.agree(lambda: said, same=True)
             return method(self, *args, **kwargs)
 
         return call
     return decorate
+
+
+def _reads(path: str, meaning: str) -> Callable[["Engine"], Any]:
+    """A method that returns what an engine has at ``path``."""
+    get = operator.attrgetter(path)
+
+    def read(self: "Engine") -> Any:
+        return get(self)
+
+    read.__doc__ = meaning
+    return read
+
+
+def _meet(call: str, timeout: timedelta | None) -> None:
+    """Wait until all ranks make this call; RuntimeError where one does not come in time."""
+    try:
+        group = zero.Groups.current().host
+        if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
+            dist.monitored_barrier(group, timeout)
+    except RuntimeError as error:
+        raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
+                           f"{str(error).splitlines()[0]}") from None
 
 
 class Engine(nn.Module):
@@ -1111,37 +1134,16 @@ class Engine(nn.Module):
 
     # What the config says.
 
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step, over all ranks."""
-        return self.config.train_batch_size
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per rank and backward pass."""
-        return self.config.train_micro_batch_size_per_gpu
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self.config.gradient_accumulation_steps
-
-    def gradient_clipping(self) -> float:
-        """The largest global gradient norm; 0 for no clipping."""
-        return self.config.gradient_clipping
-
-    def zero_optimization_stage(self) -> int:
-        """What is sharded, see the top of ``zero.py``."""
-        return self.config.zero_optimization.stage
-
-    def fp16_enabled(self) -> bool:
-        """Whether the model computes in fp16."""
-        return self.config.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether the model computes in bf16."""
-        return self.config.bf16.enabled
-
-    def loss_scale(self) -> float:
-        """What the loss is multiplied by before backward; 1.0 except in fp16."""
-        return self.scaler.scale
+    train_batch_size = _reads("config.train_batch_size", "Samples per optimizer step, over all ranks.")
+    train_micro_batch_size_per_gpu = _reads("config.train_micro_batch_size_per_gpu", "Samples per rank and backward.")
+    gradient_accumulation_steps = _reads("config.gradient_accumulation_steps", "Micro-batches per optimizer step.")
+    gradient_clipping = _reads("config.gradient_clipping", "The largest global gradient norm; 0: no clipping.")
+    zero_optimization_stage = _reads("config.zero_optimization.stage", "What is sharded, see the top of zero.py.")
+    fp16_enabled = _reads("config.fp16.enabled", "Whether the model computes in fp16.")
+    bfloat16_enabled = _reads("config.bf16.enabled", "Whether the model computes in bf16.")
+    loss_scale = _reads("scaler.scale", "What the loss is multiplied by before backward; 1.0 except in fp16.")
+    was_step_applied = _reads("_step_applied", "Whether the last step() updated: at a boundary, and not skipped.")
+    get_global_grad_norm = _reads("_grad_norm", "The last update's 2-norm of the averaged gradient, before clipping.")
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attribute, as in DeepSpeed."""
@@ -1240,10 +1242,6 @@ class Engine(nn.Module):
         self._micro_steps, self._window = count, count % self.gradient_accumulation_steps()
         self._tell_boundary()
 
-    def was_step_applied(self) -> bool:
-        """Whether the last ``step()`` updated the weights: it was at a boundary, and was not skipped."""
-        return self._step_applied
-
     def get_lr(self) -> list[float]:
         """The rate in force in each param group."""
         return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
@@ -1265,10 +1263,6 @@ class Engine(nn.Module):
         groups = self._require_optimizer("get_mom()").param_groups
         return [group.get("betas", group.get("momentum", 0)) for group in groups]
 
-    def get_global_grad_norm(self) -> float:
-        """The 2-norm of the last update's whole averaged gradient, before clipping; 0.0 before the first update."""
-        return self._grad_norm
-
     # One step, phase by phase (see the top of this file).
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -1280,7 +1274,7 @@ class Engine(nn.Module):
         if self.zero.sharded.parameters and self.training and torch.is_grad_enabled():  # it needs the other ranks
             self._enter()
         cache = not self.zero.sharded.parameters  # there a copy would outlive its weight
-        with self._explained(), self._timed("forward"), self.precision.autocast(cache):
+        with self._phase("forward"), self.precision.autocast(cache):
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -1296,7 +1290,7 @@ class Engine(nn.Module):
         if self._progress:
             self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
-        with self._explained(), self._timed("backward"):
+        with self._phase("backward"):
             self._check_scaled()
             self.scale(loss if scale_wrt_gas else loss * steps).backward(retain_graph=retain_graph)
             self._scaled = False
@@ -1362,7 +1356,7 @@ class Engine(nn.Module):
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
         if self.lr_scheduler is not None:
             self._check_lr_kwargs(lr_kwargs)
-        with self._explained(), self._timed("update"):
+        with self._phase("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window = result.norm, 0
@@ -1381,13 +1375,11 @@ class Engine(nn.Module):
 
     def _check_lr_kwargs(self, lr_kwargs: Any) -> None:
         """Refuse what the scheduler's step() does not take, while nothing has changed."""
-        if not isinstance(lr_kwargs, Mapping | None):
-            raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the scheduler's step()")
         try:
-            inspect.signature(self.lr_scheduler.step).bind(**(lr_kwargs or {}))
+            inspect.signature(self.lr_scheduler.step).bind(**({} if lr_kwargs is None else lr_kwargs))
         except TypeError as error:
-            raise ValueError(f"lr_kwargs is {lr_kwargs!r}, which step() of {type(self.lr_scheduler).__name__} does "
-                             f"not take: {error}") from None
+            raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the step() of "
+                             f"{type(self.lr_scheduler).__name__} ({error})") from None
 
     def _update_scale(self, result: zero.StepResult) -> None:
         """Count a skipped step and say so once; let the loss scale follow."""
@@ -1541,13 +1533,12 @@ class Engine(nn.Module):
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
         """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
-        return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).float())
+        return self._whole_state_dict(torch.float32)
 
     @_by_all_ranks()
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict | None:
         """On rank 0 the whole state dict in the dtypes that the model computes in; elsewhere None. All must call it."""
-        return self._whole_state_dict(lambda p: zero.safe_get_full_fp32_param(p).to(p.dtype),
-                                      not exclude_frozen_parameters) or None
+        return self._whole_state_dict(None, not exclude_frozen_parameters) or None
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """Whether whole models can be saved at stage 3: always, here."""
@@ -1572,30 +1563,16 @@ class Engine(nn.Module):
         _on_rank_0(write)
         return True
 
-    def _whole_state_dict(self, read: Callable[[nn.Parameter], Tensor], with_frozen: bool = True) -> dict[str, Tensor]:
+    def _whole_state_dict(self, dtype: torch.dtype | None, with_frozen: bool = True) -> dict[str, Tensor]:
         """Parameters, read one after the other, and buffers; tied ones are one tensor."""
         whole: dict[int, Tensor] = {}
         for p in self.module.parameters():
-            if not (with_frozen or p.requires_grad):
-                continue
-            value = read(p)
-            if self.global_rank == 0:
-                whole[id(p)] = value.cpu()
-        if self.global_rank != 0:
-            return {}
+            if with_frozen or p.requires_grad:
+                value = zero.safe_get_full_fp32_param(p).to(dtype or p.dtype)
+                whole |= {id(p): value.cpu()} if self.global_rank == 0 else {}
         named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)
                  if id(p) in whole}
-        return named | _copies(_persistent_buffers(self.module))
-
-    def _meet(self, call: str) -> None:
-        """Wait until all ranks make this call; RuntimeError where one does not come in time."""
-        try:
-            group = zero.Groups.current().host
-            if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
-                dist.monitored_barrier(group, self.config.collective_timeout())
-        except RuntimeError as error:
-            raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
-                               f"{str(error).splitlines()[0]}") from None
+        return named | _copies(_persistent_buffers(self.module)) if self.global_rank == 0 else {}
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
@@ -1631,10 +1608,11 @@ class Engine(nn.Module):
                 dist.destroy_process_group()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Where communication fails inside, say what the ranks were at; where two dtypes meet, what to do."""
+    def _phase(self, name: str) -> Iterator[None]:
+        """A timed phase. Where communication fails in it, say where ranks were; where two dtypes meet, what to do."""
         try:
-            yield
+            with self._clock.phase(name) if self._clock else nullcontext():
+                yield
         except (RuntimeError, ValueError) as error:
             if "support saved tensor hooks" in str(error):
                 raise RuntimeError(zero.NO_TRANSFORMS) from error
@@ -1649,9 +1627,6 @@ class Engine(nn.Module):
         """This rank begins what the other ranks take part in."""
         if self._logbook:
             self._logbook.write(self.micro_steps + 1)
-
-    def _timed(self, phase: str) -> Any:
-        return self._clock.phase(phase) if self._clock else nullcontext()
 
     def _require_optimizer(self, caller: str) -> Optimizer:
         if self.optimizer is None:
