@@ -846,23 +846,19 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
 
     Raises ValueError for invalid arguments and environments.
     """
-    if config is not None:
-        raise ValueError("config is given to init_distributed(); allowed: None. initialize() takes the config, and "
-                         "its comms_logger section")
-    if timeout is not None and (not isinstance(timeout, timedelta) or not 0 < timeout.total_seconds() < MAX_TIMEOUT):
-        raise ValueError(f"timeout is {timeout!r}; allowed: a positive datetime.timedelta, or None")
-    for name, value in (("rank", rank), ("world_size", world_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < -1:
-            raise ValueError(f"{name} is {value!r}; allowed: a whole number, or -1 for the launcher's")
-    if (rank == -1) != (world_size == -1) or world_size == 0 or rank > -1 and rank >= world_size:
-        raise ValueError(f"rank is {rank} and world_size {world_size}; allowed: both or neither (-1), the rank below "
-                         "the world size")
-    if init_method is not None and (not isinstance(init_method, str) or "://" not in init_method):
-        raise ValueError(f"init_method is {init_method!r}; allowed: an address such as 'tcp://host:port', or None")
-    if dist_backend is not None and not dist.is_backend_available(str(dist_backend)):
-        raise ValueError(f"dist_backend is {dist_backend!r}; allowed: a backend of this PyTorch, such as "
-                         f"{', '.join(name for name in ('nccl', 'gloo', 'mpi') if dist.is_backend_available(name))}")
     _check_start(distributed_port, dist_init_required)
+    _check("config", config, config is None, "None, as initialize() takes it, and its comms_logger section")
+    _check("timeout", timeout, timeout is None or isinstance(timeout, timedelta)
+           and 0 < timeout.total_seconds() < MAX_TIMEOUT, "a positive datetime.timedelta, or None")
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        _check(name, value, _is_whole(value, -1), "a whole number, or -1 for the launcher's")
+    _check("rank", rank, rank == world_size == -1 or 0 <= rank < world_size,
+           f"a rank below world_size, which is {world_size}; or -1 for both")
+    _check("init_method", init_method, init_method is None or isinstance(init_method, str) and "://" in init_method,
+           "an address such as 'tcp://host:port', or None")
+    known = [name for name in ("nccl", "gloo", "mpi") if dist.is_backend_available(name)]
+    _check("dist_backend", dist_backend, dist_backend is None or dist.is_backend_available(str(dist_backend)),
+           f"a backend of this PyTorch, such as {', '.join(known)}")
     device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized() and dist_init_required is not False and (rank != -1 or init_method is not None):
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
@@ -876,11 +872,28 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
         logger.info("process group: rank %d of %d, %s", dist.get_rank(), dist.get_world_size(), dist.get_backend())
 
 
+def _check(name: str, value: Any, fits: bool, allowed: str) -> None:
+    """Refuse an argument that does not fit."""
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_path(name: str, value: Any) -> None:
+    _check(name, value, isinstance(value, (str, os.PathLike)), "the path of a folder")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        _check(name, value, isinstance(value, bool), "True or False")
+
+
 def _check_start(port: Any, required: Any) -> None:
-    if not isinstance(required, bool | None):
-        raise ValueError(f"dist_init_required is {required!r}; allowed: True, False or None")
-    if not isinstance(port, int) or not 0 < port < 2**16:
-        raise ValueError(f"distributed_port is {port!r}; allowed: a whole number from 1 to 65535")
+    _check("dist_init_required", required, isinstance(required, bool | None), "True, False or None")
+    _check("distributed_port", port, isinstance(port, int) and 0 < port < 2**16, "a whole number from 1 to 65535")
 
 
 def _writable(buffer: Tensor) -> Tensor:
@@ -1187,9 +1200,8 @@ class Engine(nn.Module):
         self.config.train_batch_size = micro_batch_size * self.gradient_accumulation_steps() * self.world_size
 
     def _check_size(self, name: str, value: Any, multiple: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple:
-            raise ValueError(f"{name} is {value!r}; allowed: a whole number from 1 up" + (
-                f" that {multiple} divides: the micro-batch size times the ranks" if multiple > 1 else ""))
+        _check(name, value, _is_whole(value, 1) and value % multiple == 0, "a whole number from 1 up" + (
+            f" that {multiple} divides: the micro-batch size times the ranks" if multiple > 1 else ""))
         if any(zero.gather(self._inside_window())):
             raise ValueError(f"{name} is {value} inside an accumulation window; allowed: after the step() that ends it")
 
@@ -1202,8 +1214,7 @@ class Engine(nn.Module):
 
         To be called before its ``backward()``. What is divided by stays ``gradient_accumulation_steps``.
         """
-        if not isinstance(is_boundary, bool):
-            raise ValueError(f"is_boundary is {is_boundary!r}; allowed: True or False")
+        _check_flags(is_boundary=is_boundary)
         if not self.config.managed_gradient_accumulation:
             raise ValueError("set_gradient_accumulation_boundary() with managed_gradient_accumulation false: there "
                              "every step() updates")
@@ -1250,11 +1261,9 @@ class Engine(nn.Module):
         """Set the rate of every param group, or of each its own. A scheduler sets its own at its next step."""
         groups = self._require_optimizer("set_lr()").param_groups
         rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(groups)
-        if len(rates) != len(groups) or not all(
-                isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < float("inf")
-                for rate in rates):
-            raise ValueError(f"lr is {lr!r}; allowed: a number from 0 up, or a list of one for each of the "
-                             f"{len(groups)} param groups")
+        _check("lr", lr, len(rates) == len(groups) and all(
+            isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < math.inf for rate in rates),
+            f"a number from 0 up, or a list of one for each of the {len(groups)} param groups")
         for group, rate in zip(groups, rates):
             group["lr"] = float(rate)
 
@@ -1550,8 +1559,7 @@ class Engine(nn.Module):
         """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
         _check_path("save_dir", save_dir)
         _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
-        if not isinstance(save_filename, str) or not save_filename:
-            raise ValueError(f"save_filename is {save_filename!r}; allowed: the name of a file")
+        _check("save_filename", save_filename, isinstance(save_filename, str) and save_filename, "the name of a file")
         whole = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
 
         def write() -> None:
@@ -1632,17 +1640,6 @@ class Engine(nn.Module):
         if self.optimizer is None:
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer
-
-
-def _check_path(name: str, value: Any) -> None:
-    if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"{name} is {value!r}; allowed: the path of a folder")
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}; allowed: True or False")
 
 
 class _Progress:
