@@ -33,7 +33,7 @@ This file knows nothing of sharding: it says which dtype goes where, casts input
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -245,16 +245,21 @@ class Precision:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` with every floating-point tensor in it, in lists, tuples and mappings, as ``dtype``."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+    """``value`` with every floating-point tensor in it as ``dtype``."""
+    return mapped(value, lambda part: part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part)
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``change(value)``; where that is ``value`` itself, the same for what is in lists, tuples and mappings."""
+    changed = change(value)
+    if changed is not value:
+        return changed
     if isinstance(value, dict):
-        items = {key: cast(item, dtype) for key, item in value.items()}
-        return rebuilt(value, items)
+        return rebuilt(value, {key: mapped(item, change) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(item, dtype) for item in value))
+        return type(value)(*(mapped(item, change) for item in value))
     if type(value) in (list, tuple):
-        return type(value)(cast(item, dtype) for item in value)
+        return type(value)(mapped(item, change) for item in value)
     return value
 
 

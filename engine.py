@@ -946,17 +946,12 @@ def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: 
 
 def _to_device(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)  # the host does not wait for a GPU's queue
-    if hasattr(value, "to"):  # a class that knows how to move itself
-        return value.to(device)
-    if isinstance(value, dict):
-        return amp.rebuilt(value, {key: _to_device(item, device) for key, item in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_device(item, device) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
+    def move(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(device, non_blocking=True)  # the host does not wait for a GPU's queue
+        return part.to(device) if hasattr(part, "to") else part  # a class that knows how to move itself
+
+    return amp.mapped(value, move)
 
 
 def _check_data(dataset: Any) -> None:
