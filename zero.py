@@ -2522,8 +2522,6 @@ class Zero:
     divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
     """
 
-    reducer_class = Reducer
-
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
                  predivide: float | None = None, debug: bool = False, timeout: float | None = None,
@@ -2544,7 +2542,7 @@ class Zero:
         self.offload = Offload(config, device)
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
-        self.reducer = self.reducer_class(self)
+        self.reducer = Reducer(self)
         self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
         self._make_buckets()
         self._frozen = [slot for bucket in self.buckets if bucket.group is not None and not bucket.trained
@@ -3507,10 +3505,15 @@ class RehearsedZero(Zero):
         return 0.0
 
     def watch(self) -> None:
-        """Note what comes and goes now."""
+        """Note what comes and goes now.
+
+        Below stage 3, the next bucket counts as begun: gradients of a model do not come in the exact order of buckets.
+        """
         self.looks += 1
         if self.looks % (len(self.buckets) // 64 | 1):
             return
+        if self.gatherer is None and self.reducer.queue:
+            self.reducer.queue[0]._prepare_buffer()
         busy = [b for b in self.buckets if b.unit is not None and b.has_memory or b.gradients is not None and (
             b.gradients.send_buffer is not None or b.gradients.buffer is not None and not b.gradients.keeps_buffer)]
         self.most = max(self.most, _measure(self, busy)["live", "device"])
@@ -3541,23 +3544,6 @@ class StandIn(nn.Module):
         for child in self.children():
             x = child(x)
         return x
-
-
-class StandInReducer(Reducer):
-    """The ``Reducer`` of a stand-in, whose gradients come in the exact order of the buckets; a model's do not quite.
-
-    So below stage 3 a bucket is sent when the next one has a gradient already, as if its own last one came after that.
-    """
-
-    def launch_ready(self) -> None:
-        """As Reducer does, a little later."""
-        if self.zero.gatherer is not None or len(self.queue) > 1 and self.queue[1].arrived:
-            super().launch_ready()
-
-
-class StandInZero(RehearsedZero):
-    """The ``Zero`` of a stand-in."""
-    reducer_class = StandInReducer
 
 
 class StandInOptimizer(Optimizer):
@@ -3628,7 +3614,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
 
 
 def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: torch.device,
-                   groups: list[dict[str, Any]], communicator: Rehearsal) -> StandInZero:
+                   groups: list[dict[str, Any]], communicator: Rehearsal) -> RehearsedZero:
     """What is like the model's ``Zero`` on ``device``, and has no memory."""
     stands_for: dict[int, Any] = {}
     twin, config = StandIn(model, stands_for), copy.copy(config)
@@ -3645,7 +3631,7 @@ def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: to
                              "model's own")
         group["params"] = [stands_for[id(p)] for p in group["params"]]
     optimizer = StandInOptimizer(groups, {}) if any(group["params"] for group in groups) else None
-    return StandInZero(twin, optimizer, config, communicator.device, lambda p: paths[id(p)], communicator=communicator)
+    return RehearsedZero(twin, optimizer, config, communicator.device, lambda p: paths[id(p)], communicator=communicator)
 
 
 def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], int]:
