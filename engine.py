@@ -48,7 +48,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property, partial, wraps
@@ -1580,17 +1580,13 @@ class Engine(nn.Module):
     def __deepcopy__(self, memo: dict) -> "Engine":
         raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
 
-    def memory_report(self) -> zero.MemoryReport:
-        """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it.
-
-        Not in it: activations, and gaps between tensors that the allocator keeps.
-        """
-        estimate = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
-                                 dtypes=self.precision.path, device=self.device, rank=self.global_rank,
-                                 state_tensors=zero.state_tensors(self.optimizer),
-                                 micro_batches=self.gradient_accumulation_steps(),
-                                 groups=self.zero.parameters_by_group(), whole=self.zero.whole)
-        return zero.MemoryReport(zero.measure(self.zero, self.module), estimate.held)
+    def memory_report(self) -> zero.Estimate:
+        """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it."""
+        found = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
+                              dtypes=self.precision.path, device=self.device, rank=self.global_rank,
+                              micro_batches=self.gradient_accumulation_steps(),
+                              groups=zero.groups_to_estimate(self.zero))
+        return replace(found, measured=zero.measure(self.zero, self.module))
 
     def destroy(self) -> None:
         """Let go of the model and of the process group, if this engine started it; this engine can train no more.

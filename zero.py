@@ -546,13 +546,19 @@ class Communicator:
 
     def table(self) -> str:
         """The traffic so far, as text."""
-        return _traffic_table(self.traffic)
+        return traffic_table(self.traffic)
 
 
-def _traffic_table(traffic: Mapping[str, Traffic]) -> str:
-    rows = [f"{'collective':<16}{'calls':>8}{'elements sent':>18}{'MiB sent':>12}"]
-    rows += [f"{kind:<16}{t.calls:>8}{t.elements:>18,}{t.bytes / 2**20:>12.2f}" for kind, t in traffic.items()]
-    return "\n".join(rows)
+def traffic_table(traffic: Mapping[str, Traffic]) -> str:
+    """Traffic by kind of collective, as text."""
+    return text_table(("collective", "calls", "elements sent", "bytes sent"),
+                      [(kind, t.calls, t.elements, t.bytes) for kind, t in traffic.items()])
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
+    """Rows as text, each a name and numbers, in columns under ``head``."""
+    texts = [head, *([cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows)]
+    return "\n".join(f"{name:<28}" + "".join(f"{cell:>17}" for cell in cells) for name, *cells in texts)
 
 
 class Rehearsal(Communicator):
@@ -567,21 +573,20 @@ class Rehearsal(Communicator):
     def __init__(self, world_size: int, rank: int = 0, direct: bool = False):
         self._prepare(rank, world_size, torch.device("meta"), direct)
 
-    def all_gather(self, flat: Tensor, what: Callable[[], str] = str, bounds: Sequence[int] | None = None) -> Handle:
+    def all_gather(self, flat: Tensor, *_: Any, **__: Any) -> Handle:
         """Count it."""
         return self._count("all-gather", flat, 1)
 
-    def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str,
-                       bounds: Sequence[int] | None = None) -> Handle:
-        """Count it. With many ranks, the buffers for what they send are one."""
+    def reduce_scatter(self, flat: Tensor, *_: Any, bounds: Sequence[int] | None = None) -> Handle:
+        """Count it."""
         size, others = self.shard_of(flat, None, bounds).numel(), self.world_size - 1 if self.direct else 0
-        parts = [self.spare.take(size * others, flat.dtype)] if others > 7 else [
-            self.spare.take(size, flat.dtype) for _ in range(others)]
+        received = [self.spare.take(numel, flat.dtype) for numel in (
+            [size] * others if others < 8 else [size * others])]  # of many ranks, as one: nobody trains so on CPUs
 
         def finish() -> None:
             self.watch()
-            for part in parts:
-                self.spare.give_back(part)
+            for buffer in received:
+                self.spare.give_back(buffer)
 
         return self._count("reduce-scatter", flat, 1, finish)
 
@@ -849,11 +854,6 @@ def _disk(folder: str) -> tuple[Any, int | None]:
             return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
     except OSError:
         return (socket.gethostname(), folder), None
-
-
-def state_tensors(optimizer: Optimizer | None) -> list[int]:
-    """How many tensors with a value per element an optimizer keeps, for each of its param groups."""
-    return [len(_state_dtypes(optimizer, group)) for group in (optimizer.param_groups if optimizer else ())]
 
 
 def _state_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> list[torch.dtype]:
@@ -3406,65 +3406,58 @@ CATEGORIES = {
     "live": "gathered units (stage 3), and the buffers that gradients pass through; more of these where gradients come "
             "in another order than the reverse of registration, as buckets wait then"}
 PLACES = ("device", "cpu", "nvme")  # the memory that the model computes in; offloaded to host memory; to files
+NOT_COUNTED = "activations, the update's own temporary tensors, and the gaps that the allocator keeps"
 
 
-def measure(zero: "Zero", model: nn.Module) -> dict[tuple[str, str], int]:
+def measure(zero: Zero, model: nn.Module) -> dict[tuple[str, str], int]:
     """The bytes that this rank holds now, by category and place; each storage is counted once."""
-    buffers = {b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in model.buffers()}
-    return _measure(zero, zero.buckets) | {("buffers", "device"): sum(buffers.values())}
+    return _measure(zero, zero.buckets, model.buffers())
 
 
-def _measure(zero: "Zero", buckets: Iterable[Bucket]) -> dict[tuple[str, str], int]:
+def _measure(zero: Zero, buckets: Iterable[Bucket], buffers: Iterable[Tensor] = ()) -> dict[tuple[str, str], int]:
     seen: set[int] = set()
     found = dict.fromkeys([(category, "device") for category in CATEGORIES], 0)
 
-    def add(category: str, host: Host | None, tensors: Iterable[Tensor | None], in_memory: bool = False) -> None:
-        place = "device" if host is None else "cpu" if host.folder is None or in_memory else "nvme"
+    def add(category: str, host: Host | None, *tensors: Tensor | None) -> None:
+        place = "device" if host is None else "nvme" if host.folder and category != "gradients" else "cpu"
         for storage in (t.untyped_storage() for t in tensors if t is not None):
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 found[category, place] = found.get((category, place), 0) + storage.nbytes()
 
+    add("buffers", None, *buffers)
     for bucket in buckets:
-        gradients, entries = bucket.gradients, [zero.optimizer.state.get(piece, {}) for piece in bucket.pieces]
-        state = [value for entry in entries for value in entry.values() if isinstance(value, Tensor) and value.dim()]
-        add("parameters", bucket.shard_host, [bucket.flat if bucket.unit is None else bucket.shard])
-        add("masters", bucket.host, [bucket.master])
+        add("parameters", bucket.shard_host, bucket.flat if bucket.unit is None else bucket.shard)
+        add("masters", bucket.host, bucket.master)
+        entries = [value for piece in bucket.pieces for value in zero.optimizer.state.get(piece, {}).values()]
+        add("optimizer_state", bucket.host, *(v for v in entries if isinstance(v, Tensor) and v.dim()))
+        gradients = bucket.gradients
         if gradients is not None:
-            kept = gradients.buffer if gradients.keeps_buffer else gradients.sum
-            add("gradients", bucket.host, [kept], in_memory=True)
-        add("optimizer_state", bucket.host, state)
-    add("live", None, (bucket.flat for bucket in buckets))
-    add("live", None, (t for b in buckets if b.gradients is not None
-                       for t in (b.gradients.buffer, b.gradients.send_buffer, b.gradients.landing)))
-    add("live", None, zero.communicator.spare.free)
+            add("gradients", bucket.host, gradients.buffer if gradients.keeps_buffer else gradients.sum)
+            add("live", None, gradients.buffer, gradients.send_buffer, gradients.landing)
+        add("live", None, bucket.flat)
+    add("live", None, *zero.communicator.spare.free)
     return found
 
 
-class MemoryReport(NamedTuple):
-    """What a rank holds and what was estimated: bytes by category and place. ``str()`` is a table."""
-    measured: dict[tuple[str, str], int]
-    estimated: dict[tuple[str, str], int]
-
-    def __str__(self) -> str:
-        rows = [f"{'':<18}{'where':<8}{'measured':>18}{'estimated':>18}"]
-        for category, place in dict.fromkeys([*self.estimated, *self.measured]):
-            sizes = [of.get((category, place), 0) for of in (self.measured, self.estimated)]
-            rows.append(f"{category.replace('_', ' '):<18}{place:<8}{sizes[0]:>18,}{sizes[1]:>18,}")
-        return "\n".join([*rows, "live is what comes and goes: measured now, estimated at its most"])
+def groups_to_estimate(zero: Zero) -> list[dict[str, Any]]:
+    """The optimizer's param groups, as ``estimate`` takes them."""
+    groups = zip(zero.optimizer.param_groups if zero.optimizer else (), zero.parameters_by_group())
+    return [{"params": parameters, "state_tensors": len(_state_dtypes(zero.optimizer, group)),
+             "whole": index in zero.whole} for index, (group, parameters) in enumerate(groups)]
 
 
 @dataclass
 class Estimate:
     """What one rank holds, in bytes by category and place, and what it sends in one optimizer step, by collective.
 
-    Not in it: activations, what the update needs for a moment (gradients in the masters' dtype, the optimizer's own
-    temporary tensors), the allocator's gaps, and the step's scalars.
+    Not in it: ``NOT_COUNTED``, and the step's scalars. ``str()`` is a table of it.
     """
     stage: int
     world_size: int
     held: dict[tuple[str, str], int]  # see CATEGORIES and PLACES
     traffic: dict[str, Traffic]
+    measured: dict[tuple[str, str], int] | None = None  # what it holds now, as ``measure`` tells
 
     def bytes(self, category: str | None = None, place: str | None = None) -> int:
         """The bytes of one category or all, in one place or all."""
@@ -3474,13 +3467,14 @@ class Estimate:
         return sum(size for (kind, where), size in self.held.items() if category in (None, kind)
                    and place in (None, where))
 
-    def table(self) -> str:
-        """All of it, as text."""
-        rows = [f"stage {self.stage}, one rank of {self.world_size}", f"{'':<18}{'where':<8}{'bytes':>22}{'GB':>12}"]
-        totals = {("total", place): self.bytes(place=place) for place in PLACES if self.bytes(place=place)}
-        rows += [f"{name.replace('_', ' '):<18}{place:<8}{size:>22,}{size / 1e9:>12.3f}"
-                 for (name, place), size in (self.held | totals).items()]
-        return "\n".join([*rows, "one optimizer step:", _traffic_table(self.traffic)])
+    def __str__(self) -> str:
+        columns = {"estimated": self.held} | ({} if self.measured is None else {"measured": self.measured})
+        rows = [(f"{kind.replace('_', ' ')}, {place}", *(held.get((kind, place), 0) for held in columns.values()))
+                for kind, place in dict.fromkeys(key for held in columns.values() for key in held)]
+        rows += [(f"total, {place}", self.bytes(place=place)) for place in PLACES if self.bytes(place=place)]
+        return "\n".join([text_table((f"bytes at stage {self.stage}, {self.world_size} ranks", *columns), rows),
+                          f"live is what comes and goes, at its most; not in it: {NOT_COUNTED}",
+                          "one optimizer step:", traffic_table(self.traffic)])
 
 
 class RehearsedZero(Zero):
@@ -3507,12 +3501,12 @@ class RehearsedZero(Zero):
     def watch(self) -> None:
         """Note what comes and goes now.
 
-        Below stage 3, the next bucket counts as begun: gradients of a model do not come in the exact order of buckets.
+        Below stage 3, the next bucket counts as begun: a model's gradients don't come in the exact order of buckets.
         """
         self.looks += 1
         if self.looks % (len(self.buckets) // 64 | 1):
             return
-        if self.gatherer is None and self.reducer.queue:
+        if self.gatherer is None and self.reducer.queue and self.reducer.queue[0].life is Life.QUEUED:
             self.reducer.queue[0]._prepare_buffer()
         busy = [b for b in self.buckets if b.unit is not None and b.has_memory or b.gradients is not None and (
             b.gradients.send_buffer is not None or b.gradients.buffer is not None and not b.gradients.keeps_buffer)]
@@ -3532,7 +3526,7 @@ class StandIn(nn.Module):
             if p is not None and id(p) not in memo:
                 like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
                 memo[id(p)] = nn.Parameter(like, p.requires_grad)
-            self._parameters[name] = None if p is None else memo[id(p)]
+            self._parameters[name] = memo.get(id(p))
         for name, child in module._modules.items():
             self._modules[name] = None if child is None else memo.get(id(child)) or StandIn(child, memo)
 
@@ -3547,7 +3541,7 @@ class StandIn(nn.Module):
 
 
 class StandInOptimizer(Optimizer):
-    """Keeps ``tensors`` tensors per parameter, and updates nothing. It cuts no parameters of groups that are whole."""
+    """Keeps a group's ``state_tensors`` per parameter, and updates nothing; says which groups are ``whole``."""
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
         """As Zero asks."""
@@ -3557,15 +3551,13 @@ class StandInOptimizer(Optimizer):
         """Make the state of what has a gradient."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                self.state[p] = self.state[p] or {i: torch.empty_like(p) for i in range(group["tensors"])}
+                self.state[p] = self.state[p] or {i: torch.empty_like(p) for i in range(group["state_tensors"])}
 
 
 def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroConfig | None = None,
              world_size: int = 1, *, dtypes: Dtypes | Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None,
-             buffer_dtype: torch.dtype | None = None, state_tensors: int | Sequence[int] = 2,
-             device: torch.device | str | None = None, micro_batches: int = 1,
-             groups: Sequence[Iterable[nn.Parameter]] | None = None, whole: Collection[int] = (), rank: int = 0
-             ) -> Estimate:
+             buffer_dtype: torch.dtype | None = None, state_tensors: int = 2, device: torch.device | str | None = None,
+             micro_batches: int = 1, groups: Sequence[Mapping[str, Any]] | None = None, rank: int = 0) -> Estimate:
     """What a rank of ``world_size`` will hold, in bytes, and send, before anything is allocated.
 
     model_or_counts   a model, of which only shapes and dtypes are read. Or the number of parameters, or that and the
@@ -3573,11 +3565,11 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
     config            None: stage 0. For a whole config, a dict or a file, there is ``engine.estimate``
     dtypes            of every parameter, or a function of the parameter. None: a parameter's own throughout
     buffer_dtype      of floating-point buffers. None: their own
-    state_tensors     how many values the optimizer keeps per element, in each param group or in all: Adam 2, SGD 0
+    state_tensors     how many values the optimizer keeps per element: Adam 2, SGD 0
     device            the ranks' kind of device: it decides how large buckets are. None: the model's; meta is a GPU
     micro_batches     per optimizer step, for the traffic
-    groups            the parameters of each of the optimizer's param groups. None: all that require grad, in one
-    whole             the groups, by number, whose parameters the optimizer looks at as a whole, as Muon does
+    groups            the optimizer's param groups, each with "params", and perhaps "state_tensors" of its own, and
+                      "whole" if it looks at whole parameters, as Muon does. None: all that require grad, in one
     rank              which one; they differ by padding alone
 
     Raises ValueError, which names the argument, what was given and what is allowed.
@@ -3588,50 +3580,47 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
     if not isinstance(model, nn.Module):
         model = _blocks(model, partial(bucket_size, config, device=torch.device(device or "meta")))
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
-    listed = [[p for p in model.parameters() if p.requires_grad]] if groups is None else groups
-    tensors = [state_tensors] * len(listed) if isinstance(state_tensors, int) else list(state_tensors)
-    if len(tensors) != len(listed):
-        raise ValueError(f"state_tensors has {len(tensors)} numbers; allowed: one for each of {len(listed)} groups")
     for name, value, least in (("world_size", world_size, 1), ("micro_batches", micro_batches, 1), ("rank", rank, 0),
-                               *(("state_tensors", count, 0) for count in tensors)):
+                               ("state_tensors", state_tensors, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; allowed: a whole number from {least} up")
     if rank >= world_size:
         raise ValueError(f"rank is {rank}; allowed: less than world_size, which is {world_size}")
-    listed = [{"params": list(group), "whole": index in whole, "tensors": tensors[index]}
-              for index, group in enumerate(listed)]
+    if groups is None:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    groups = [{"state_tensors": state_tensors, "whole": False, **group} for group in groups]
     with torch.inference_mode(False), torch.enable_grad():
-        zero = _stand_in_zero(model, config, dtypes, device, listed,
+        zero = _stand_in_zero(model, config, dtypes, device, groups,
                               Rehearsal(world_size, rank, direct=device.type == "cpu"))
         try:
             held = _rehearse(zero, micro_batches)
         finally:
             zero.release()
-    sizes = {id(b): b.numel() * (buffer_dtype if buffer_dtype and b.is_floating_point() else b.dtype).itemsize
-             for b in model.buffers()}
-    held["buffers", "device"] = sum(sizes.values())
+    held["buffers", "device"] = sum({
+        id(b): b.numel() * (buffer_dtype if buffer_dtype and b.is_floating_point() else b.dtype).itemsize
+        for b in model.buffers()}.values())
     return Estimate(config.stage, world_size, held, dict(zero.communicator.traffic))
 
 
 def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: torch.device,
                    groups: list[dict[str, Any]], communicator: Rehearsal) -> RehearsedZero:
     """What is like the model's ``Zero`` on ``device``, and has no memory."""
-    stands_for: dict[int, Any] = {}
-    twin, config = StandIn(model, stands_for), copy.copy(config)
-    config.reduce_bucket_size = bucket_size(config, sum(p.numel() for p in model.parameters()), device)
-    if config.stage == 3:
-        names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
-        config.leaf_module = LeafModules(names=[n for n in find_units(model, config.leaf_module) if n in names])
-    paths = {id(stands_for[id(p)]): dtypes(p) if callable(dtypes) else dtypes or [p.dtype] * 4
-             for p in model.parameters()}
+    memo: dict[int, Any] = {}
+    twin = StandIn(model, memo)
+    names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
+    units = find_units(model, config.leaf_module) if config.stage == 3 else ()
+    config = replace(config, leaf_module=LeafModules(names=[name for name in units if name in names]),
+                     reduce_bucket_size=bucket_size(config, sum(p.numel() for p in model.parameters()), device))
+    chosen = {id(memo[id(p)]): dtypes(p) if callable(dtypes) else dtypes or [p.dtype] * 4 for p in model.parameters()}
     for group in groups:
-        strange = [tuple(p.shape) for p in group["params"] if id(p) not in stands_for]
+        strange = [tuple(p.shape) for p in group["params"] if id(p) not in memo]
         if strange:
             raise ValueError(f"groups has a parameter of shape {strange[0]} that the model has not; allowed: the "
                              "model's own")
-        group["params"] = [stands_for[id(p)] for p in group["params"]]
+        group["params"] = [memo[id(p)] for p in group["params"]]
     optimizer = StandInOptimizer(groups, {}) if any(group["params"] for group in groups) else None
-    return RehearsedZero(twin, optimizer, config, communicator.device, lambda p: paths[id(p)], communicator=communicator)
+    return RehearsedZero(twin, optimizer, config, communicator.device, lambda p: chosen[id(p)],
+                         communicator=communicator)
 
 
 def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], int]:
@@ -3673,22 +3662,20 @@ def _blocks(counts: Any, size_of_bucket: Callable[[int], int]) -> nn.Module:
 MIXED = Dtypes(torch.bfloat16, torch.float32, torch.float32, torch.float32)
 
 
-def estimate_zero2_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
-                                                   additional_buffer_factor: float = 1.5) -> None:
+def estimate_zero2_model_states_mem_needs_all_live(
+        model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5, *,
+        stage: int = 2) -> None:
     """Print what a rank holds and sends at stage 2, for a model."""
-    print(estimate(model, ZeroConfig(stage=2), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
+    print(estimate(model, ZeroConfig(stage=stage), num_gpus_per_node * num_nodes, dtypes=MIXED))
 
 
 def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
     """Print what a rank holds and sends at stage 2, for so many parameters."""
-    print(estimate(int(total_params), ZeroConfig(stage=2), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
+    estimate_zero2_model_states_mem_needs_all_live(int(total_params), num_gpus_per_node, num_nodes)
 
 
-def estimate_zero3_model_states_mem_needs_all_live(model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1,
-                                                   additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at stage 3, for a model."""
-    print(estimate(model, ZeroConfig(stage=3), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
+estimate_zero3_model_states_mem_needs_all_live = partial(estimate_zero2_model_states_mem_needs_all_live, stage=3)
 
 
 def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
@@ -3696,7 +3683,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_la
                                                    additional_buffer_factor: float = 1.5) -> None:
     """Print what a rank holds and sends at stage 3, for so many parameters and so many in the largest unit."""
     counts = int(total_params), int(largest_layer_params)
-    print(estimate(counts, ZeroConfig(stage=3), num_gpus_per_node * num_nodes, dtypes=MIXED).table())
+    estimate_zero3_model_states_mem_needs_all_live(counts, num_gpus_per_node, num_nodes)
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
