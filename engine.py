@@ -28,7 +28,6 @@ needs no launcher; it runs no collective.
 """
 
 import argparse
-import copy
 import difflib
 import inspect
 import io
@@ -2624,13 +2623,13 @@ def _compare(options: argparse.Namespace) -> str:
     section = raw.get("zero_optimization", {}) if isinstance(raw, dict) else None
     if isinstance(section, dict) and section.get("stage", 0) in zero.SHARDED:
         raw = {**raw, "zero_optimization": {**section, "stage": 3}}  # there all of the section counts
-    settings, rows = load_config(raw), []
-    given = settings.zero_optimization
+    settings = load_config(raw)
+    given, rows = settings.zero_optimization, []
     for ranks in (_whole("--world", size, 1) for size in options.world):
         rows.append([])
         for stage in zero.SHARDED:
-            settings.zero_optimization = section = copy.copy(given)
-            section.stage, section.offload_param = stage, given.offload_param if stage == 3 else zero.OffloadParam()
+            settings.zero_optimization = replace(
+                given, stage=stage, offload_param=given.offload_param if stage == 3 else zero.OffloadParam())
             rows[-1].append(estimate(counts, settings, ranks))
     if options.plot:
         _draw(rows, options.plot)
@@ -2649,12 +2648,12 @@ def _comparison(rows: list[list[zero.Estimate]], parameters: int, dtypes: amp.Dt
     """Estimates of all stages as text. Without ``knows_units``, what depends on the units is left out."""
     kinds = [f"{kind} {str(dtype)[6:]}" for kind, dtype in zip(("parameters", "masters", "gradients"), dtypes)]
     text = [f"{parameters:,} parameters with Adam, {', '.join(kinds)}; GB (1e9 bytes) per rank",
-            f"Not in it: activations, and units in use ({'below' if knows_units else 'give --largest-unit'}). "
-            f"/80 fits into 80 GB, of {', '.join(map(str, GPUS))}; /- into none of these"]
+            f"/80 fits into 80 GB, of {', '.join(map(str, GPUS))}; /- into none of these",
+            f"Not in it: {zero.NOT_COUNTED}; units in use: {'below' if knows_units else 'give --largest-unit'}"]
 
     def add(title: str, cell: Callable[[zero.Estimate], str]) -> None:
-        text.append(f"{title:<16}" + "".join(f"{f'stage {stage}':>14}" for stage in zero.SHARDED))
-        text.extend(f"{row[0].world_size:<16}" + "".join(f"{cell(each):>14}" for each in row) for row in rows)
+        text.append(zero.text_table((title, *(f"stage {stage}" for stage in zero.SHARDED)),
+                                    [(str(row[0].world_size), *map(cell, row)) for row in rows]))
 
     def states(each: zero.Estimate) -> str:
         size = each.bytes(place="device") - each.bytes("live")
@@ -2666,10 +2665,9 @@ def _comparison(rows: list[list[zero.Estimate]], parameters: int, dtypes: amp.Dt
             add(f"ranks, {place}", lambda each: _billions(each.bytes(place=place)))
     if knows_units:
         add("units in use", lambda each: _billions(each.bytes("live")))
-    text.append(f"Sent per rank and step: 1e9 elements{', and calls' if knows_units else ''}")
+    text.append("Sent per rank and step: 1e9 elements")
     for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
-        add(kind, lambda each: "-" if kind not in each.traffic else _billions(each.traffic[kind].elements) + (
-            f" {each.traffic[kind].calls:>6}" if knows_units else ""))
+        add(kind, lambda each: _billions(each.traffic[kind].elements) if kind in each.traffic else "-")
     if dtypes.compute != dtypes.master:
         text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
                     f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")

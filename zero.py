@@ -3468,12 +3468,17 @@ class Estimate:
                    and place in (None, where))
 
     def __str__(self) -> str:
-        columns = {"estimated": self.held} | ({} if self.measured is None else {"measured": self.measured})
-        rows = [(f"{kind.replace('_', ' ')}, {place}", *(held.get((kind, place), 0) for held in columns.values()))
-                for kind, place in dict.fromkeys(key for held in columns.values() for key in held)]
-        rows += [(f"total, {place}", self.bytes(place=place)) for place in PLACES if self.bytes(place=place)]
-        return "\n".join([text_table((f"bytes at stage {self.stage}, {self.world_size} ranks", *columns), rows),
-                          f"live is what comes and goes, at its most; not in it: {NOT_COUNTED}",
+        columns = []
+        for held in (self.held,) if self.measured is None else (self.held, self.measured):
+            totals = Counter()
+            for (_, place), size in held.items():
+                totals["total", place] += size
+            columns.append(held | totals)
+        rows = [(f"{kind.replace('_', ' ')}, {place}", *(column.get((kind, place), 0) for column in columns))
+                for kind, place in dict.fromkeys(key for column in columns for key in column)]
+        head = f"bytes at stage {self.stage}, {self.world_size} ranks", "estimated", "measured"
+        return "\n".join([text_table(head[:1 + len(columns)], rows),
+                          f"not in it: {NOT_COUNTED}; live: what comes and goes, at its most",
                           "one optimizer step:", traffic_table(self.traffic)])
 
 

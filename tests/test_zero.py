@@ -829,7 +829,7 @@ def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["step 1", "step 2"]
     assert all(f"{phase} " in lines[0] for phase in ("forward", "backward", "communication", "update"))
-    assert lines[2].split() == ["collective", "calls", "elements", "sent", "MiB", "sent"]
+    assert lines[2].split() == ["collective", "calls", "elements", "sent", "bytes", "sent"]
 
 
 def leftovers():
