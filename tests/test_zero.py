@@ -6,10 +6,11 @@
 
 import copy
 import gc
+import itertools
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import engine as deepspeed
 import zero
 from conftest import on_ranks
-from oracle import STAGES, Mlp, Pair, square
+from oracle import STAGES, Mlp, Pair, batches, mine, square, start
 
 BATCH = 12  # rows; divisible by every ranks * accumulation below
 WIDTH = 6
@@ -160,7 +161,7 @@ def config_of(draw: dict, stage: int) -> dict:
                 "stage3_param_persistence_threshold": draw["threshold"]}}
 
 
-def start(draw: dict, stage: int):
+def start_drawn(draw: dict, stage: int):
     """A model, its engine and the optimizer. Ranks start from different weights: rank 0's must win."""
     model = Net(draw, seed=dist.get_rank()).to(draw["dtype"])
     if draw["mixed"]:
@@ -172,7 +173,7 @@ def start(draw: dict, stage: int):
 
 def sharded(draw: dict, stage: int, steps: int = 5):
     """The same through the engine."""
-    model, engine = start(draw, stage)
+    model, engine = start_drawn(draw, stage)
     rank, rows, norms = dist.get_rank(), BATCH // dist.get_world_size(), []
     mine = slice(rank * rows, (rank + 1) * rows)
     for step in range(steps):
@@ -312,22 +313,13 @@ def test_two_runs_and_all_ranks_give_the_same_bits(run_ranks, world_size):
                 assert torch.equal(mine[1][name], value), f"stage {stage}: {name} differs in the last bits"
 
 
-def one_reduction_each_way():
-    """The same gradients by reduce-scatter and by the naive way, an all-reduce of which a rank keeps its shard."""
-    weights = []
+@on_ranks(3)
+def test_the_naive_reduction_gives_the_same():
+    """A reduce-scatter, and an all-reduce of which a rank keeps its shard."""
     for reduce_scatter in (True, False):
-        model = Net(PLAIN, seed=0).double()
-        config = config_of(PLAIN, 2)
-        config["zero_optimization"]["reduce_scatter"] = reduce_scatter
-        engine, *_ = deepspeed.initialize(model=model, config=config | {"optimizer": ADAM})
-        engine.backward(loss_of(engine, *data(dist.get_rank()), PLAIN, False))
-        engine.step()
-        weights.append([p.detach().clone() for p in model.parameters()])
-    return max(float((a - b).abs().max()) for a, b in zip(*weights))
-
-
-def test_the_naive_reduction_gives_the_same(run_ranks):
-    assert max(run_ranks(one_reduction_each_way, 3)) < 1e-12
+        pair = Pair(Mlp, 2, zero_options={"reduce_scatter": reduce_scatter})
+        pair.train(0)
+        pair.check(f"reduce_scatter {reduce_scatter}", tolerance=1e-12)
 
 
 # --- Really sharded ---------------------------------------------------------------------------------------------------
@@ -463,7 +455,7 @@ class Recomputing(nn.Module):
 
     def __init__(self, reentrant: bool):
         super().__init__()
-        self.reentrant, self.first, self.shared = reentrant, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.reentrant, self.first, self.shared = reentrant, nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
         x = self.first(x)
@@ -472,53 +464,30 @@ class Recomputing(nn.Module):
         return x
 
 
-def recomputed(stage: int, reentrant: bool):
-    worst = 0.0
-    torch.manual_seed(0)
-    model = Recomputing(reentrant).double()
-    plain_model = copy.deepcopy(model)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "optimizer": ADAM,
-        "gradient_clipping": 0.0, "zero_optimization": {"stage": stage, "reduce_bucket_size": 1}})
-    optimizer = torch.optim.AdamW(plain_model.parameters(), **ADAM["params"])
-    for step in range(4):
-        x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        engine.backward(engine(x).square().sum())
-        (plain_model(x).square().sum() / 2).backward()
-        engine.step()
-        if step % 2:
-            optimizer.step(), optimizer.zero_grad()
-    for p, q in zip(model.parameters(), plain_model.parameters()):
-        worst = max(worst, float((zero.safe_get_full_fp32_param(p) - q).abs().max()))
-    return worst, [unit.state for unit in engine.zero.units]
+@on_ranks(2, reentrant=[False, True])
+def test_a_shared_layer_recomputed_twice_has_the_right_gradient(reentrant):
+    for stage in STAGES:
+        pair = Pair(partial(Recomputing, reentrant), stage, one_by_one, gradient_accumulation_steps=2)
+        for step in (0, 2):
+            pair.train(step, step + 1)
+        pair.check(f"stage {stage}", tolerance=1e-12)
+        assert all(unit.state is zero.UnitState.SHARDED for unit in pair.engine.zero.units)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_shared_layer_recomputed_twice_has_the_right_gradient(run_ranks, reentrant):
-    for stage in range(4):
-        for worst, states in run_ranks(recomputed, 2, stage, reentrant):
-            assert worst < 1e-12, f"stage {stage}"
-            assert all(state is zero.UnitState.SHARDED for state in states)
-
-
-def evaluated():
+@on_ranks(2)
+def test_evaluation_and_generation_free_what_they_gathered():
     engine = train_wide(3)
     x = torch.randn(2, 64)
     engine.eval()
     with torch.no_grad():
         outputs = [engine(x) for _ in range(3)]
     with_grad = engine(x)  # and a forward pass that no backward follows
-    states = [unit.state for unit in engine.zero.units]
+    assert {unit.state for unit in engine.zero.units} == {zero.UnitState.SHARDED}
     assert all(torch.equal(outputs[0], o) for o in [*outputs, with_grad])
     engine.train()
     engine.backward(engine(x).sum())
     engine.step()
-    return states, storage_bytes(b.flat for b in engine.zero.buckets)
-
-
-def test_evaluation_and_generation_free_what_they_gathered(run_ranks):
-    for states, held in run_ranks(evaluated, 2):
-        assert set(states) == {zero.UnitState.SHARDED} and held == 0
+    assert storage_bytes(b.flat for b in engine.zero.buckets) == 0
 
 
 def test_units_are_found_named_and_shared():
@@ -581,95 +550,66 @@ def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
         assert bounds[-1] == max(end, zero.ALIGN), "nothing but what aligns the parameters is padding"
         for slot, following in zip(slots, [*slots[1:], None]):
             assert slot.end - slot.offset == slot.shape.numel() and slot.offset % zero.ALIGN == 0
-            assert any(low <= slot.offset and slot.end <= high for low, high in pairwise(bounds)), f"{slot.name} is cut"
+            assert any(low <= slot.offset and slot.end <= high for low, high in itertools.pairwise(bounds)), f"{slot.name} is cut"
             assert slot.end <= (following.offset if following else bounds[-1])
-        loads = [load + high - low for load, (low, high) in zip(loads, pairwise(bounds))]
+        loads = [load + high - low for load, (low, high) in zip(loads, itertools.pairwise(bounds))]
     assert max(loads) - min(loads) <= 1024 + zero.ALIGN, "no rank has more than another by more than one parameter"
 
 
-# --- Windows: no_sync, flush, overflow --------------------------------------------------------------------------------
+# --- Windows: no_sync, flush ------------------------------------------------------------------------------------------
 
 
-def partial_window(stage: int):
-    """Weights after one window of 4 that is cut short after 3 micro-batches, and plain PyTorch's for a window of 3."""
-    torch.manual_seed(0)
-    model = nn.Linear(4, 4).double()
-    reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(reference.parameters(), **ADAM["params"])
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4, "gradient_clipping": 0.05,
-        "optimizer": ADAM, "zero_optimization": {"stage": stage}})
+@on_ranks(2, stage=STAGES)
+def test_flush_applies_the_true_mean_of_a_partial_window(stage):
+    """A window of 4 that is cut short after 3 micro-batches."""
+    pair = Pair(Mlp, stage, gradient_accumulation_steps=4, gradient_clipping=0.05)
+    engine = pair.engine
     assert engine.flush() is False, "nothing to apply"
-    ranks = dist.get_world_size()
     for micro in range(3):
-        rows = torch.randn(ranks, 1, 4, generator=torch.Generator().manual_seed(micro), dtype=torch.float64)
-        engine.backward(engine(rows[dist.get_rank()]).square().mean())
+        pair.backward(micro)
         engine.step()
-        for row in rows:
-            (reference(row).square().mean() / ranks / 3).backward()
     assert engine.flush() is True and engine.global_steps == 1 and engine.is_gradient_accumulation_boundary() is False
-    norm = float(nn.utils.clip_grad_norm_(reference.parameters(), 0.05))
-    optimizer.step()
-    assert abs(engine.get_global_grad_norm() - norm) < 1e-12
-    return max(float((zero.safe_get_full_fp32_param(p) - q).abs().max())
-               for p, q in zip(model.parameters(), reference.parameters()))
+    pair.plain(0, 1, 2)
+    assert abs(engine.get_global_grad_norm() - pair.norm) < 1e-12
+    pair.check()
 
 
-def test_flush_applies_the_true_mean_of_a_partial_window(run_ranks):
-    for stage in range(4):
-        assert max(run_ranks(partial_window, 2, stage)) < 1e-12, f"stage {stage}"
+@on_ranks(2, stage=STAGES)
+def test_no_sync_sends_nothing_at_stages_0_and_1_and_explains_itself_above(stage):
+    pair = Pair(partial(nn.Linear, 8, 8), stage)
+    if stage > 1:
+        with pytest.raises(RuntimeError, match=rf"no_sync\(\) at stage {stage}: a rank keeps only its shard"), \
+                pair.engine.no_sync():
+            pass
+        return
+    with pair.engine.no_sync():
+        pair.backward(0)
+    pair.backward(1)
+    pair.engine.step()
+    calls = {kind: record.calls for kind, record in pair.engine.zero.communicator.traffic.items()}
+    assert calls == ({"reduce-scatter": 1, "scalars": 1, "all-gather": 1} if stage else {"all-reduce": 1, "scalars": 1})
+    pair.plain(0, 1, loss=lambda model, x: 2 * square(model, x))
+    pair.check()
 
 
-def no_sync_at(stage: int):
-    engine, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage}})
-    try:
-        with engine.no_sync():
-            engine.backward(engine(torch.ones(1, 2)).sum())
-        engine.backward(engine(torch.ones(1, 2)).sum())
-        engine.step()
-        return {kind: record.calls for kind, record in engine.zero.communicator.traffic.items()}
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_no_sync_sends_nothing_at_stages_0_and_1_and_explains_itself_above(run_ranks):
-    assert run_ranks(no_sync_at, 2, 0)[0] == {"all-reduce": 1, "scalars": 1}
-    assert run_ranks(no_sync_at, 2, 1)[0] == {"reduce-scatter": 1, "scalars": 1, "all-gather": 1}
-    for stage in (2, 3):
-        assert f"no_sync() at stage {stage}: a rank keeps only its shard" in run_ranks(no_sync_at, 2, stage)[1]
-
-
-def unused_is_an_error(stage: int):
-    draw = PLAIN | {"odd": False}
-    model = Net(draw, seed=0)
-    config = config_of(draw, stage)
-    config["zero_optimization"]["ignore_unused_parameters"] = False
-    engine, *_ = deepspeed.initialize(model=model, config=config | {"optimizer": ADAM})
-    engine.backward(loss_of(engine, *data(0), draw, False))
-    try:
-        engine.step()
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_unused_parameters_are_named_when_asked(run_ranks):
-    for told in run_ranks(unused_is_an_error, 2, 1):
-        assert "no rank has a gradient for never.bias, never.weight" in told
+@on_ranks(2, stage=STAGES)
+def test_unused_parameters_are_named_when_asked(stage):
+    pair = Pair(partial(Net, PLAIN, 0), stage, zero_options={"ignore_unused_parameters": False})
+    pair.engine.backward(loss_of(pair.engine, *data(0), PLAIN, False))
+    with pytest.raises(RuntimeError, match="no rank has a gradient for never.bias, never.weight"):
+        pair.engine.step()
 
 
 # --- Reading and writing ----------------------------------------------------------------------------------------------
 
 
-def read_and_write(stage: int):
-    """Everything that can be read, written and read again."""
+@on_ranks(2, stage=STAGES)
+def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
     model.register_parameter("frozen", nn.Parameter(torch.ones(3), requires_grad=False))
     reference = copy.deepcopy(model)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage}})
+    engine = start_plain(model, stage, gradient_clipping=0.0)
     p, q = model[0].weight, reference[0].weight
     assert zero.safe_get_full_optimizer_state(model.frozen, "exp_avg") is None
     with pytest.raises(ValueError, match="frozen is not trained, so it has no optimizer state"):
@@ -694,77 +634,53 @@ def read_and_write(stage: int):
     assert float(zero.safe_get_full_optimizer_state(p, "step")) == 1.0
     with pytest.raises(ValueError, match="has no optimizer state 'momentum' .has: exp_avg, exp_avg_sq, step"):
         zero.safe_get_full_optimizer_state(p, "momentum")
-    zero.safe_set_full_optimizer_state(p, torch.arange(15.0).view(3, 5), "exp_avg_sq")
-    assert torch.equal(zero.safe_get_full_optimizer_state(p, "exp_avg_sq"), torch.arange(15.0).view(3, 5))
+    counted = torch.arange(15.0).view(3, 5)
+    zero.safe_set_full_optimizer_state(p, counted, "exp_avg_sq")
+    assert torch.equal(zero.safe_get_full_optimizer_state(p, "exp_avg_sq"), counted)
     with pytest.raises(ValueError, match="one value for many"):
         zero.safe_set_full_optimizer_state(p, torch.ones(3, 5), "step")
-    zero.safe_set_full_fp32_param(p, torch.arange(15.0).view(3, 5))
-    assert torch.equal(zero.safe_get_full_fp32_param(p), torch.arange(15.0).view(3, 5))
+    zero.safe_set_full_fp32_param(p, counted)
+    assert torch.equal(zero.safe_get_full_fp32_param(p), counted)
     with zero.GatheredParameters(p):
-        assert torch.equal(p.detach(), torch.arange(15.0).view(3, 5))
+        assert torch.equal(p.detach(), counted)
     with zero.GatheredParameters(model.parameters(), modifier_rank=1):
         if dist.get_rank() == 1:
             model[1].weight.data.fill_(7.0)
             model[0].bias.data.fill_(6.0)
     assert torch.equal(zero.safe_get_full_fp32_param(model[1].weight), torch.full((2, 3), 7.0))
     with torch.no_grad():
-        expected = torch.nn.functional.linear(x @ torch.arange(15.0).view(3, 5).t() + 6, torch.full((2, 3), 7.0),
-                                              zero.safe_get_full_fp32_param(model[1].bias))
+        expected = nn.functional.linear(x @ counted.t() + 6, torch.full((2, 3), 7.0),
+                                        zero.safe_get_full_fp32_param(model[1].bias))
         assert torch.equal(engine(x), expected), "and the model computes with what was written"
     with pytest.raises(ValueError, match="belongs to no engine"):
         zero.safe_get_full_fp32_param(reference[0].weight)
     with pytest.raises(ValueError, match="modifier_rank is 2; allowed: a rank from 0 to 1"):
         zero.GatheredParameters(p, modifier_rank=2)
-    return True
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_parameters_gradients_and_states_are_read_and_written_whole(run_ranks, stage):
-    assert all(run_ranks(read_and_write, 2, stage))
+def start_plain(model: nn.Module, stage: int, **more):
+    return deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
+                                                     "zero_optimization": {"stage": stage}, **more})[0]
 
 
-def touch_what_is_sharded():
+@on_ranks(2)
+def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": 3}})
+    model.clip = lambda: [p.data.clamp_(-1, 1) for p in model.parameters()]  # what would be written to unseen
+    start_plain(model, 3)
     p = model[0].weight
     assert (p.shape, p.numel(), p.dtype, p.requires_grad) == ((8, 8), 64, torch.float32, True) and "8, 8" in repr(p)
     assert isinstance(p, nn.Parameter) and sum(q.numel() for q in model.parameters()) == 144
-    for touch in (lambda: p.sum(), lambda: model.state_dict(), lambda: p[0], lambda: float(p.max())):
+    for touch in (lambda: p.sum(), model.state_dict, lambda: p[0], lambda: float(p.max()), model.clip, lambda: p + 1):
         with pytest.raises(RuntimeError, match="the parameter 0.weight is sharded over 2 ranks"):
             touch()
-    told = "nothing was lost"
-    try:
-        with zero.GatheredParameters(p):
-            p.data.fill_(1.0)
-    except ValueError as error:
-        told = str(error)
+    with pytest.raises(ValueError, match=r"inside GatheredParameters\(0.weight\) without a modifier_rank"), \
+            zero.GatheredParameters(p):
+        p.data.fill_(1.0)
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
-    return told
-
-
-def test_touching_a_sharded_parameter_is_an_error_and_not_garbage(run_ranks):
-    for told in run_ranks(touch_what_is_sharded, 2):
-        assert "values were changed inside GatheredParameters(0.weight) without a modifier_rank" in told
 
 
 # --- Ranks that disagree, second engines, logs ------------------------------------------------------------------------
-
-
-def disagree(what: str):
-    rank = dist.get_rank()
-    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM}
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3 if what == "model" and rank == 1 else 2))
-    if what == "order" and rank == 1:
-        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
-    if what == "config" and rank == 1:
-        config["gradient_clipping"] = 0.5
-    if what == "error" and rank == 1:
-        config["gradient_cliping"] = 0.5
-    try:
-        deepspeed.initialize(model=model, config=config)
-    except ValueError as error:
-        return str(error)
 
 
 @pytest.mark.parametrize("what, told", [
@@ -773,24 +689,29 @@ def disagree(what: str):
     ("config", "rank 0 has gradient_clipping 1.0 in its config, where rank 1 has gradient_clipping 0.5"),
     ("error", "^(rank 1: )?unknown key gradient_cliping"),
 ])
-def test_ranks_that_disagree_all_raise_and_name_the_first_difference(run_ranks, what, told):
-    for rank, message in enumerate(run_ranks(disagree, 3, what)):
-        with pytest.raises(ValueError, match=told):
-            raise ValueError(message)
+@on_ranks(3)
+def test_ranks_that_disagree_all_raise_and_name_the_first_difference(what, told):
+    one = dist.get_rank() == 1
+    model = nn.Sequential(nn.Linear(2, 2, bias=not (one and what == "order")),
+                          nn.Linear(2, 3 if one and what == "model" else 2))
+    wrong = {"config": {"gradient_clipping": 0.5}, "error": {"gradient_cliping": 0.5}}.get(what, {}) if one else {}
+    with pytest.raises(ValueError, match=told):
+        start_plain(model, 0, **wrong)
 
 
-def two_engines_for_one_model():
-    model, config = nn.Linear(2, 2), {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM}
-    first, *_ = deepspeed.initialize(model=model, config=config)
+@on_ranks(1)
+def test_a_model_belongs_to_one_engine_until_it_is_destroyed():
+    model = nn.Linear(2, 2)
+    first = start_plain(model, 0)
     model.register_buffer("scale", torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     given = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(model).items()}
     options = dict(optimizer.param_groups[0])
     with pytest.raises(ValueError, match="another engine already trains this model; call its destroy"):
         deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=partial(LambdaLR, lr_lambda=lambda _: 0.5), config=config | {
-                "bf16": {"enabled": True, "keep_fp32": ["Linear"]}, "data_types": {"buffer_dtype": "bf16"},
-                "activation_checkpointing": {"modules": ["Linear"]}})
+            model=model, optimizer=optimizer, lr_scheduler=partial(LambdaLR, lr_lambda=lambda _: 0.5), config={
+                "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True, "keep_fp32": ["Linear"]},
+                "data_types": {"buffer_dtype": "bf16"}, "activation_checkpointing": {"modules": ["Linear"]}})
     assert vars(model) == given and model.scale.dtype == torch.float32, "a refused call changes nothing"
     assert optimizer.param_groups[0] == options
     del model.scale
@@ -798,15 +719,11 @@ def two_engines_for_one_model():
         zero.set_z3_leaf_modules(model, [nn.Linear])
     first.destroy()
     for _ in range(2):  # the second time nobody destroys the engine before, but nobody refers to it either
-        engine, *_ = deepspeed.initialize(model=model, config=config)
+        engine = start_plain(model, 0)
         engine.backward(engine(torch.ones(1, 2)).sum())
         engine.step()
-        steps, engine = engine.global_steps, None
-    return steps
-
-
-def test_a_model_belongs_to_one_engine_until_it_is_destroyed(run_ranks):
-    assert run_ranks(two_engines_for_one_model, 1) == [1]
+        assert engine.global_steps == 1
+        engine = None
 
 
 def test_keys_without_effect_say_so_once(caplog):
@@ -820,8 +737,7 @@ def test_keys_without_effect_say_so_once(caplog):
 
 def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(capsys):
     torch.manual_seed(0)
-    engine, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config={
-        "train_batch_size": 1, "optimizer": ADAM, "wall_clock_breakdown": True, "comms_logger": {"enabled": True}})
+    engine = start_plain(nn.Linear(2, 2), 0, wall_clock_breakdown=True, comms_logger={"enabled": True})
     for _ in range(2):
         engine.backward(engine(torch.ones(1, 2)).sum())
         engine.step()
@@ -832,15 +748,139 @@ def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(capsys):
     assert lines[2].split() == ["collective", "calls", "elements", "sent", "bytes", "sent"]
 
 
-def leftovers():
-    """Engines that are dropped leave nothing behind."""
-    gc.collect()
-    before = len({id(slot.bucket.zero) for slot in zero._SLOTS.values()})
+@on_ranks(2)
+def test_a_dropped_engine_is_collected():
+    def engines() -> int:
+        gc.collect()
+        return len({id(slot.bucket.zero) for slot in zero._SLOTS.values()})
+
+    before = engines()
     for stage in (1, 3):
         train_wide(stage).destroy()
-    gc.collect()
-    return len({id(slot.bucket.zero) for slot in zero._SLOTS.values()}) - before
+    assert engines() == before
 
 
-def test_a_dropped_engine_is_collected(run_ranks):
-    assert run_ranks(leftovers, 2) == [0, 0]
+# --- The collectives that NCCL uses, on the CPU -----------------------------------------------------------------------
+# gloo has them too, and the product's own exchange is for gloo alone. NCCL's contract is imitated: until wait() an output
+# is garbage, an input must not change and its memory must be there, and each collective is waited for once.
+
+
+NAMES = [name for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
+                           "reduce_scatter_tensor", "all_reduce", "broadcast", "reduce") if hasattr(dist, name)]
+
+
+class Late:
+    """A collective that is done, whose output shows it at wait() alone."""
+
+    def __init__(self, output, result, inputs, open_works):
+        self.output, self.result, self.inputs, self.open = output, result, [(t, t.clone()) for t in inputs], open_works
+        output.fill_(float("nan") if output.is_floating_point() else 77)
+        self.open.append(self)
+
+    def wait(self):
+        assert self in self.open, "waited twice"
+        self.open.remove(self)
+        assert self.output.untyped_storage().nbytes(), "memory went while a collective was in flight"
+        for now, before in self.inputs:
+            assert torch.equal(now, before), "an input changed in flight"
+        self.output.copy_(self.result)
+
+
+def poisoned(real: dict, open_works: list) -> dict:
+    """The collectives, each with a result that comes late."""
+    def all_gather(output, own, group=None, async_op=False):
+        assert async_op
+        result, own = torch.empty_like(output), own.clone()
+        real["all_gather_into_tensor"](result, own, group=group)
+        work = Late(output, result, [], open_works)
+        place = output[dist.get_rank() * own.numel():][:own.numel()]
+        place.copy_(own)
+        work.inputs = [(place, own)]
+        return work
+
+    def reduce_scatter(output, flat, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        assert async_op
+        result, size, rank = torch.empty_like(output), output.numel(), dist.get_rank()
+        real["reduce_scatter_tensor"](result, flat.clone(), group=group)
+        return Late(output, result, [flat[:rank * size], flat[(rank + 1) * size:]], open_works)
+
+    def in_place(name: str):
+        def collective(tensor, *args, op=dist.ReduceOp.SUM, group=None, async_op=False, **kwargs):
+            """An all-reduce; a broadcast from or a reduce to one rank: on the others the tensor is only read."""
+            if not async_op:
+                return real[name](tensor, *args, group=group, **kwargs)
+            result, root = tensor.clone(), [*args, *kwargs.values()]
+            real[name](result, *args, group=group, **kwargs)
+            if not root or (root[0] == dist.get_rank()) == (name == "reduce"):
+                return Late(tensor, result, [], open_works)
+            return Late(torch.empty(1), torch.zeros(1), [tensor], open_works)
+        return collective
+
+    return {name: all_gather if "gather" in name else reduce_scatter if "scatter" in name else in_place(name)
+            for name in NAMES}
+
+
+@contextmanager
+def collectives(late: bool):
+    """PyTorch's collectives in place of the exchange between gloo ranks; ``late``: under NCCL's contract."""
+    prepare, real, open_works = zero.Communicator._prepare, {name: getattr(dist, name) for name in NAMES}, []
+
+    def native(self, rank, world_size, device, direct):
+        prepare(self, rank, world_size, device, direct=False)
+
+    zero.Communicator._prepare = native
+    for name in NAMES if late else ():
+        setattr(dist, name, poisoned(real, open_works)[name])
+    try:
+        yield
+        assert not open_works, "collectives that nobody waited for"
+    finally:
+        zero.Communicator._prepare = prepare
+        for name in NAMES:
+            setattr(dist, name, real[name])
+
+
+CASES = list(itertools.product([False, True], repeat=5))
+
+
+def trained_natively(stage: int, case: tuple, late: bool) -> list[torch.Tensor]:
+    whole, half, accumulate, recompute, offload = case  # whole: parameters are not cut
+    torch.manual_seed(0)
+    model = Mlp()
+    with collectives(late):
+        engine = start(model, stage, None, {"offload_optimizer": {"device": "cpu" if offload else "none"}}, **{
+            "optimizer": {"type": "Lamb", "params": {"lr": 0.01}} if whole else ADAM, "gradient_clipping": 0.5,
+            "gradient_accumulation_steps": 1 + accumulate, **({"activation_checkpointing": {}} if recompute else {}),
+            **({"bf16": {"enabled": True, "auto_cast": True}, "communication_data_type": "bf16"} if half else {})})
+        for step in range(3 * (1 + accumulate)):
+            engine.backward(engine(mine(batches(step)).float()).float().square().mean())
+            engine.step()
+        weights = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
+        engine.destroy()
+    return weights
+
+
+@on_ranks(2, stage=STAGES)
+def test_nccls_collectives_train_the_same_whenever_their_results_come(stage, is_long):
+    for case in CASES if is_long else [CASES[0], CASES[stage + 6], CASES[31 - stage]]:
+        assert all(map(torch.equal, *(trained_natively(stage, case, late) for late in (False, True)))), \
+            f"a result was used before wait(), or an input changed, with {case}"
+    with collectives(late=True):
+        pair = Pair(Mlp, stage, gradient_clipping=0.5)
+        for step in range(3):
+            pair.engine.zero.communicator.traffic.clear()
+            pair.train(step)
+        pair.check()
+        traffic, count = pair.engine.zero.communicator.traffic, sum(b.numel for b in pair.engine.zero.buckets)
+        sent = sum(record.elements for kind, record in traffic.items() if kind != "scalars")
+        assert sent == (3 if stage == 3 else 2) * count // 2, traffic
+        pair.engine.destroy()
+
+
+@on_ranks(2)
+def test_engines_share_their_groups_and_the_last_one_ends_them():
+    counts, groups = [len(dist.distributed_c10d._world.pg_map)], zero.Groups.current()
+    for call in (groups.join, groups.join, groups.leave, groups.leave):
+        call(*(torch.device("cpu"), None) if call == groups.join else ())
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    assert counts == [counts[0] + more for more in (0, 2, 2, 2, 0)] and zero.gather(dist.get_rank()) == [0, 1]
