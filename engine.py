@@ -82,7 +82,7 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, **rules: Any) -> Any:
-    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``; see _Parser.value."""
+    """A field that may have certain values only: ``choices``, or numbers in a range; see _Parser.value."""
     return field(default=default, metadata=rules)
 
 
@@ -2490,39 +2490,35 @@ def _choose_optimizer(client: Any, section: OptimizerConfig | None, model: nn.Mo
         raise ValueError(f"model_parameters is a {type(model_parameters).__name__}; allowed: parameters or param "
                          "groups, such as model.parameters()")
     parameters = list(model.parameters() if model_parameters is None else model_parameters)
+    if client is None and section is None:
+        return None
+    optimizer = client(parameters) if callable(client) else client
     if client is None:
-        return None if section is None else _checked(build_optimizer(section, parameters, device, model), model)
-    optimizer = client if isinstance(client, Optimizer) else client(parameters) if callable(client) else None
+        optimizer = build_optimizer(section, parameters, device, model)
     if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer is, or makes, {client if optimizer is None else optimizer!r}; "
-                         "allowed: a torch.optim.Optimizer, or a callable that makes one")
-    if section is not None and section.type.lower() != type(optimizer).__name__.lower():
-        logger.warning("the %s given to initialize() is used; the config's optimizer section (%s) is not",
-                       type(optimizer).__name__, section.type)
-    return _checked(optimizer, model)
-
-
-def _checked(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-    """Refuse an optimizer over tensors that the model doesn't have: it would train something else, or nothing."""
+        raise ValueError(f"optimizer is, or makes, {optimizer!r}; allowed: a torch.optim.Optimizer, or a callable that "
+                         "makes one")
     if isinstance(optimizer, UNFIT):
         raise ValueError(f"optimizer is a {type(optimizer).__name__}; allowed: any other of torch.optim, as step() "
                          "gives no closure and sparse gradients are not covered")
     own = {id(p) for p in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            if id(p) not in own:
+            if id(p) not in own:  # it would train something else, or nothing
                 raise ValueError(f"the optimizer's param group {index} holds a tensor of shape {tuple(p.shape)} that "
                                  "is no parameter of the model; make the optimizer from this very model's parameters")
+    if client is not None:
+        _tell_unused("optimizer", section, optimizer)
     return optimizer
 
 
 def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: Optimizer | None) -> Any:
     """The caller's scheduler, or what the caller's callable makes, or the config's, or none."""
-    if (client is not None or section is not None) and optimizer is None:
+    if client is None and section is None:
+        return None
+    if optimizer is None:
         raise ConfigError("a scheduler needs an optimizer; give initialize() one, or its config an optimizer section")
     if client is None:
-        if section is None:
-            return None
         try:
             params = _check_params(schedulers.named(section.type), section.params, "scheduler.params")
             return schedulers.build(optimizer, section.type, params)
@@ -2535,10 +2531,14 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
     if not hasattr(scheduler, "step"):
         raise ValueError(f"lr_scheduler is, or makes, {scheduler!r}; allowed: an object with step(), or a callable "
                          "that makes one from the optimizer")
-    if section is not None and section.type != type(scheduler).__name__:
-        logger.warning("the %s given to initialize() is used; the config's scheduler section (%s) is not",
-                       type(scheduler).__name__, section.type)
+    _tell_unused("scheduler", section, scheduler)
     return scheduler
+
+
+def _tell_unused(name: str, section: OptimizerConfig | SchedulerConfig | None, used: Any) -> None:
+    if section is not None and section.type.lower() != type(used).__name__.lower():
+        logger.warning("the %s given to initialize() is used; the config's %s section (%s) is not",
+                       type(used).__name__, name, section.type)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
