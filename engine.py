@@ -735,9 +735,10 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     parameters   tensors, or param groups
     model        theirs, which knows the names; None: all have none
     """
+    modules = list(model.modules()) if model is not None else []
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    embeddings = {id(p) for module in (model.modules() if model is not None else ())
-                  if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for p in module.parameters()}
+    embeddings = {id(p) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+                  for p in module.parameters()}
 
     def use_muon(p: Tensor) -> bool:
         name = names.get(id(p), "")
@@ -748,15 +749,13 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
                              "for a matrix, False for any")
         return chosen
 
-    listed = list(parameters)
-    found = []
+    listed, found = list(parameters), []
     for group in listed if listed and isinstance(listed[0], dict) else [{"params": listed}]:
-        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        choices = [group["use_muon"] if "use_muon" in group else use_muon(p) for p in params]
-        for choice in (True, False):
-            part = [p for p, chosen in zip(params, choices) if chosen is choice]
-            if part:
-                found.append({**group, "params": part, "use_muon": choice})
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for p in group["params"]:
+            p = p[1] if isinstance(p, tuple) else p  # from named_parameters()
+            parts[group["use_muon"] if "use_muon" in group else use_muon(p)].append(p)
+        found += [{**group, "params": part, "use_muon": choice} for choice, part in parts.items() if part]
     return found
 
 

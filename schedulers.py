@@ -30,7 +30,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,28 +80,30 @@ def _number(name: str, value: Any, low: float = 0.0, high: float = sys.float_inf
     return int(value) if whole else value
 
 
+def _near(value: Any, allowed: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-        raise ValueError(f"{name} is {value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                         + f" (allowed: {', '.join(map(str, allowed))})")
+        raise ValueError(f"{name} is {value!r}{_near(value, allowed)} (allowed: {', '.join(map(str, allowed))})")
     return value
 
 
-def _per_group(optimizer: Optimizer, name: str, value: Any, high: float = sys.float_info.max) -> list[float]:
-    """One checked number per param group of ``optimizer``."""
+def _each(optimizer: Optimizer, name: str, value: Any) -> list[Any]:
+    """One value per param group of ``optimizer``, of which a list gives several."""
     groups = len(optimizer.param_groups)
-    if not isinstance(value, (list, tuple)):
-        return [_number(name, value, high=high)] * groups
-    if len(value) != groups:
+    if isinstance(value, (list, tuple)) and len(value) != groups:
         raise ValueError(f"{name} has {len(value)} values, but the optimizer has {groups} param group(s)")
-    return [_number(f"{name}[{i}]", v, high=high) for i, v in enumerate(value)]
+    return list(value) if isinstance(value, (list, tuple)) else [value] * groups
 
 
 def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high: Rates,
            limit: float = sys.float_info.max) -> tuple[list[float], list[float]]:
     """A lower and an upper value per param group. One rate for groups that had different ones is worth a warning."""
-    lows, highs = _per_group(optimizer, low_name, low, limit), _per_group(optimizer, high_name, high, limit)
+    lows, highs = ([_number(name, value, high=limit) for value in _each(optimizer, name, given)]
+                   for name, given in ((low_name, low), (high_name, high)))
     if any(a > b for a, b in zip(lows, highs)):
         raise ValueError(f"{high_name} is {high}; allowed: at least {low_name}, which is {low}")
     if high_name.endswith("_lr") and not isinstance(high, (list, tuple)) and \
@@ -363,7 +365,8 @@ class LRRangeTest(Schedule):
     def __init__(self, optimizer: Optimizer, lr_range_test_min_lr: Rates = 0.001, lr_range_test_step_size: int = 2000,
                  lr_range_test_step_rate: float = 1.0, lr_range_test_staircase: bool = False,
                  last_batch_iteration: int = -1):
-        self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
+        self.min_lrs = [_number("lr_range_test_min_lr", rate)
+                        for rate in _each(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)]
         self.step_size = _number("lr_range_test_step_size", lr_range_test_step_size, low=1, whole=True)
         self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
         self.span = 4 * self.step_size
@@ -392,24 +395,21 @@ class Phase:
              **{curve: ("steps", "end_lr") for curve in CURVES}}
 
     @classmethod
-    def checked(cls, name: str, raw: Any, is_last: bool) -> "Phase":
+    def checked(cls, name: str, raw: dict[str, Any], is_last: bool) -> "Phase":
         """The phase that the config section ``raw``, called ``name``, describes."""
-        if not isinstance(raw, dict):
-            raise ValueError(f"{name} is {raw!r}; allowed: a section such as "
-                             '{"type": "linear", "steps": 100, "end_lr": 0.001}')
-        needs = cls.NEEDS[_one_of(f"{name}.type", raw.get("type"), tuple(cls.NEEDS))]
-        phase = cls(**{_one_of(f"{name}: a key", key, [f.name for f in fields(cls)]): v for key, v in raw.items()})
-        for field in fields(cls)[1:]:
-            value, key = getattr(phase, field.name), f"{name}.{field.name}"
-            endless = field.name == "steps" and is_last and "end_lr" not in needs
-            if value is None and field.name in needs and not endless:
-                raise ValueError(f"{key} is missing; a {phase.type} phase needs {', '.join(needs)}")
-            if value is not None and field.name not in (*needs, "start_lr"):
-                raise ValueError(f"{key} is {value!r}; allowed for a {phase.type} phase: {', '.join(needs)}, start_lr")
-            if value is not None:
-                counts = field.name in ("steps", "step_size")
-                _number(key, value, low=1 if counts else 0, whole=counts)
-        return phase
+        kind = _one_of(f"{name}.type", raw.get("type"), tuple(cls.NEEDS))
+        given, allowed = {key: value for key, value in raw.items() if value is not None}, (*cls.NEEDS[kind], "start_lr")
+        for key, value in given.items():
+            if key not in ("type", *allowed):
+                raise ValueError(f"{name}.{key} is {value!r}; allowed for a {kind} phase: {', '.join(allowed)}"
+                                 f"{_near(key, allowed)}")
+            if key != "type":
+                counts = key in ("steps", "step_size")
+                _number(f"{name}.{key}", value, low=int(counts), whole=counts)
+        for key in cls.NEEDS[kind]:
+            if key not in given and not (key == "steps" and is_last and kind not in CURVES):
+                raise ValueError(f"{name}.{key} is missing; a {kind} phase needs {', '.join(cls.NEEDS[kind])}")
+        return cls(**given)
 
     def at(self, k: int, start: float) -> float:
         """The rate ``k`` steps into this phase, entered at rate ``start``."""
@@ -436,13 +436,19 @@ class MultiPhaseLR(Schedule):
     def __init__(self, optimizer: Optimizer, phases: Sequence[dict[str, Any]], last_batch_iteration: int = -1):
         if not isinstance(phases, (list, tuple)) or not phases:
             raise ValueError(f"phases is {phases!r}; allowed: a list of one phase or more")
-        groups, last = range(len(optimizer.param_groups)), len(phases) - 1
-        self.phases = [[Phase.checked(f"phases[{i}]", _of_group(raw, f"phases[{i}]", group, len(groups)), i == last)
-                        for i, raw in enumerate(phases)] for group in groups]
+        self.phases: list[list[Phase]] = [[] for _ in optimizer.param_groups]
+        for i, raw in enumerate(phases):
+            if not isinstance(raw, dict):
+                raise ValueError(f"phases[{i}] is {raw!r}; allowed: a section such as "
+                                 '{"type": "linear", "steps": 100, "end_lr": 0.001}')
+            values = {key: _each(optimizer, f"phases[{i}].{key}", value) for key, value in raw.items()}
+            for number, group in enumerate(self.phases):
+                group.append(Phase.checked(f"phases[{i}]", {key: each[number] for key, each in values.items()},
+                                           is_last=i == len(phases) - 1))
         self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases[0]) or self.span
         super().__init__(optimizer, last_batch_iteration)
-        for group in groups:  # through all borders once: a curve that can't be drawn is refused now, not mid-training
-            self.rate(sum(phase.steps or 0 for phase in self.phases[group]), group)
+        for number, group in enumerate(self.phases):  # through all borders once: a bad curve is refused now
+            self.rate(sum(phase.steps or 0 for phase in group), number)
 
     def rate(self, t: int, group: int) -> float:
         """Walk through the phases up to ``t``, handing the rate at which each ends to the next."""
@@ -453,16 +459,6 @@ class MultiPhaseLR(Schedule):
             value = phase.at(phase.steps, value)
             t -= phase.steps
         return value
-
-
-def _of_group(raw: Any, name: str, group: int, groups: int) -> Any:
-    """A phase's section with every list replaced by its entry for one param group."""
-    if not isinstance(raw, dict):
-        return raw
-    for key, value in raw.items():
-        if isinstance(value, (list, tuple)) and len(value) != groups:
-            raise ValueError(f"{name}.{key} has {len(value)} values, but the optimizer has {groups} param group(s)")
-    return {key: value[group] if isinstance(value, (list, tuple)) else value for key, value in raw.items()}
 
 
 class LinearDecayLR(MultiPhaseLR):
