@@ -1,18 +1,32 @@
 """What would hang is told: ranks that take different branches, have different numbers of batches, or are alone.
 
     .venv/bin/python -m pytest -q tests/test_hangs.py
+
+So it is in the tests' own tools: a failing rank must fail the test, with its own traceback, and no hang.
 """
 
 import gc
+import os
+import re
+import subprocess
+import sys
 import time
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import engine as deepspeed
+import lanes
+import oracle
 import zero
+from conftest import DEADLINE, on_ranks
+from oracle import STAGES
+
+# --- In training ------------------------------------------------------------------------------------------------------
 
 
 class Choice(nn.Module):
@@ -29,64 +43,52 @@ class Choice(nn.Module):
 
 def start(stage: int, **options):
     torch.manual_seed(0)
-    return deepspeed.initialize(model=Choice(), config={
-        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "debug": True,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10}, **options})[0]
+    return oracle.start(Choice(), stage, partial(torch.optim.SGD, lr=0.1), {"reduce_bucket_size": 10},
+                        **{"debug": True} | options)
 
 
-def train(engine, expert: int) -> str:
-    try:
-        for _ in range(2):
-            engine.backward(engine(torch.ones(2, 4), expert).sum())
-            engine.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+def train(engine, expert: int, steps: int = 2) -> None:
+    for _ in range(steps):
+        engine.backward(engine(torch.ones(2, 4), expert).sum())
+        engine.step()
 
 
-def branch(stage: int) -> str:
-    return train(start(stage), expert=dist.get_rank())
+@on_ranks(2)
+def test_debug_names_rank_module_parameter_and_operation_where_ranks_go_apart():
+    with pytest.raises(RuntimeError) as error:
+        train(start(3), expert=dist.get_rank())
+    assert "ranks go apart at their collective 3: rank 0 is about to do all-gather of the block experts.0: " \
+        "experts.0.0.weight to experts.0.0.bias (128 elements, float32), rank 1 all-gather of the block " \
+        "experts.1: experts.1.0.weight" in str(error.value)
 
 
-def test_debug_names_rank_module_parameter_and_operation_where_ranks_go_apart(run_ranks):
-    for told in run_ranks(branch, 2, 3):
-        assert "ranks go apart at their collective 3: rank 0 is about to do all-gather of the block experts.0: " \
-            "experts.0.0.weight to experts.0.0.bias (128 elements, float32), rank 1 all-gather of the block " \
-            "experts.1: experts.1.0.weight" in told, told
+@on_ranks(2, stage=range(3))
+def test_debug_lets_ranks_take_their_own_branches_below_stage_3(stage):
+    train(start(stage), expert=dist.get_rank())
 
 
-def test_debug_lets_ranks_take_their_own_branches_below_stage_3(run_ranks):
-    for stage in range(3):
-        assert run_ranks(branch, 2, stage) == ["no error"] * 2
-
-
-def trained_in_debug(stage: int) -> tuple[list, list]:
+@on_ranks(2, stage=STAGES)
+def test_debug_changes_no_number(stage):
     ends = []
     for debug in (False, True):
         engine = start(stage, debug=debug)
-        assert train(engine, expert=0) == "no error"
-        ends.append([zero.safe_get_full_fp32_param(p) for p in engine.module.parameters()])
+        train(engine, expert=0)
+        ends.append(oracle.whole(engine.module).values())
         engine.destroy()
-    return tuple(ends)
-
-
-def test_debug_changes_no_number(run_ranks):
-    for stage in range(4):
-        for usual, watched in run_ranks(trained_in_debug, 2, stage):
-            assert all(torch.equal(a, b) for a, b in zip(usual, watched)), f"stage {stage}"
+    assert all(map(torch.equal, *ends))
 
 
 def alone() -> str:
     """Rank 1 does not come to the second step."""
     engine = start(2, timeout=77)
-    engine.backward(engine(torch.ones(2, 4), 0).sum())
-    engine.step()
+    train(engine, 0, steps=1)
     logbook = engine.zero.communicator.logbook
     assert logbook.timeout == 77
     logbook.timeout = 0.5  # only now, since a rank that comes may be slow
-    if dist.get_rank() == 1:
-        return "left"
-    return train(engine, 0)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError) as error:
+            train(engine, 0)
+        return str(error.value)
 
 
 def test_debug_names_the_rank_that_does_not_come_and_what_it_did_last(run_ranks):
@@ -96,39 +98,26 @@ def test_debug_names_the_rank_that_does_not_come_and_what_it_did_last(run_ranks)
     assert "for 0.5 seconds it has waited for rank 1, whose last was 9: all-gather of first.0.weight" in told, told
 
 
-def last_look_at_a_loss() -> str:
+@on_ranks(2)
+def test_a_forward_pass_without_backward_is_no_micro_batch():
     """Rank 0 has one forward pass more, and ends later than rank 1 waits for it."""
     engine = start(1, debug=False)
     train(engine, expert=0)
-    patience, zero.Logbook.PATIENCE = zero.Logbook.PATIENCE, 0.01
-    try:
+    with mock.patch.object(zero.Logbook, "PATIENCE", 0.01):
         if dist.get_rank() == 0:
             engine(torch.ones(2, 4), 0)
             dist.barrier()
+        dist.barrier()
+        engine.destroy()
+        if dist.get_rank() == 1:
             dist.barrier()
-            engine.destroy()
-        else:
-            dist.barrier()
-            engine.destroy()
-            dist.barrier()
-    finally:
-        zero.Logbook.PATIENCE = patience
-    return "no error"
 
 
-def test_a_forward_pass_without_backward_is_no_micro_batch(run_ranks):
-    assert run_ranks(last_look_at_a_loss, 2) == ["no error"] * 2
-
-
-def uneven(stage: int) -> str:
+def uneven(stage: int) -> None:
     """Rank 1 runs out of data one step early."""
     rank = dist.get_rank()
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)))
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-        "zero_optimization": {"stage": stage}})
-    told = "no error"
-    try:
+    engine = oracle.start(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))), stage)
+    with pytest.raises(RuntimeError) as error:
         for _ in range(3 - rank):
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
@@ -136,17 +125,79 @@ def uneven(stage: int) -> str:
             time.sleep(0.01)  # until rank 0 has begun its third: it may be slow
         with mock.patch.object(zero.Logbook, "PATIENCE", 2.0):
             engine.destroy()
-    except RuntimeError as error:
-        told = str(error).replace("\n", " ")
-    del model, engine
+    told = str(error.value).replace("\n", " ")
+    del engine, error
     gc.collect()  # or this rank's connection lives on, and the other one waits for its timeout
     dist.destroy_process_group()
-    return told
+    assert "ranks have had different numbers of micro-batches: rank 0 is in its micro-batch 3, rank 1 ended " \
+        "after micro-batch 2; give all ranks equally many" in told, told
 
 
-def test_uneven_data_raises_on_every_rank_with_the_counts(run_ranks, request):
-    for stage in (0, 1, 2, 3) if request.config.getoption("--long") else (3,):
-        for rank, told in enumerate(run_ranks(uneven, 2, stage)):
-            assert "ranks have had different numbers of micro-batches: rank 0 is in its micro-batch 3, rank 1 ended " \
-                "after micro-batch 2; give all ranks equally many" in told, f"stage {stage}, rank {rank}: {told}"
-        run_ranks.stop()  # their group is gone
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in range(3)), 3])
+def test_uneven_data_raises_on_every_rank_with_the_counts(run_ranks, stage):
+    run_ranks(uneven, 2, stage)
+    run_ranks.stop()  # their group is gone
+
+
+# --- In the tests' own tools ------------------------------------------------------------------------------------------
+
+
+def total(value: float) -> float:
+    tensor = torch.tensor(value * (dist.get_rank() + 1))
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def fail_on_one(how: str) -> None:
+    if dist.get_rank() == 1:
+        if how == "exit":
+            os._exit(3)
+        raise KeyError("told to")
+    total(1.0)  # waits for rank 1
+
+
+def test_ranks_talk_to_each_other_in_groups_of_any_size(run_ranks):
+    for world_size in (2, 1, 4, 3, 3):
+        assert run_ranks(total, world_size, 2.0) == [world_size * (world_size + 1.0)] * world_size
+
+
+@pytest.mark.parametrize("how, told", [("raise", "KeyError: 'told to'"), ("exit", "rank 1 of 2")])
+def test_one_failing_rank_fails_the_test_and_the_next_test_works(run_ranks, how, told):
+    run_ranks(total, 2, 1.0)
+    with pytest.raises(pytest.fail.Exception, match=told):
+        run_ranks(fail_on_one, 2, how)
+    assert run_ranks(total, 2, 1.0) == [3.0, 3.0]
+
+
+@on_ranks(ranks=[1, 3])
+def test_a_marked_test_runs_on_its_ranks(ranks, tmp_path):
+    assert (dist.get_world_size(), tmp_path.exists()) == (ranks, True)
+
+
+def two_lanes(folder: Path, first: str, second: str) -> subprocess.CompletedProcess:
+    """pytest on as many files as two lanes are for: what each lane's tests do, the first lane's once the second runs."""
+    for number in range(lanes.FEWEST_FILES):
+        (folder / f"test_{number}.py").write_text(f"""import multiprocessing, os, pathlib, time
+def test_it():
+    runs = pathlib.Path({str(folder / "runs")!r})
+    if multiprocessing.parent_process():
+        runs.touch()
+        {second}
+    while not runs.exists():
+        time.sleep(0.01)
+    {first}
+""")
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "lanes", "-p", "no:cacheprovider", folder],
+                          env=os.environ | {"PYTHONPATH": str(Path(lanes.__file__).parent)}, text=True,
+                          timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_what_fails_in_either_lane_is_told_with_what_it_printed(tmp_path):
+    done = two_lanes(tmp_path, "assert not 'right here'", "print('there'); assert not 'right'")
+    assert done.returncode == 1 and f"{lanes.FEWEST_FILES} failed" in done.stdout, done.stdout
+    assert "assert not 'right here'" in done.stdout and re.search(r"stdout call -+\nthere\n", done.stdout), done.stdout
+
+
+def test_a_lane_that_dies_fails_the_suite(tmp_path):
+    done = two_lanes(tmp_path, "pass", "os._exit(4)")
+    assert done.returncode == 3 and "the second lane died with exit code 4" in done.stdout, done.stdout
