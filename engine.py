@@ -2775,13 +2775,8 @@ DeepSpeedEngine = Engine
 
 checkpointing = _Names("checkpointing", {name: value for name, value in vars(recompute).items() if name[0] != "_"} | {
     "configure": configure})
-comm = _Names("comm", {"init_distributed": init_distributed, "get_local_rank": partial(dist.get_node_local_rank, 0)} | {
-    name: getattr(dist, name) for name in (
-        "ReduceOp", "ProcessGroup", "P2POp", "is_available", "is_initialized", "get_rank", "get_world_size",
-        "get_global_rank", "new_group", "destroy_process_group", "barrier", "monitored_barrier", "broadcast",
-        "broadcast_object_list", "all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
-        "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send",
-        "recv", "isend", "irecv", "batch_isend_irecv")})
+comm = _Names("comm", {name: value for name, value in vars(dist).items() if name[0] != "_"} | {
+    "init_distributed": init_distributed, "get_local_rank": partial(dist.get_node_local_rank, 0)})
 utils = _Names("utils", {"logger": logger} | {
     name: getattr(zero, name) for name in (
         "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
