@@ -1135,7 +1135,7 @@ class Bucket:
         """
         self.gather.wait()
         self.note_versions()
-        if _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots):
+        if self.is_viewed:
             return  # with Gatherer.free_unused it is tried again
         try:
             self.flat.untyped_storage().resize_(0)
@@ -1145,6 +1145,11 @@ class Bucket:
                 for slot in self.slots:
                     slot.parameter.data = slot.view(self.flat)
             self.flat.untyped_storage().resize_(0)
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether somebody has a view of ``flat``, besides the parameters."""
+        return _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots)
 
     @property
     def has_memory(self) -> bool:
@@ -2830,27 +2835,24 @@ def check_gradients(zero: Zero) -> None:
 
 
 class BuiltUnit(Unit):
-    """A module that was built under ``Init``. Views may keep it whole, on each rank others."""
+    """A parameter that was built under ``Init``. Views of it that are kept keep its memory, on each rank others."""
 
-    def acquire(self, user: Any) -> None:
-        """As Unit does; what views have kept whole is gathered anew."""
-        if self.state is UnitState.WHOLE and not self._is_open:
-            for bucket in self.buckets:
+    def start_gather(self) -> None:
+        """As Unit does, after what was written through views."""
+        self.keep_views()
+        super().start_gather()
+
+    def keep_views(self) -> None:
+        """Take over what was written through views."""
+        for bucket in self.buckets:
+            if bucket.has_memory:
                 bucket.keep_changes()
                 bucket.note_versions()
-            self.start_gather()
-        super().acquire(user)
-
-    def release(self, user: Any) -> None:
-        """As Unit does; what views keep whole tells of its next use."""
-        super().release(user)
-        if not self._is_open:
-            for slot in (slot for bucket in self.buckets for slot in bucket.slots):
-                slot.parameter.__class__ = ShardedParameter
 
     @property
-    def _is_open(self) -> bool:
-        return any(isinstance(user, GatheredParameters) for user in self.users)
+    def is_viewed(self) -> bool:
+        """Whether a view keeps the memory."""
+        return any(bucket.is_viewed for bucket in self.buckets)
 
 
 class Init:
@@ -2862,29 +2864,27 @@ class Init:
 
     A rank holds its shards and the module being built. A module counts as built when its parent takes it in; what the
     model itself holds, at the end of the context. Operations on parameters of finished modules work, and so does
-    ``GatheredParameters``; a module whose parameter was read as a view (``p.data``, ``state_dict()``) stays whole until
-    the view is gone. All ranks must build the same: on the CPU they draw rank 0's random numbers meanwhile, which
-    makes the weights those of a model that rank 0 builds without this.
+    ``GatheredParameters``; a parameter that was read as a view (``p.data``, ``state_dict()``) stays whole until the
+    first use of another one after the view is gone. All ranks must build the same: on the CPU they draw rank 0's random
+    numbers meanwhile, which makes the weights those of a model that rank 0 builds without this.
 
     module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
                    meta device is given memory and values module by module
     param_init_fn  gives a module that was on the meta device its values; default: its reset_parameters()
     remote_device  "cpu": keep the shards in host memory until ``initialize``; default: on this rank's device
     dtype          of the floating-point parameters; default: as they are built. Masters begin from it
-    config_dict_or_path, config   not read: ``initialize`` reads the config that it is given
     enabled        False: do nothing
-    mem_efficient_linear, pin_memory   DeepSpeed's, without effect here: linear layers are PyTorch's own
-    others         DeepSpeed's other arguments, refused unless they are None or False
+    others         DeepSpeed's other arguments: those of WITHOUT_EFFECT, the rest is refused unless None or False
     """
 
-    def __init__(self, module: nn.Module | None = None, data_parallel_group: Any = None,
-                 mem_efficient_linear: bool = True, remote_device: str | None = None, pin_memory: bool = False,
-                 config_dict_or_path: Any = None, config: Any = None, enabled: bool = True,
-                 dtype: torch.dtype | None = None, mpu: Any = None,
-                 param_init_fn: Callable[[nn.Module], Any] | None = None, **others: Any):
-        others |= {"data_parallel_group": data_parallel_group, "mpu": mpu}
+    # ``initialize`` reads the config that it is given; linear layers are PyTorch's own.
+    WITHOUT_EFFECT = ("config_dict_or_path", "config", "mem_efficient_linear", "pin_memory")
+
+    def __init__(self, module: nn.Module | None = None, *, remote_device: str | None = None, enabled: bool = True,
+                 dtype: torch.dtype | None = None, param_init_fn: Callable[[nn.Module], Any] | None = None,
+                 **others: Any):
         for name, value in others.items():
-            if value is not None and value is not False:
+            if name not in self.WITHOUT_EFFECT and value is not None and value is not False:
                 raise ValueError(f"zero.Init: {name} is {value!r}; allowed: nothing, as that part of DeepSpeed is not "
                                  "covered")
         if remote_device not in (None, "none", "cpu"):
@@ -2893,12 +2893,10 @@ class Init:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"zero.Init: dtype is {dtype}; allowed: a floating-point dtype")
         self.enabled, self.dtype, self.param_init_fn = enabled, dtype, param_init_fn
-        self.buckets: list[Bucket] = []
-        self.uses: list[tuple[Bucket, Any, int]] = []  # operations that are over, but for a view: see _release_used
-        self.modules: list[weakref.ref[nn.Module]] = []  # those that got a parameter of their own
-        self.hooks: list[Any] = []
-        self.started_group = False
-        self.remote = remote_device == "cpu"
+        self.remote, self.started_group = remote_device == "cpu", False
+        self.buckets: list[Bucket] = []    # one for each parameter
+        self.viewed: list[BuiltUnit] = []  # those that had a view when they were last used
+        self.modules: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()  # that have parameters
         if module is not None and enabled:
             with self:
                 for part in list(module.modules()):
@@ -2914,7 +2912,8 @@ class Init:
         self.host = Host(device, None, True) if self.remote and device.type == "cuda" else None
         self.random_state = _share_random_state(self.communicator)
         registration = nn.modules.module
-        self.hooks = [registration.register_module_parameter_registration_hook(self._on_parameter),
+        self.hooks = [registration.register_module_parameter_registration_hook(
+                          lambda module, name, parameter: self.modules.setdefault(module)),
                       registration.register_module_module_registration_hook(self._on_child)]
         return self
 
@@ -2924,7 +2923,7 @@ class Init:
         for hook in self.hooks:
             hook.remove()
         if error[0] is None:
-            self._finish([module for module in (reference() for reference in self.modules) if module is not None])
+            self._finish()
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
         _return_free_memory()
@@ -2932,74 +2931,57 @@ class Init:
     def __deepcopy__(self, memo: dict) -> "Init":
         return self  # a copied module takes its hook along
 
-    def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        self._note(module)
-
-    def _note(self, module: nn.Module) -> None:
-        if not self.modules or self.modules[-1]() is not module:
-            self.modules.append(weakref.ref(module))
-
     def _on_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A module is taken into its parent, so it and what it holds are built."""
-        self._release_used()
+        self._free_viewed()
         for part in child.modules() if child is not None else ():
             self._shard(part)
 
-    def _finish(self, modules: list[nn.Module]) -> None:
+    def _finish(self) -> None:
         """Shard what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
-        self._release_used()
+        self._free_viewed()
+        modules = list(self.modules)
         for module in modules:
             self._shard(module)
         used = {id(p) for module in modules for p in module.parameters(recurse=False)}
-        for bucket in self.buckets:
-            bucket.slots = [slot for slot in bucket.slots if id(slot.parameter) in used]
+        self.buckets = [bucket for bucket in self.buckets if id(bucket.slots[0].parameter) in used]
 
     def _shard(self, module: nn.Module) -> None:
         """Shard the parameters that a module has itself, but for those that are sharded, or have no values yet."""
-        if self.communicator.world_size == 1:
-            for p in module.parameters(recurse=False):
-                if self.dtype is not None and p.is_floating_point():
-                    p.data = p.data.to(self.dtype)
+        new = [(name, p) for name, p in module.named_parameters(recurse=False) if not (p.is_meta or id(p) in _SLOTS)]
+        for _, p in new:
+            if self.dtype is not None and p.is_floating_point():
+                p.data = p.data.to(self.dtype)
+        if not new or self.communicator.world_size == 1:
             return
-        slots: dict[torch.dtype, list[Slot]] = defaultdict(list)
-        for name, p in module.named_parameters(recurse=False):
-            if p.is_meta or id(p) in _SLOTS:
-                continue
-            _append_slot(slots[self.dtype if self.dtype and p.is_floating_point() else p.dtype], name, p)
-        for dtype, mine in slots.items():
+        for name, p in new:
+            slots: list[Slot] = []
+            _append_slot(slots, name, p)
             unit = BuiltUnit(type(module).__name__, module, 0, self)
-            self.buckets.append(Bucket(mine, Dtypes(dtype, dtype, dtype, dtype), self.communicator, SHARDED[3], unit,
+            self.buckets.append(Bucket(slots, Dtypes(*[p.dtype] * 4), self.communicator, SHARDED[3], unit,
                                        shard_host=self.host))
             unit.free()
-        self._note(module)
-        if slots:  # the hook also keeps this object alive as long as the model
-            module.register_forward_pre_hook(self._refuse_forward)
+        self.modules.setdefault(module)  # a copy has registered nothing
+        module.register_forward_pre_hook(self._refuse_forward)  # it also keeps this object alive as long as the model
 
     def _materialize(self, part: nn.Module, model: nn.Module) -> None:
         """Give what a module has itself on the meta device memory, and then values."""
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        names = [name for name, tensor in own if tensor.is_meta]
-        if not names:
+        missing = {name: tensor for name, tensor in own if tensor.is_meta}
+        if not missing:
             return
         path = next(name for name, module in model.named_modules() if module is part) or type(part).__name__
         initialise = self.param_init_fn or getattr(type(part), "reset_parameters", None)
         if initialise is None:
-            raise ValueError(f"zero.Init: {path} has {', '.join(names)} on the meta device, and no reset_parameters() "
-                             "to give them values; needed: a param_init_fn")
-        device = self.communicator.device
-        for name in names:
-            old = getattr(part, name)
-            new = torch.empty_like(old, device=device).fill_(math.nan if old.is_floating_point() else 0)
-            if name in part._buffers:
-                part._buffers[name] = new
-                continue
-            new = nn.Parameter(new, old.requires_grad)
-            for module in model.modules():  # tied weights stay tied
-                for key, p in module._parameters.items():
-                    if p is old:
-                        module._parameters[key] = new
+            raise ValueError(f"zero.Init: {path} has {', '.join(missing)} on the meta device, and no "
+                             "reset_parameters() to give them values; needed: a param_init_fn")
+        for tensor in missing.values():  # the same Python object, so that tied weights stay tied
+            new = torch.empty_like(tensor, device=self.communicator.device)
+            new.fill_(math.nan if tensor.is_floating_point() else 0)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, nn.Parameter(new, tensor.requires_grad) if is_parameter else new)
         initialise(part)
-        for name in names:
+        for name in missing:
             tensor = getattr(part, name)
             if tensor.is_floating_point() and tensor.isnan().any():
                 raise ValueError(f"zero.Init: {path}.{name} was on the meta device and has got no values; needed: a "
@@ -3011,40 +2993,33 @@ class Init:
                                "weights; give the model to initialize() first, and call the engine")
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Have the values there, for one operation; what is whole from before may be in it too, so nothing goes yet."""
+        """Have the values there, for one operation."""
+        self._free_viewed()
         user = object()
         slot.bucket.unit.acquire(user)
-        return slot.bucket, user, _holders(slot.bucket.flat)
+        return user
 
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """Keep what the operation wrote. Where its result is a view (``p.data``), that waits until the view is gone."""
-        self.uses.append(user)
-        self._release_used()
-        if user in self.uses:
-            user[0].unit.release(None)
-            for tensor in tensors_in(result):
-                weakref.finalize(tensor, self._release_used, user[0]).atexit = False
+        """Keep what the operation wrote. A view that it gave, such as ``p.data``, may be written to from now on."""
+        unit = slot.bucket.unit
+        unit.keep_views()
+        unit.release(user)
+        if unit.is_viewed and unit not in self.viewed:
+            self.viewed.append(unit)
 
-    @torch.no_grad()
-    def _release_used(self, dying: Bucket | None = None) -> None:
-        """Let go of what was used, but for what a view that is still there may write to; one of ``dying`` goes now."""
-        for bucket, user, holders in list(self.uses):
-            if _holders(bucket.flat) - (bucket is dying) <= holders:
-                self.uses = [use for use in self.uses if use[1] is not user]
-                bucket.keep_changes()
-                bucket.unit.release(user)
-                if bucket is dying and not bucket.unit.users:  # Bucket.free() has taken the view for one that stays
-                    bucket.flat.untyped_storage().resize_(0)
+    def _free_viewed(self) -> None:
+        """Let go of what has no views any more, and keep what was written through them."""
+        for unit in [unit for unit in self.viewed if not (unit.users or unit.is_viewed)]:
+            self.viewed.remove(unit)
+            unit.keep_views()
+            unit.free()
 
     def surrender(self, slot: Slot) -> None:
         """An engine has the parameter now."""
-        bucket = slot.bucket
-        bucket.slots.remove(slot)
-        self.uses = [use for use in self.uses if use[0] is not bucket]
         slot.parameter.__class__ = slot.kind
-        if not bucket.slots:
-            self.buckets.remove(bucket)
-            bucket.unit.buckets.remove(bucket)
+        self.buckets.remove(slot.bucket)
+        slot.bucket.unit.buckets.clear()  # these refer to each other, and the shard must go now
+        slot.bucket.slots.clear()
 
 
 @contextmanager
@@ -3156,6 +3131,8 @@ def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
     bucket = slot.bucket
     if bucket.unit is None:
         bucket.keep_writes()
+    elif isinstance(bucket.unit, BuiltUnit):
+        bucket.unit.keep_views()
     finest, start = bucket.finest
     return slot.view(finest).clone() if finest is bucket.flat else bucket.collect(slot, finest, start)
 
@@ -3166,7 +3143,7 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
     slot = _slot_of(parameter)
     bucket = slot.bucket
     _check_shape(slot, value)
-    if bucket.unit is None or bucket.unit.state is UnitState.WHOLE:
+    if bucket.has_memory:
         slot.view(bucket.flat).copy_(value)
     for own in (bucket.master, bucket.shard):
         if own is not None:

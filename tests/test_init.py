@@ -196,9 +196,17 @@ def read_as_views(name: str) -> None:
         p.data.add_(1)
     for p in usual.parameters():
         p.data.add_(1)
+    first, before = next(model.parameters()), next(usual.parameters()).detach().clone()
+    view = first.data
+    view.add_(1)
+    assert torch.equal(zero.safe_get_full_fp32_param(first), before + 1), "a view's write is not seen"
+    zero.safe_set_full_fp32_param(first, before)
+    assert torch.equal(view, before)
+    del view
+    first.sum()  # a use of any frees what the last view has kept
     for bucket in init.buckets:
         assert not bucket.has_memory and not bucket.unit.users, f"{bucket.slots[0].name} is whole"
-    assert all(type(p) is zero.ShardedParameter for p in model.parameters()) and not init.uses
+    assert all(type(p) is zero.ShardedParameter for p in model.parameters()) and not init.viewed
     assert_same(whole(model), dict(usual.named_parameters()), name)
 
 
