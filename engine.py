@@ -2302,19 +2302,18 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     local_rank = 0 if failure else getattr(args, "local_rank", None) or 0
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     device, started = _join_group(model, local_rank, distributed_port, dist_init_required, settings)
-    built: list[Any] = []
+    engine = recomputed = None
 
     def build() -> list[str]:
+        nonlocal engine, recomputed
         if failure is not None:
             raise failure
         engine, recomputed, lines = _build(settings, model, optimizer, model_parameters, lr_scheduler, training_data,
                                            device, local_rank, started)
-        built.extend((engine, recomputed))
         return lines
 
     with _undone_if_refused(optimizer, started):
         zero.agree(build, same=True)
-        engine, recomputed = built
         _equip(engine, training_data, collate_fn, recomputed)
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
@@ -2382,10 +2381,11 @@ def _join_group(model: Any, local_rank: int, port: int, required: bool | None, s
 
 
 def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any) -> None:
-    if not isinstance(getattr(args, "local_rank", None), int | None):
-        raise ValueError(f"args.local_rank is {args.local_rank!r}; allowed: a whole number")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}; allowed: an nn.Module")
+    local_rank = getattr(args, "local_rank", None)
+    _check("args.local_rank", local_rank, isinstance(local_rank, int | None), "a whole number")
+    _check("model", model, isinstance(model, nn.Module), "an nn.Module")
+    _check("collate_fn", collate_fn, collate_fn is None or callable(collate_fn),
+           "a function from a list of samples to a batch")
     if mpu is not None or mesh_param is not None:
         raise ValueError("mpu and mesh_param are for model and sequence parallelism, which this engine does not cover")
     if isinstance(model, torch.jit.ScriptModule):
@@ -2397,8 +2397,6 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
                          "values and shards them")
-    if collate_fn is not None and not callable(collate_fn):
-        raise ValueError(f"collate_fn is {collate_fn!r}; allowed: a function from a list of samples to a batch")
 
 
 def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str, nn.Module]:
