@@ -44,27 +44,14 @@ Rates = float | Sequence[float]  # one value for all param groups, or one for ea
 # --- Curves: the value k steps into a stretch of n steps that leads from start to end; 0 <= k <= n, 1 <= n ------------
 
 
-def _linear(start: float, end: float, k: int, n: int) -> float:
-    return start + (end - start) * (k / n)
-
-
-def _cosine(start: float, end: float, k: int, n: int) -> float:
-    """Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts)."""
-    return start + (end - start) * (1 - math.cos(math.pi * k / n)) / 2
-
-
-def _log(start: float, end: float, k: int, n: int) -> float:
-    """Fast at first, then ever slower."""
-    return start + (end - start) * (math.log(1 + k) / math.log(1 + n))
-
-
-def _exponential(start: float, end: float, k: int, n: int) -> float:
-    """The same factor at every step, so both ends must be above 0."""
-    return start * (end / start) ** (k / n)
-
-
 CURVES: dict[str, Callable[[float, float, int, int], float]] = {
-    "linear": _linear, "cosine": _cosine, "log": _log, "exponential": _exponential}
+    "linear": lambda start, end, k, n: start + (end - start) * (k / n),
+    # Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts).
+    "cosine": lambda start, end, k, n: start + (end - start) * (1 - math.cos(math.pi * k / n)) / 2,
+    # Fast at first, then ever slower.
+    "log": lambda start, end, k, n: start + (end - start) * (math.log(1 + k) / math.log(1 + n)),
+    # The same factor at every step, so both ends must be above 0.
+    "exponential": lambda start, end, k, n: start * (end / start) ** (k / n)}
 
 
 # --- Checks of what the user gave -------------------------------------------------------------------------------------
@@ -205,10 +192,8 @@ class _WarmUp:
         return t - 1 < self.steps
 
     def at(self, t: int) -> float:
-        k = min(max(t - 1, 0), self.steps)
-        if self.type == "linear":
-            return _linear(0.0, 1.0, k, self.steps)
-        return _log(0.0, 1.0, min(k, self.steps - 1), self.steps - 1)  # DeepSpeed's log curve arrives one step earlier
+        n = self.steps if self.type == "linear" else self.steps - 1  # DeepSpeed's log curve arrives one step earlier
+        return CURVES[self.type](0.0, 1.0, min(max(t - 1, 0), n), n)
 
 
 class WarmupLR(Schedule):
@@ -279,7 +264,8 @@ class WarmupCosineLR(Schedule):
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self.warm_up.at(t)
         if t >= self.total_num_steps:
             return self.cos_min_ratio
-        return _cosine(1.0, self.cos_min_ratio, t - self.warm_up.steps, self.total_num_steps - self.warm_up.steps)
+        start = self.warm_up.steps
+        return CURVES["cosine"](1.0, self.cos_min_ratio, t - start, self.total_num_steps - start)
 
 
 class OneCycle(Schedule):
