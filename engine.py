@@ -542,20 +542,27 @@ UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)  # one needs a closure, the 
 
 
 class _Named(Optimizer):
-    """What Lion, Lamb and Muon share: ``step()``, of which each defines ``update()``, and the check of arguments."""
+    """What Lion, Lamb and Muon share: ``step()``, for which each defines ``update()``, and the check of numbers.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
+    """
+
+    def __init__(self, params: Iterable, **options: Any):
+        self.check(**options)
+        super().__init__(params, options)
 
     @staticmethod
-    def check(betas: Any, **numbers: float) -> None:
+    def check(betas: Any, **options: Any) -> None:
         """Refuse what no step could use."""
         if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas!r}; allowed: two numbers from 0 up and below 1")
-        for name, value in numbers.items():
+        for name, value in options.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value!r}; allowed: a number from 0 up")
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
         """What ZeRO asks before it cuts a group's parameters."""
-        raise NotImplementedError
+        return False
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         """Update those of a group's parameters that have a gradient."""
@@ -586,14 +593,11 @@ class Lion(_Named):
     lr             the distance per step, from 0; the paper takes a third to a tenth of what AdamW gets
     betas          how much of ``m`` counts in the direction, and how much of it stays: from 0, below 1
     weight_decay   decoupled, from 0; the paper takes 3 to 10 times what AdamW gets
-
-    Raises ValueError, which names the argument, its value and what is allowed.
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
                  weight_decay: float = 0.0):
-        self.check(betas, lr=lr, weight_decay=weight_decay)
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
         return True
@@ -620,8 +624,8 @@ class Lamb(_Named):
         p = p - lr * clamp(|p| / |r|, min_coeff, max_coeff) * r
 
     The 2-norms of the trust ratio ``|p| / |r|`` are those of a whole parameter, so ZeRO cuts none; where one of them is
-    0, the ratio is 1. The arguments and their defaults are DeepSpeed's FusedLamb's; its
-    ``max_grad_norm`` is the config's ``gradient_clipping``. The state is ``step``, ``exp_avg`` and ``exp_avg_sq``.
+    0, the ratio is 1. The arguments and their defaults are DeepSpeed's FusedLamb's; its ``max_grad_norm`` is the
+    config's ``gradient_clipping``. The state is ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     lr                     from 0; the trust ratio has no unit, so it is a relative change of a weight's length
     bias_correction        False leaves out the two divisions by 1 - beta ** t
@@ -630,25 +634,18 @@ class Lamb(_Named):
     weight_decay           from 0
     max_coeff, min_coeff   bounds of the trust ratio, from 0
     amsgrad                only False: the paper's LAMB has no such variant
-
-    Raises ValueError, which names the argument, its value and what is allowed.
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, bias_correction: bool = True,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, eps_inside_sqrt: bool = False,
                  weight_decay: float = 0.0, max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False):
-        self.check(betas, lr=lr, eps=eps, weight_decay=weight_decay, max_coeff=max_coeff, min_coeff=min_coeff)
-        if min_coeff > max_coeff:
-            raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
         if amsgrad:
             raise ValueError("amsgrad is True; allowed: False, as LAMB has no such variant")
-        super().__init__(params, {
-            "lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
-            "eps_inside_sqrt": eps_inside_sqrt, "weight_decay": weight_decay, "max_coeff": max_coeff,
-            "min_coeff": min_coeff})
-
-    def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        return False
+        super().__init__(params, lr=lr, bias_correction=bias_correction, betas=betas, eps=eps,
+                         eps_inside_sqrt=eps_inside_sqrt, weight_decay=weight_decay, max_coeff=max_coeff,
+                         min_coeff=min_coeff)
+        if min_coeff > max_coeff:
+            raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         for p in params:
@@ -686,7 +683,7 @@ class Muon(_Named):
     betas, eps      AdamW's
     weight_decay    decoupled, of both
 
-    The names and defaults are DeepSpeed's. Raises ValueError where a group or a value is none of PyTorch's.
+    The names and defaults are DeepSpeed's.
     """
 
     def __init__(self, params: Iterable, lr: float | None = None, muon_lr: float | None = None,
@@ -704,8 +701,8 @@ class Muon(_Named):
             if not isinstance(group, dict) or not isinstance(group.get("use_muon"), bool):
                 raise ValueError("a param group of Muon has no use_muon; needed: True for hidden matrices, False for "
                                  "other parameters; muon_groups() makes such groups")
-        super().__init__([{**options[group["use_muon"]], "weight_decay": weight_decay, **group} for group in groups],
-                         {})
+        Optimizer.__init__(self, [{**options[group["use_muon"]], "weight_decay": weight_decay, **group}
+                                  for group in groups], {})
         for group in self.param_groups:
             if not group["use_muon"]:
                 group.setdefault("fused", not any(p.is_complex() for p in group["params"]))
@@ -759,7 +756,7 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     return found
 
 
-# What a config may name beside the classes of torch.optim. The first three are DeepSpeed's names of its own kernels.
+# What a config may name besides the classes of torch.optim. The first three are DeepSpeed's names of its own kernels.
 BY_NAME: dict[str, type[Optimizer]] = {
     "FusedAdam": torch.optim.Adam, "CPUAdam": torch.optim.Adam, "DeepSpeedCPUAdam": torch.optim.Adam,
     "Lion": Lion, "Lamb": Lamb, "FusedLamb": Lamb, "Muon": Muon}
