@@ -2558,6 +2558,9 @@ class Zero:
         if self.gatherer is not None:
             self.hooks += self.gatherer.hooks()
         _return_free_memory()
+        # glibc gives freed memory back to the system beyond twice the largest block that was freed so far, of those up
+        # to 32 MiB. Free one of that size, or each backward gets its gradients' memory anew, page by page.
+        torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
     # Setting up.
 
