@@ -1603,21 +1603,18 @@ def check_memory(model: nn.Module) -> None:
 
     A weight that is tied, as one Parameter under several names, is one parameter.
     """
-    whole = [(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]
-             if t.layout == torch.strided and t.numel() and t.untyped_storage().nbytes()]
-    by_storage: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    for name, t in whole:
-        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
-        start = t.storage_offset() * t.element_size()
-        by_storage[t.untyped_storage()._cdata].append((start, start + span * t.element_size(), name))
+    spans = []
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.layout == torch.strided and t.numel() and t.untyped_storage().nbytes():
+            last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+            place = t.storage_offset() * t.element_size(), (last + 1) * t.element_size()
+            spans.append((t.untyped_storage()._cdata, *place, name))
     names = {name for name, _ in model.named_parameters()}
-    for spans in by_storage.values():
-        spans.sort()
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:]):
-            if start < end and {name, other} & names:
-                raise ValueError(f"{name} and {other} share memory, and would be two tensors from now on; to tie "
-                                 "weights, use one Parameter for both, as in head.weight = embedding.weight; else give "
-                                 "one of them a copy")
+    for (storage, _, end, name), (same, start, _, other) in pairwise(sorted(spans)):
+        if storage == same and start < end and {name, other} & names:
+            raise ValueError(f"{name} and {other} share memory, and would be two tensors from now on; to tie weights, "
+                             "use one Parameter for both, as in head.weight = embedding.weight; else give one of them "
+                             "a copy")
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -1626,22 +1623,15 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     A block is a child of a ModuleList, ModuleDict or Sequential that has children itself and a sibling of its class.
     A block with blocks inside counts as one, unless it holds more than a third of the model.
     """
-    total = sum(p.numel() for p in model.parameters())
-
-    def search(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {}
-        kinds = Counter(type(child) for child in module.children())
-        for name, child in module.named_children():
-            path, inner = f"{prefix}{name}", search(child, f"{prefix}{name}.")
-            repeats = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and kinds[type(child)] > 1
-            if repeats and any(child.children()) and (
-                    not inner or 3 * sum(p.numel() for p in child.parameters()) <= total):
-                found[path] = child
-            else:
-                found |= inner
-        return found
-
-    return search(model, "")
+    modules, repeated = dict(model.named_modules()), []
+    for path, parent in modules.items():
+        if isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            kinds = Counter(map(type, parent.children()))
+            repeated += [f"{path}.{name}".lstrip(".") for name, child in parent.named_children()
+                         if kinds[type(child)] > 1 and any(child.children())]
+    blocks = [path for path in repeated if 3 * _numel(model.get_submodule(path)) <= _numel(model)
+              or not any(_is_inside(other, [path]) for other in repeated)]
+    return {path: module for path, module in modules.items() if path in blocks and not _is_inside(path, blocks)}
 
 
 def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Module]:
@@ -1652,17 +1642,43 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
     always one: it takes what is in no other.
     """
     units = _found_units(model) if leaf is None else _named_units(model, leaf)
-    marked: dict[str, nn.Module] = {}
+    marked = {name: module for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)}
+    return {name: module for name, module in (units | marked).items() if name and not _is_inside(name, marked)}
+
+
+def _found_units(model: nn.Module) -> dict[str, nn.Module]:
+    units = find_blocks(model)
+    # A module with parameters of its own may read its submodules' as well, without calling them.
+    others = {name: module for name, module in model.named_modules() if name and name not in units
+              and not _is_inside(name, units) and _numel(module, recurse=False)}
+    return units | {name: module for name, module in others.items() if not _is_inside(name, others)
+                    and 20 * _numel(module, recurse=False) >= _numel(model)}
+
+
+def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
+    wanted = {(key, what) for key in ("classes", "names", "name_suffixes") for what in getattr(leaf, key) or ()}
+    units: dict[str, nn.Module] = {}
+    matched = set()
     for name, module in model.named_modules():
-        if getattr(module, "_z3_leaf", False) and not _is_inside(name, marked):
-            marked[name] = module
-    return {name: module for name, module in (units | marked).items() if name and (
-        name in marked or not _is_inside(name, marked))}
+        kind = type(module)
+        hits = {("classes", kind.__name__), ("classes", f"{kind.__module__}.{kind.__qualname__}"), ("names", name)}
+        hits |= {("name_suffixes", name[start:]) for start in range(len(name))}
+        if name and hits & wanted:
+            units[name] = module
+            matched |= hits
+    if wanted - matched:
+        raise ValueError("zero_optimization.leaf_module: the model has no module of "
+                         + ", ".join(f"{key} {what!r}" for key, what in sorted(wanted - matched)))
+    return units
 
 
 def _is_inside(name: str, others: Iterable[str]) -> bool:
     """Whether the module of this name is part of one of the others; all are part of the model itself, \"\"."""
-    return any(name.startswith(f"{other}." if other else "") for other in others)
+    return any(not other or name.startswith(f"{other}.") for other in others)
+
+
+def _numel(module: nn.Module, recurse: bool = True) -> int:
+    return sum(p.numel() for p in module.parameters(recurse))
 
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
@@ -1696,42 +1712,6 @@ def _mark_leaves(model: nn.Module, classes: Iterable[type | str], flag: bool, mu
     for module in found:
         module._z3_leaf = flag
     return found
-
-
-def _found_units(model: nn.Module) -> dict[str, nn.Module]:
-    units = find_blocks(model)
-    total = sum(p.numel() for p in model.parameters())
-
-    def search(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            path = f"{prefix}{name}"
-            if path in units:
-                continue
-            direct = sum(p.numel() for p in child.parameters(recurse=False))
-            if direct == 0:
-                search(child, f"{path}.")
-            elif 20 * direct >= total:  # with its submodules, whose weights it may read without calling them
-                units[path] = child
-
-    search(model, "")
-    return units
-
-
-def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
-    wanted = {(key, what) for key in ("classes", "names", "name_suffixes") for what in getattr(leaf, key) or ()}
-    units: dict[str, nn.Module] = {}
-    matched = set()
-    for name, module in model.named_modules():
-        kind = type(module)
-        hits = {("classes", kind.__name__), ("classes", f"{kind.__module__}.{kind.__qualname__}"), ("names", name)}
-        hits |= {("name_suffixes", name[start:]) for start in range(len(name))}
-        if name and hits & wanted:
-            units[name] = module
-            matched |= hits
-    if wanted - matched:
-        raise ValueError("zero_optimization.leaf_module: the model has no module of "
-                         + ", ".join(f"{key} {what!r}" for key, what in sorted(wanted - matched)))
-    return units
 
 
 class UnitState(Enum):
@@ -1829,15 +1809,12 @@ def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict
     """
     modules = find_units(root.module, leaf)
     by_path = {path: Unit(path, module, number, root.owner) for number, (path, module) in enumerate(modules.items(), 1)}
-    paths: dict[int, list[list[str]]] = defaultdict(list)
+    common: dict[int, list[Unit]] = {}
     for name, p in root.module.named_parameters(remove_duplicate=False):
         prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
-        paths[id(p)].append([path for path in prefixes if path in by_path])
-    units = {}
-    for key, uses in paths.items():
-        shared = [path for path in uses[0] if all(path in use for use in uses)]
-        units[key] = by_path[shared[-1]] if shared else root
-    return [root, *by_path.values()], units
+        around = [root, *(by_path[path] for path in prefixes if path in by_path)]
+        common[id(p)] = [unit for unit in around if unit in common.get(id(p), around)]
+    return [root, *by_path.values()], {key: units[-1] for key, units in common.items()}
 
 
 class ShardedParameter(nn.Parameter):
