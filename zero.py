@@ -945,7 +945,8 @@ def _owner_of(parameter: nn.Parameter) -> "Gatherer | Init | None":
 def _append_slot(slots: list[Slot], name: str, p: nn.Parameter) -> None:
     """Give a parameter the place after the last slot's."""
     before, offset = _SLOTS.get(id(p)), _round_up(slots[-1].end, ALIGN) if slots else 0
-    slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, _dense_stride(p),
+    dense = torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta"))  # as a copy without gaps lies
+    slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, dense.stride(),
                       type(p) if before is None else before.kind))
 
 
@@ -1012,7 +1013,7 @@ class Bucket:
         own = values[self.own[0] - start:self.own[1] - start]
         if self.unit is not None:
             self.free()
-            self._make_master(own if large else own.clone(), trained)
+            self._make_master(own, trained)
         else:
             self.flat = values.to(self.dtypes.compute)  # values itself where the dtype is the same
             self._make_master(own, trained)
@@ -1029,7 +1030,7 @@ class Bucket:
         """Make master and shard from the values ``own``, in memory that is shared where it can be."""
         if trained:
             own = own.to(self.dtypes.master)
-            in_place = self.host is None and (self.unit is not None or _same_memory(own, self.flat))
+            in_place = self.host is None and _same_memory(own, self.flat)
             self.master = own if in_place else _copy_at(self.host, own)
         if self.unit is not None:
             together = trained and self.host is self.shard_host and (
@@ -1256,8 +1257,7 @@ class Gradients:
         self.reduction = Handle()
         slots, dtypes = bucket.slots, bucket.dtypes
         # Whether autograd's gradient of the one parameter here can be the buffer.
-        self.adopts = slots[0].shape.numel() == bucket.numel and _is_contiguous(slots[0]) and (
-            dtypes.compute == dtypes.gradient)
+        self.adopts = slots[0].shape.numel() == bucket.numel and dtypes.compute == dtypes.gradient
         self.keeps_buffer = not bucket.sharded.gradients and self.host is None  # between backward passes
         ends = [0, *(slot.end for slot in slots)]
         self.gaps = [(end, start) for end, start in zip(ends, [*(slot.offset for slot in slots), bucket.numel])
@@ -1275,9 +1275,9 @@ class Gradients:
             return
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
             gradient = gradient.to_dense()
-        if (self.adopts and self.buffer is None and gradient.is_contiguous()
+        if (self.adopts and self.buffer is None and gradient.stride() == slot.stride
                 and gradient.dtype == self.bucket.dtypes.gradient):
-            self.buffer = gradient.view(-1)
+            self.buffer = slot.in_order(gradient)
         else:
             self._prepare_buffer()
             place = slot.view(self.buffer)
@@ -1574,16 +1574,6 @@ def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     if tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _is_contiguous(slot: Slot) -> bool:
-    """Whether a parameter's elements lie in the order of its shape."""
-    return slot.stride == torch.empty(slot.shape, device="meta").stride()
-
-
-def _dense_stride(p: Tensor) -> tuple[int, ...]:
-    """A tensor's own stride, or that of a copy of it without gaps."""
-    return torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta")).stride()
 
 
 def _round_up(size: int, multiple: int) -> int:
