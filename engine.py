@@ -46,7 +46,7 @@ import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -1133,7 +1133,6 @@ class Engine(nn.Module):
         self.precision = precision
         self.scaler = self.precision.make_scaler()
         self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
-        self._clock = _Clock(self) if config.wall_clock_breakdown else None
 
     # What the config says.
 
@@ -1367,8 +1366,8 @@ class Engine(nn.Module):
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
         self.global_samples += round(fraction * self.train_batch_size())
-        if self._clock:
-            self._clock.after_step()
+        if self.config.wall_clock_breakdown:
+            _print_times(self)
         if self._progress:
             self._progress.after_step()
 
@@ -1605,7 +1604,7 @@ class Engine(nn.Module):
     def _phase(self, name: str) -> Iterator[None]:
         """A timed phase. Where communication fails in it, say where ranks were; where two dtypes meet, what to do."""
         try:
-            with self._clock.phase(name) if self._clock else nullcontext():
+            with self.zero.communicator.clock.phase(name):
                 yield
         except (RuntimeError, ValueError) as error:
             if "support saved tensor hooks" in str(error):
@@ -1662,40 +1661,18 @@ class _Progress:
         self.loss_sum, self.losses, self.since = 0.0, 0, now
 
 
-class _Clock:
-    """Prints on rank 0 what each optimizer step's time went into, in ms; on a GPU it waits for each phase to end.
+def _print_times(engine: Engine) -> None:
+    """Print on rank 0 what an optimizer step's time went into, and begin anew; on a GPU the host waits for it here.
 
     Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the other
     phases do not include; what overlaps with computation costs no time and is not in it.
     """
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.seconds = dict.fromkeys(("forward", "backward", "communication", "offload", "update"), 0.0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
-        apart = {"communication": self.engine.zero.communicator, "offload": self.engine.zero.offload.optimizer}
-        began, before = self._now(), {key: part.seconds for key, part in apart.items() if part is not None}
-        yield
-        self.seconds[name] += self._now() - began
-        for key, seconds in before.items():
-            self.seconds[key] += apart[key].seconds - seconds
-            self.seconds[name] -= apart[key].seconds - seconds
-
-    def _now(self) -> float:
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
-        return time.perf_counter()
-
-    def after_step(self) -> None:
-        """Print, and begin anew."""
-        if self.engine.global_rank == 0:
-            parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items()
-                              if name != "offload" or self.engine.zero.offload.optimizer is not None)
-            print(f"step {self.engine.global_steps}: {parts}", flush=True)
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+    spent = engine.zero.communicator.clock.read()
+    phases = ["forward", "backward", "communication", "offload", "update"]
+    if engine.zero.offload.optimizer is None:
+        phases.remove("offload")
+    if engine.global_rank == 0:
+        print(f"step {engine.global_steps}: {', '.join(f'{name} {spent[name]:.1f} ms' for name in phases)}", flush=True)
 
 
 # --- Save and resume --------------------------------------------------------------------------------------------------
@@ -2456,6 +2433,7 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if recomputed is not None:
         engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
     engine._logbook = engine.zero.communicator.logbook
+    engine.zero.communicator.clock.runs = settings.wall_clock_breakdown
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:

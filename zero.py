@@ -46,6 +46,7 @@ import gc
 import hashlib
 import logging
 import math
+import mmap
 import os
 import shutil
 import socket
@@ -64,6 +65,7 @@ from itertools import accumulate, count, pairwise, product, zip_longest
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  see end_process_group
@@ -362,24 +364,64 @@ def _tell_difference(texts: list[Sequence[str]]) -> None:
                      "config, the same model and the same calls")
 
 
+class Clock:
+    """What time goes into, once ``runs`` is set: moments, each with the name of what begins there.
+
+    On a GPU they are events among its work, since to wait there does not block the host; ``read`` alone waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.runs, self.name = device, False, ""
+        self.moments: list[tuple[str, Any]] = []
+
+    def phase(self, name: str) -> AbstractContextManager:
+        """What runs inside counts for ``name``, and for no phase around it."""
+        return self._phase(name) if self.runs else nullcontext()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        outer = self.name
+        self._begin(name)
+        try:
+            yield
+        finally:
+            self._begin(outer)
+
+    def _begin(self, name: str) -> None:
+        self.name, moment = name, time.perf_counter()
+        if self.device.type == "cuda":
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.moments.append((name, moment))
+
+    def read(self) -> Counter[str]:
+        """The milliseconds of each phase since the last call."""
+        spent: Counter[str] = Counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for (name, began), (_, ended) in pairwise(self.moments):
+            spent[name] += began.elapsed_time(ended) if self.device.type == "cuda" else 1e3 * (ended - began)
+        self.moments.clear()
+        return spent
+
+
 class Handle:
     """A collective under way. Its tensors must not be touched before ``wait()`` has returned."""
 
     def __init__(self, communicator: "Communicator | None" = None, works: Sequence[Any] = (),
                  finish: Callable[[], None] | None = None):
-        self.communicator, self.works, self.finish = communicator, works, finish
+        self.communicator, self.works, self.finish = communicator, list(works), finish
 
     def wait(self) -> None:
         """Block until the collective is done (on a GPU: until the work queued from now on will find it done)."""
         if not self.works and self.finish is None:
             return
-        began = time.perf_counter()
-        for work in self.works:
-            work.wait()
-        if self.finish is not None:
-            self.finish()
-        self.works, self.finish = (), None
-        self.communicator.seconds += time.perf_counter() - began
+        with self.communicator.clock.phase("communication"):
+            for work in self.works:
+                work.wait()
+            if self.finish is not None:
+                self.finish()
+        self.works, self.finish = [], None
 
 
 @dataclass
@@ -401,7 +443,7 @@ class Communicator:
     once, received where it belongs, and added in rank order, so that two runs give the same bits.
 
     traffic    what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
-    seconds    time that this rank has spent waiting and adding up
+    clock      what this rank's time goes into; "communication" is waiting and adding up
     spare      buffers to receive into, and of gradients in stages 2 and 3
     logbook    where each rank is; None with one rank
     debug      compare, before each collective, what ranks are about to do
@@ -442,7 +484,7 @@ class Communicator:
     def _prepare(self, rank: int, world_size: int, device: torch.device, direct: bool) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self.seconds, self.gathered = 0.0, 0
+        self.clock, self.gathered = Clock(device), 0
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
         self.direct, self.spare = direct, SpareBuffers(device)
 
@@ -454,7 +496,7 @@ class Communicator:
     def all_gather(self, flat: Tensor, what: Callable[[], str] = str, bounds: Sequence[int] | None = None) -> Handle:
         """Every rank's own slice of ``flat`` to all others. ``what`` tells what it holds, for the debug mode."""
         if self.world_size == 1:
-            return Handle()
+            return Handle(self)
         self._begin("all-gather", flat, 1, what)
         if not self.direct and bounds is not None:  # as bytes, since backends don't know every dtype
             return Handle(self, [dist.broadcast(part.view(torch.uint8), owner, async_op=True)
@@ -749,22 +791,24 @@ class Host:
     """Where offloaded tensors live: in host memory, or in files of ``folder`` that are mapped into memory.
 
     A file's pages come and go as the system has room for them, and its name is removed at once, so that nothing is left
-    over however the process ends. Beside a GPU, host memory is pinned, and gradients come down on a stream of their
-    own; on a machine without one the same steps copy from memory to memory.
+    over however the process ends. Beside a GPU, host memory is pinned, and copies run on two streams of their own,
+    ``up`` to the GPU and ``down`` from it; on a machine without one the same steps copy from memory to memory.
     """
 
-    def __init__(self, device: torch.device, folder: str | None, pin_memory: bool):
-        self.folder = folder
+    def __init__(self, device: torch.device, folder: str | None, pin_memory: bool, clock: Clock):
+        self.folder, self.clock = folder, clock
         self.place = torch.device("meta" if device.type == "meta" else "cpu")
         self.pinned = pin_memory and device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.landed: list[tuple[Tensor, Tensor]] = []  # sums on their way down, and what they will be added to
-        self.seconds = 0.0  # time that this rank has spent copying and waiting for copies
+        self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        self.landings: dict[Tensor, Tensor] = {}  # by sum: where what is added to it arrives, and when it does
+        self.arrivals: dict[Tensor, Any] = {}
+        self.is_settled = True
 
     def empty(self, numel: int, dtype: torch.dtype, in_memory: bool = False) -> Tensor:
         """A tensor here, or in host memory, with any contents. Raises OSError where the disk has no room."""
         if self.folder is None or numel == 0 or in_memory or self.place.type == "meta":
-            return torch.empty(numel, dtype=dtype, device=self.place, pin_memory=self.pinned)
+            pinned = self.pinned and numel > 0
+            return _pinned(numel, dtype) if pinned else torch.empty(numel, dtype=dtype, device=self.place)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="zero_") as file:  # gone at the end, but for the map
             if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end the process by a signal
                 os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
@@ -776,47 +820,88 @@ class Host:
             return tensor
         return self.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
+    def going_up(self) -> AbstractContextManager:
+        """What is queued inside runs on the stream ``up``, after all that the GPU has to do by now."""
+        if self.up is None:
+            return nullcontext()
+        self.up.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.up)
+
     def bring_down(self, source: Tensor, target: Tensor, add: bool) -> None:
         """Start copying the device's ``source`` into ``target``, which lives here, or adding it; see settle."""
-        if self.stream is None:
-            began = time.perf_counter()
-            target.add_(source) if add else target.copy_(source)
-            self.seconds += time.perf_counter() - began
-            return
-        if any(target is waiting for _, waiting in self.landed):
-            self.settle()
-        landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=self.pinned) if add else target
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            landing.copy_(source, non_blocking=True)
-        source.record_stream(self.stream)  # its memory is not given to another tensor before it was read
-        if add:
-            self.landed.append((landing, target))
+        with self.clock.phase("offload"):
+            if self.down is None:
+                target.add_(source) if add else target.copy_(source)
+                return
+            into = target
+            if add:
+                if target in self.arrivals:  # of the micro-batch before
+                    self.arrivals[target].synchronize()
+                    self._add(target)
+                if target not in self.landings:
+                    self.landings[target] = self.empty(target.numel(), target.dtype, in_memory=True)
+                into = self.landings[target]
+            self.down.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.down):
+                into.copy_(source, non_blocking=True)
+            source.record_stream(self.down)  # its memory is not given to another tensor before it was read
+            self.is_settled = False
+            if add:
+                self.arrivals[target] = self.down.record_event()
 
     def settle(self) -> None:
         """Wait for all that was brought down."""
-        began = time.perf_counter()
-        if self.stream is not None:
-            self.stream.synchronize()
-        for landing, target in self.landed:
-            target.add_(landing)
-        self.landed.clear()
-        self.seconds += time.perf_counter() - began
+        if not self.is_settled:
+            with self.clock.phase("offload"):
+                self.down.synchronize()
+                for target in list(self.arrivals):
+                    self._add(target)
+            self.is_settled = True
+
+    def _add(self, target: Tensor) -> None:
+        del self.arrivals[target]
+        target.add_(self.landings[target])
+
+
+def _pinned(numel: int, dtype: torch.dtype) -> Tensor:
+    """Host memory that a GPU copies from and to while it computes. PyTorch's own takes up to twice as much.
+
+    It is pinned in whole pages, which nothing else shares, and no more pinned once the last tensor in it is gone.
+    """
+    size = numel * dtype.itemsize
+    pages = _round_up(size, mmap.PAGESIZE)
+    memory = np.empty(pages + mmap.PAGESIZE, np.uint8)
+    start = -memory.ctypes.data % mmap.PAGESIZE
+    address, cuda = memory.ctypes.data + start, torch.cuda.cudart()
+    try:
+        torch.cuda.check_error(cuda.cudaHostRegister(address, pages, 0))
+    except RuntimeError as error:
+        raise RuntimeError(f"{pages:,} bytes of host memory can't be pinned for offload ({error}); give "
+                           'zero_optimization\'s offload sections "pin_memory": false, or more memory') from None
+
+    def unpin() -> None:
+        torch.cuda.synchronize()  # the GPU may read it still
+        cuda.cudaHostUnregister(address)
+
+    weakref.finalize(memory, unpin).atexit = False  # a tensor keeps the array, which calls this before it goes
+    return torch.from_numpy(memory[start:start + size]).view(dtype)
 
 
 class Offload:
     """Where the config sends masters with gradients and optimizer state, and sharded parameters; None: nowhere."""
 
-    def __init__(self, config: ZeroConfig, device: torch.device):
+    def __init__(self, config: ZeroConfig, device: torch.device, clock: Clock):
         hosts: dict[Any, Host | None] = {None: None}  # the same one for the same place
         keys = []
         for section in (config.offload_optimizer, config.offload_param):
             folder = section.nvme_path if section.device == "nvme" else None
             keys.append(None if section.device == "none" else (folder, section.pin_memory))
             if keys[-1] not in hosts:
-                hosts[keys[-1]] = Host(device, folder, section.pin_memory)
+                hosts[keys[-1]] = Host(device, folder, section.pin_memory, clock)
         self.optimizer, self.parameters = (hosts[key] for key in keys)
         self.ratio = config.offload_optimizer.ratio
+        if self.optimizer is not None and device.type == "cuda" and torch.get_num_threads() == 1:  # as torchrun sets it
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def host_for(self, numel: int, buckets: "Sequence[Bucket]") -> Host | None:
         """Where the next bucket's master lives; with a ratio below 1 some stay on the device."""
@@ -1103,8 +1188,7 @@ class Bucket:
         """After an update, or a change of the masters: start giving every rank the whole new parameters."""
         if self.unit is not None:  # the next gather reads the shard
             if self.master is not None and self.shard is not self.master:
-                # The host may read a shard of its own at once; what is on a GPU is read in the order of its stream.
-                self.shard.copy_(self.master, non_blocking=self.shard.device.type != "cpu")
+                self.shard.copy_(self.master, non_blocking=True)  # only gathers read it, and streams keep that order
             if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
                 self._start_gather()
         elif self.master is not None:
@@ -1126,8 +1210,11 @@ class Bucket:
 
     def _start_gather(self) -> None:
         _GATHERED_INTO[self.flat.untyped_storage()._cdata] = self
-        self.flat[self.own[0]:self.own[1]].copy_(self.shard, non_blocking=True)
-        self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
+        with nullcontext() if self.shard_host is None else self.shard_host.going_up():
+            self.flat[self.own[0]:self.own[1]].copy_(self.shard, non_blocking=True)
+            self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
+            if self.shard_host is not None and self.shard_host.up is not None:
+                self.gather.works.append(self.shard_host.up.record_event())
 
     def free(self) -> None:
         """Release the whole parameters' memory, unless somebody else has a view of it; each rank keeps its shard.
@@ -1165,7 +1252,7 @@ class Bucket:
         same device.
         """
         versions = [slot.parameter._version for slot in self.slots]
-        comparable = self.unit is not None and self.finest[0].device == self.flat.device
+        comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
         if comparable or versions != [slot.version for slot in self.slots]:
             self.keep_changes()
             self.note_versions()
@@ -2511,7 +2598,7 @@ class Zero:
         alone = self.communicator.world_size == 1 and config.offload_param.device == "none"
         self.sharded = SHARDED[0 if alone else config.stage]
         check_room(self._room_needed(), self.communicator)
-        self.offload = Offload(config, device)
+        self.offload = Offload(config, device, self.communicator.clock)
         self.boundary = True
         self.divisor = float(self.communicator.world_size)
         self.reducer = Reducer(self)
