@@ -37,6 +37,7 @@ import socket
 import struct
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,7 +46,8 @@ from torch import nn, optim
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousInfo
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import elastic_launch
 
 import engine as deepspeed
@@ -139,11 +141,6 @@ def set_rendezvous(options: argparse.Namespace) -> None:
         raise ValueError(f"--nnodes is {options.nnodes}: each machine needs its own --node_rank, 0 to {most - 1}")
     if not 0 <= (options.node_rank or 0) < most:
         raise ValueError(f"--node_rank is {options.node_rank}; allowed: 0 to {most - 1}")
-    # A restart must not find the addresses of the start before it in the launchers' store, or it fails to connect and
-    # is lost; so rank 0 keeps a new store for each start. Without restarts the launcher's store serves: it has its port
-    # already, and no other program can take that in the meantime.
-    if most > 1 or options.max_restarts:
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if most == 1 and not endpoint:
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", f"launch_{os.getpid()}"
         options.node_rank = 0
@@ -196,27 +193,32 @@ def interface_of(address: str) -> str | None:
 # --- Running, and telling what went wrong -----------------------------------------------------------------------------
 
 
-class KeptStderr(LogsSpecs):
-    """PyTorch's choice of files for what processes write; remembers each one's stderr, and tells of another start."""
+def join_with_new_store(handler: DynamicRendezvousHandler,
+                        join: Callable = DynamicRendezvousHandler.next_rendezvous) -> RendezvousInfo:
+    """PyTorch's ``next_rendezvous``, where rank 0's launcher keeps a store for the processes, but a new one each time.
 
-    def __init__(self, inner: LogsSpecs) -> None:
-        super().__init__(inner.root_log_dir)
-        self.inner = inner
-        self.paths: dict[int, str] = {}  # {local rank: its file, "" for none}, of the latest start
+    In the old one a restart would find the addresses of the start before it, fail to connect, and be lost.
+    """
+    handler._bootstrap_store_info = handler._shared_tcp_store_server = None
+    return join(handler)
 
-    @property
-    def root_log_dir(self) -> str:
-        return self.inner.root_log_dir
 
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """PyTorch's launcher asks before each start; ``envs``: {local rank: its variables}."""
-        if self.paths:
+def watch_starts(specs: LogsSpecs) -> dict[int, str]:
+    """Let PyTorch's launcher tell of restarts; returns the latest start's stderr files by local rank, "" for none."""
+    paths: dict[int, str] = {}
+    reify = specs.reify
+
+    def tell(envs: dict[int, dict[str, str]]) -> LogsDest:  # is asked before each start; {local rank: its variables}
+        if paths:
             print(f"launch.py: starting again, restart {envs[0]['TORCHELASTIC_RESTART_COUNT']} of at most "
                   f"{envs[0]['TORCHELASTIC_MAX_RESTARTS']}, {envs[0]['WORLD_SIZE']} process(es) in all",
                   file=sys.stderr, flush=True)
-        destination = self.inner.reify(envs)
-        self.paths = destination.stderrs
+        destination = reify(envs)
+        paths.update(destination.stderrs)
         return destination
+
+    specs.reify = tell
+    return paths
 
 
 def tell_failure(error: ChildFailedError, script: str, stderrs: dict[int, str]) -> int:
@@ -251,11 +253,12 @@ def start_processes(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
-        config.logs_specs = kept = KeptStderr(config.logs_specs)
+        stderrs = watch_starts(config.logs_specs)
+        DynamicRendezvousHandler.next_rendezvous = join_with_new_store
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            return tell_failure(error, options.training_script, kept.paths)
+            return tell_failure(error, options.training_script, stderrs)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
