@@ -38,6 +38,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -351,6 +352,7 @@ class Checkpointing:
 
     Each block's ``forward`` is replaced on the instance, so its module hooks run outside of what is recomputed: once.
     A library that shards weights gathers them by such hooks: for backward, when that reaches the block's output.
+    What replaces it is a partial object, of which a deep copy of the model gets a copy for itself.
     """
 
     def __init__(self, config: CheckpointingConfig, blocks: Mapping[str, nn.Module] | None = None):
@@ -359,13 +361,19 @@ class Checkpointing:
                             "synchronize_checkpoint_boundary": "there is no GPU to wait for"}.items():
             if getattr(config, key) and not torch.cuda.is_available():
                 logger.warning("activation_checkpointing.%s has no effect: %s", key, reason)
-        self.blocks = [_Block(self, name, module) for name, module in (blocks or {}).items()]
         self.profiles: dict[str, Profile] = {}
+        self.blocks: dict[str, tuple[nn.Module, Any]] = {}  # each with the forward that its instance had, or None
+        for name, module in (blocks or {}).items():
+            self.blocks[name] = module, vars(module).get("forward")
+            module.forward = partial(self.run, name, module.forward)
 
     def remove(self) -> None:
         """Give the blocks their own forward back. Graphs that exist can still be recomputed."""
-        while self.blocks:
-            self.blocks.pop().restore()
+        for module, own in self.blocks.values():
+            del module.forward
+            if own is not None:
+                module.forward = own
+        self.blocks.clear()
 
     def report(self) -> dict[str, Profile]:
         """What each module has cost, by name, since the start; needs ``profile``."""
@@ -373,7 +381,7 @@ class Checkpointing:
             raise RuntimeError("report() needs activation_checkpointing.profile to be true")
         return self.profiles
 
-    def run(self, name: str, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def run(self, name: str, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` as a region."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)  # nothing is saved, so there is nothing to drop
@@ -395,23 +403,6 @@ class Checkpointing:
             profile = self.profiles.setdefault(name, Profile())
             for cost, value in costs.items():
                 setattr(profile, cost, getattr(profile, cost) + value)
-
-
-class _Block:
-    """One module whose ``forward`` is replaced: by a bound method, so that a deep copy of the model gets its own."""
-
-    def __init__(self, settings: Checkpointing, name: str, module: nn.Module):
-        self.settings, self.name, self.module = settings, name, module
-        self.own_forward, self.had_own = module.forward, "forward" in vars(module)
-        module.forward = self.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.settings.run(self.name, self.own_forward, args, kwargs)
-
-    def restore(self) -> None:
-        del self.module.forward
-        if self.had_own:
-            self.module.forward = self.own_forward
 
 
 # --- The public functions ---------------------------------------------------------------------------------------------
@@ -441,7 +432,7 @@ _explicit = _DEFAULTS  # the one configuration that checkpoint() follows; config
 def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)``, of which only the inputs are kept for backward, and the rest is recomputed."""
     name = getattr(function, "__qualname__", type(function).__name__)
-    return _explicit.run(name, function, args, kwargs)
+    return _explicit.run(name, function, *args, **kwargs)
 
 
 def configure(config: CheckpointingConfig) -> Checkpointing:
