@@ -7,7 +7,8 @@ How fenced blocks are read. A chapter's blocks run in order, in a temporary fold
 files can be named as from the project's folder. A traceback names the line of the chapter.
 
     ```python                   runs here; all these blocks of a chapter share one namespace
-    ```python ranks=2           runs on as many processes, in a namespace of its own; rank 0's output counts
+    ```python ranks=2           a file of its own, which launch.py runs on as many processes, as it does for a reader;
+                                what all ranks print counts
     ```sh                       runs with bash; python and torchrun are those of this interpreter. Where all lines are
                                 ``python SCRIPT ARGS``, in processes that have PyTorch loaded already
     ```sh skip                  too slow to run: its scripts must exist and know the options that they are given
@@ -16,7 +17,6 @@ files can be named as from the project's folder. A traceback names the line of t
 """
 
 import contextlib
-import functools
 import importlib
 import inspect
 import io
@@ -80,18 +80,25 @@ def blocks_of(chapter: Path) -> list[Block]:
 # --- Running a block --------------------------------------------------------------------------------------------------
 
 
-def run_python(code: str, chapter: str, line: int, folder: str, namespace: dict | None = None) -> str:
-    """What ``code`` prints, run in ``folder``. On a worker, which has no namespace to keep, it has one of its own."""
+def run_python(block: Block, chapter: Path, folder: Path, namespace: dict) -> str:
+    """What the code prints, run in ``folder``."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile("\n" * (line - 1) + code, chapter, "exec"), {"__name__": "__main__"} if namespace is None
-             else namespace)
+        exec(compile("\n" * (block.line - 1) + block.code, str(chapter), "exec"), namespace)
     return printed.getvalue()
 
 
-def run_programs(block: Block, folder: Path, run_ranks: Ranks) -> str:
+def run_on_ranks(block: Block, chapter: Path, folder: Path, run_ranks: Ranks) -> str:
+    """What launch.py prints with the code as its script; a traceback has the chapter's lines."""
+    script = folder / f"{chapter.stem}_{block.line}.py"
+    script.write_text("\n" * (block.line - 1) + block.code)
+    command = f"python launch.py --nproc_per_node {option(block.words, 'ranks', 0)} {script.name}"
+    return run_programs(block, [command], folder, run_ranks)
+
+
+def run_programs(block: Block, commands: list[str], folder: Path, run_ranks: Ranks) -> str:
     """What commands ``python SCRIPT ARGS`` print, errors last; they must succeed."""
     printed = ""
-    for command in block.code.splitlines():
+    for command in commands:
         code, out, err = Program(run_ranks, folder / "printed", shlex.split(command)[1:], folder).end()
         printed += out + err
         assert code == 0, f"{block.place}: exit code {code}:\n{printed}"
@@ -175,15 +182,14 @@ def run_chapter(chapter: Path, folder: Path, run_ranks: Any) -> None:
     make_folder(folder)
     namespace = {"__name__": "__main__"}
     for block in blocks_of(chapter):
-        if block.language == "python":
-            ranks = option(block.words, "ranks", 0)
-            run = functools.partial(run_ranks, run_python, ranks) if ranks else \
-                lambda *args: [run_python(*args, namespace)]
-            check_output(block, run(block.code, str(chapter), block.line, str(folder))[0])
+        if block.language == "python" and block.words:
+            check_output(block, run_on_ranks(block, chapter, folder, run_ranks))
+        elif block.language == "python":
+            check_output(block, run_python(block, chapter, folder, namespace))
         elif block.language == "sh" and "skip" in block.words:
             check_command(block, folder)
         elif block.language == "sh" and all(re.match(r"python \w+\.py\b", line) for line in block.code.splitlines()):
-            check_output(block, run_programs(block, folder, run_ranks))
+            check_output(block, run_programs(block, block.code.splitlines(), folder, run_ranks))
         elif block.language == "sh":
             check_output(block, run_shell(block, folder))
         else:
@@ -256,13 +262,14 @@ def test_how_lines_are_compared(shown, printed, agree):
     ("```python\nprint(1)\n```\n", "prints, and no output is shown"),
     ("```python\nprint(1)\n```\n```output\n2\n```\n", "shows 2 and prints 1"),
     ("```python\nx = 1\n```\n\n```output\n2\n```\n", "shows 1 lines and prints 0"),
-    ("```python ranks=2\nimport torch.distributed as dist\nprint(dist.get_world_size())\n```\n```output\n3\n```\n",
-     "shows 3 and prints 2"),
+    ("```python ranks=2\nimport os\nprint(os.environ['WORLD_SIZE'])\n```\n```output\n3\n```\n", "shows 3 and prints 2"),
+    ("```python ranks=2\nprint(2)\n```\n```output\n2\n```\n", "shows 1 lines and prints 2"),
     ("```sh\npython -c 'raise SystemExit(3)'\n```\n", "exit code 3"),
     ("```sh\npython launch.py --nproc_per_node 0\n```\n", "exit code 2: usage:"),
     ("```sh skip\npython launch.py --nproc_per_node 2 --fast\n```\n", "launch.py has no option --fast"),
     ("```output\n1\n```\n", "behind no block")],
-    ids=["no output shown", "other number", "nothing printed", "ranks", "exit code", "a script's", "unknown option", "stray output"])
+    ids=["no output shown", "other number", "nothing printed", "ranks", "each rank prints",
+         "exit code", "a script's", "unknown option", "stray output"])
 def test_a_wrong_chapter_fails(tmp_path, run_ranks, text, told):
     chapter = tmp_path / "chapter.md"
     chapter.write_text(text)
