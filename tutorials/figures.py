@@ -1,19 +1,22 @@
 """Make the course's pictures, each from a real run of this project's code.
 
-    python tutorials/figures.py                             all seven, into tutorials/figures
+    python tutorials/figures.py                             all of them, into tutorials/figures
     python tutorials/figures.py holdings recompute          some of them
     python tutorials/figures.py --output DIR --format png   elsewhere, and as PNG
 
     schedules     the learning rate of every schedule over 1000 steps
+    collectives   what 4 ranks hold before and after each of the four collectives
+    bucket        a real bucket on 4 ranks: its parameters, the padding, the shards
     holdings      what each of 4 ranks holds at each ZeRO stage, from the live tensors of an engine, to scale
-    timeline      computation and collectives in one step of 2 ranks, as recorded
+    timeline      computation and collectives in one step of 2 ranks, as recorded; on top, the naive loop
+    unit_life     when each unit of a model is gathered, whole and freed in a step at stage 3, as recorded
     step_memory   the live bytes of one of 4 ranks through one step, counted after every operation
     loss_scale    the loss scale of an fp16 training run, with its overflows
     recompute     peak activation memory against the share of the forward pass that is computed twice
     same_losses   the losses of plain PyTorch and of stages 0 to 3, and how far they are apart
 
 Nothing is drawn by hand. Bytes, losses and scales are the same in every run of a version; the times of ``timeline`` are
-those of the quickest of some steps on the current machine.
+those of the quickest of some steps on the current machine, and so are those of ``unit_life``.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from typing import Any
 import matplotlib
 import torch
 import torch.distributed as dist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import Bbox
@@ -313,6 +317,94 @@ def holdings() -> Figure:
     return figure
 
 
+# What collectives do.
+
+
+def before_and_after() -> list[tuple[str, list[int], list[int]]]:
+    """For each collective its name and this rank's four numbers before and after it; 0 is what it does not have."""
+    communicator, rank = zero.Communicator(torch.device("cpu")), dist.get_rank()
+    mine, nothing = torch.full((4,), 10 ** rank), torch.zeros(4, dtype=torch.int64)
+    shard = nothing.clone()
+    communicator.shard_of(shard).copy_(communicator.shard_of(mine))
+
+    def reduce_scatter(flat: Tensor) -> None:
+        summed = torch.zeros(1, dtype=flat.dtype)
+        communicator.reduce_scatter(flat.clone(), summed, add=False).wait()
+        flat.zero_()
+        communicator.shard_of(flat).copy_(summed)
+
+    rows = []
+    for name, start, collective in (
+            ("broadcast", mine if rank == 0 else nothing, lambda flat: communicator.broadcast(flat, source=0)),
+            ("all-reduce", mine, lambda flat: communicator.all_reduce(flat).wait()),
+            ("reduce-scatter", mine, reduce_scatter),
+            ("all-gather", shard, lambda flat: communicator.all_gather(flat).wait())):
+        flat = start.clone()
+        collective(flat)
+        rows.append((name, start.tolist(), flat.tolist()))
+    return rows
+
+
+RANKS = {1: SKY, 10: ORANGE, 100: YELLOW, 1000: PURPLE, 1111: GREEN}  # the colour of what each number is
+
+
+def draw_numbers(axis: Axes, left: float, ranks: list[list[int]]) -> None:
+    """A row of four boxes for each rank, from ``left`` on; empty where it holds nothing."""
+    for rank, numbers in enumerate(ranks):
+        for index, number in enumerate(numbers):
+            axis.add_patch(Rectangle((left + index, 3 - rank), 0.94, 0.86, color=RANKS.get(number, PALE)))
+            if number:
+                axis.text(left + index + 0.47, 3.42 - rank, number, ha="center", va="center", fontsize=13)
+
+
+def collectives() -> Figure:
+    """A row for each: four ranks with four numbers each, before and after."""
+    ranks = on_ranks(before_and_after, 4)
+    figure = new_figure(7.6)
+    axes = figure.subplots(4, 1)
+    for axis, rows in zip(axes, zip(*ranks)):
+        draw_numbers(axis, 0.0, [before for _, before, _ in rows])
+        draw_numbers(axis, 5.2, [after for _, _, after in rows])
+        axis.annotate("", (5.1, 2.0), (4.0, 2.0), arrowprops={"arrowstyle": "-|>", "color": BLACK, "linewidth": 2.0})
+        axis.set_title(rows[0][0], loc="left", fontsize=15, pad=2)
+        axis.set(xlim=(0, 9.2), ylim=(0, 3.9), xticks=[], yticks=[3.43, 2.43, 1.43, 0.43])
+        axis.set_yticklabels([f"rank {rank}" for rank in range(4)])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    legend(figure, {"rank 0's": SKY, "rank 1's": ORANGE, "rank 2's": YELLOW, "rank 3's": PURPLE, "the sum": GREEN}, 5)
+    return figure
+
+
+def layout_of_a_bucket() -> tuple[list[tuple[str, int, int]], list[int]]:
+    """The parameters in a bucket of a small model, with begin and end, and where the shards begin and end."""
+    model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Tanh(), torch.nn.Linear(20, 10))
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 1}})
+    (bucket,) = engine.zero.buckets
+    return [(slot.name, slot.offset, slot.end) for slot in bucket.slots], list(bucket.bounds)
+
+
+def bucket() -> Figure:
+    """One flat tensor: above it the parameters that lie in it, below it the shards of four ranks."""
+    slots, bounds = on_ranks(layout_of_a_bucket, 4)[0]
+    figure = new_figure(3.2)
+    axis = figure.subplots()
+    axis.add_patch(Rectangle((0, 1), bounds[-1], 0.9, facecolor="white", edgecolor=GREY, hatch="///"))
+    for (name, begin, end), colour in zip(slots, (SKY, ORANGE, YELLOW, PURPLE)):
+        axis.add_patch(Rectangle((begin, 1), end - begin, 0.9, facecolor=colour, edgecolor=GREY))
+        middle = (begin + end) / 2
+        axis.annotate(name, (middle, 1.9), (middle, 2.25 if name.endswith("weight") else 2.75), ha="center", fontsize=14,
+                      arrowprops={"arrowstyle": "-", "color": GREY})
+    for rank, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        axis.add_patch(Rectangle((begin + 2, 0), end - begin - 4, 0.6, facecolor=PALE))
+        axis.text((begin + end) / 2, 0.3, f"rank {rank}", ha="center", va="center", fontsize=14)
+        axis.axvline(end, 0, 1.95 / 3.2, color=RED, linestyle="--", linewidth=1.5)
+    axis.set(xlim=(0, bounds[-1] + 2), ylim=(0, 3.2), yticks=[], xticks=bounds, xlabel="element of the flat tensor")
+    axis.spines["left"].set_visible(False)
+    return figure
+
+
 # One step over time.
 
 
@@ -368,7 +460,7 @@ class Recorder:
         return call
 
 
-def recorded_step(engine: deepspeed.Engine, recorder: Recorder, step: int) -> list[tuple[str, float, float]]:
+def recorded_step(engine: Any, recorder: Recorder, step: int) -> list[tuple[str, float, float]]:
     """The events of one step of both ranks, in seconds from its begin on."""
     windows = text_windows(step, 8, 64)[dist.get_rank()::2]
     dist.barrier()
@@ -385,21 +477,53 @@ def recorded_step(engine: deepspeed.Engine, recorder: Recorder, step: int) -> li
     return [(what, begin - began, end - began) for what, begin, end in recorder.events]
 
 
+class NaiveLoop:
+    """Chapter 5's: backward, then one all-reduce for each gradient, then the update; in the engine's words."""
+
+    def __init__(self, model: torch.nn.Module, recorder: Recorder):
+        self.model, self.recorder = model, recorder
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        for p in self.model.parameters():
+            began = time.perf_counter()
+            dist.all_reduce(p.grad)
+            for what in ("waiting", "all-reduce"):
+                self.recorder.note(what, began)
+            p.grad /= dist.get_world_size()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def quickest_of(rounds: int, steps: list[Callable[[int], list[tuple]]]) -> list[list[tuple]]:
+    """For each of ``steps``, which give a step's events, those of its quickest of ``rounds`` calls."""
+    times, quickest = [float("inf")] * len(steps), [[] for _ in steps]
+    for number in range(rounds):  # in turns, so that a busy moment of the machine meets all of them
+        for index, step in enumerate(steps):
+            events = step(number)
+            slowest = torch.tensor([max(event[-1] for event in events)])
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks choose the same step
+            if number > 1 and float(slowest) < times[index]:
+                times[index], quickest[index] = float(slowest), events
+    return quickest
+
+
 def quickest_steps(rounds: int) -> list[list[tuple[str, float, float]]]:
-    """For each stage the events of the quickest of ``rounds`` steps."""
+    """The events of the quickest of ``rounds`` steps: of the naive loop, and of each stage."""
     recorder = Recorder()
     recorder.watch()
     engines = [gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {
         "stage": stage, "reduce_bucket_size": 780_000}}) for stage in range(4)]
-    times, quickest = [float("inf")] * 4, [[] for _ in range(4)]
-    for step in range(rounds):  # in turns, so that a busy moment of the machine meets all stages
-        for stage, engine in enumerate(engines):
-            events = recorded_step(engine, recorder, step)
-            slowest = torch.tensor([max(end for _, _, end in events)])
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks choose the same step
-            if step > 1 and float(slowest) < times[stage]:
-                times[stage], quickest[stage] = float(slowest), events
-    return quickest
+    torch.manual_seed(0)
+    loops = [NaiveLoop(GPT(256, 6, 4, 64), recorder), *engines]
+    return quickest_of(rounds, [partial(recorded_step, loop, recorder) for loop in loops])
 
 
 COMPUTE = {"forward": SKY, "backward": BLUE, "update": GREEN}
@@ -407,11 +531,11 @@ NETWORK = {"all-reduce": RED, "reduce-scatter": ORANGE, "all-gather": PURPLE}
 
 
 def timeline() -> Figure:
-    """Stages 0 to 3 below each other: what the rank computes, and what its collectives do meanwhile."""
-    stages = on_ranks(quickest_steps, 2, 30)[0]
-    figure = new_figure(7.2)
-    axes = figure.subplots(4, 1, sharex=True)
-    for stage, (axis, events) in enumerate(zip(axes, stages)):
+    """The naive loop and stages 0 to 3 below each other: what the rank computes, and what its collectives do."""
+    rows = on_ranks(quickest_steps, 2, 30)[0]
+    figure = new_figure(8.6)
+    axes = figure.subplots(5, 1, sharex=True)
+    for name, axis, events in zip(("naive loop", *(f"stage {stage}" for stage in range(4))), axes, rows):
         def bars(kind: str) -> list[tuple[float, float]]:
             return [(1e3 * begin, 1e3 * (end - begin)) for what, begin, end in sorted(events, key=lambda e: e[1])
                     if what == kind and end - begin > 2e-4]
@@ -421,17 +545,75 @@ def timeline() -> Figure:
         axis.broken_barh(bars("waiting"), (2, 0.9), facecolor="white", alpha=0.75)
         for kind, colour in NETWORK.items():
             axis.broken_barh(bars(kind), (0 if kind == "all-gather" else 1, 0.8), facecolor=colour, edgecolor="white",
-                             linewidth=0.8)
+                             linewidth=0.3 if name == "naive loop" else 0.8)
         axis.set(yticks=[2.45, 1.4, 0.4], ylim=(-0.4, 2.9))
         axis.set_yticklabels(["computes", "reduces", "gathers"])
-        axis.set_title(f"stage {stage}", loc="left", fontsize=15, pad=2)
+        axis.set_title(name, loc="left", fontsize=15, pad=2)
         axis.spines["left"].set_visible(False)
-        axis.spines["bottom"].set_visible(stage == 3)
-        axis.tick_params(axis="x", length=4 if stage == 3 else 0)
+        axis.spines["bottom"].set_visible(axis is axes[-1])
+        axis.tick_params(axis="x", length=4 if axis is axes[-1] else 0)
         axis.tick_params(axis="y", length=0)
     axes[-1].set_xlabel("milliseconds")
     axes[-1].set_xlim(0, None)
     legend(figure, COMPUTE | {"waits": "#D0D0D0"} | NETWORK, 4)
+    return figure
+
+
+# The life of units.
+
+
+def quickest_lives(rounds: int) -> list[tuple[str, str, float]]:
+    """(unit, what happens to it, when) in the quickest of ``rounds`` steps at stage 3, and where its phases end."""
+    events: list[tuple[str, str, float]] = []
+
+    def note(name: str) -> None:
+        original = getattr(zero.Unit, name)
+
+        def call(unit: zero.Unit) -> None:
+            if name != "finish_gather":
+                events.append((unit.name or "(root)", name, time.perf_counter()))
+            original(unit)
+            if name == "finish_gather":
+                events.append((unit.name or "(root)", name, time.perf_counter()))
+
+        setattr(zero.Unit, name, call)
+
+    for name in ("start_gather", "finish_gather", "free"):
+        note(name)
+    engine, recorder = gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}), Recorder()
+
+    def step(number: int) -> list[tuple[str, str, float]]:
+        events.clear()
+        phases = recorded_step(engine, recorder, number)
+        began = time.perf_counter() - phases[-1][2]
+        return [*((unit, what, at - began) for unit, what, at in events), *(("", what, end) for what, _, end in phases)]
+
+    return quickest_of(rounds, [step])[0]
+
+
+def unit_life() -> Figure:
+    """A row for each unit, coloured while its gather is under way and while it is whole."""
+    events = on_ranks(quickest_lives, 2, 30)[0]
+    phases = {what: 1e3 * at for unit, what, at in events if not unit}
+    units = sorted({unit for unit, *_ in events if unit})
+    figure = new_figure(4.8)
+    axis = figure.subplots()
+    for row, unit in enumerate(reversed(units)):
+        moments = [(what, 1e3 * at) for name, what, at in events if name == unit]
+        axis.add_patch(Rectangle((0, row + 0.1), phases["update"], 0.8, color=PALE, linewidth=0))
+        for (what, begin), end in zip(moments, [*(at for _, at in moments[1:]), phases["update"]]):
+            if what != "free":
+                colour = PURPLE if what == "start_gather" else BLUE
+                axis.add_patch(Rectangle((begin, row + 0.1), end - begin, 0.8, color=colour, linewidth=0))
+    for begin, (what, end) in zip((0.0, *phases.values()), phases.items()):
+        axis.axvline(end, color=BLACK, linewidth=1.0, linestyle=":")
+        axis.text(begin + phases["update"] / 100, len(units) + 0.1, what, fontsize=14)
+    axis.set(xlim=(0, phases["update"]), ylim=(0, len(units) + 0.5), yticks=[row + 0.5 for row in range(len(units))],
+             xlabel="milliseconds")
+    axis.set_yticklabels(list(reversed(units)))
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    legend(figure, {"sharded": PALE, "being gathered": PURPLE, "whole": BLUE}, 3)
     return figure
 
 
@@ -582,7 +764,7 @@ def recompute() -> Figure:
     axis.annotate("all 12, in regions\nof several blocks", larger[-1], xytext=(30, 16), textcoords="offset points",
                   ha="right", color=RED)
     axis.annotate("selective\nmode", selective, xytext=(-4, -50), textcoords="offset points", color=GREEN)
-    axis.set(xlabel="computed twice, % of the forward pass", ylabel="activations, MiB", xlim=(-3, 100), ylim=(0, None))
+    axis.set(xlabel="matrix products computed twice, % of those in forward", ylabel="activations, MiB", xlim=(-3, 100), ylim=(0, None))
     axis.grid(axis="y", color=PALE)
     return figure
 
@@ -658,7 +840,7 @@ def same_losses(steps: int = 100) -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {f.__name__: f for f in (
-    schedules, holdings, timeline, step_memory, loss_scale, recompute, same_losses)}
+    schedules, holdings, collectives, bucket, timeline, unit_life, step_memory, loss_scale, recompute, same_losses)}
 
 
 def write(figure: Figure, path: Path) -> int:
