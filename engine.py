@@ -281,40 +281,32 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike) -> Any:
     In a file, comments (#, //, /* */) and commas before a closing bracket may stand.
     """
     if not isinstance(config, (str, os.PathLike)):
-        return _plain(config)
+        return _object(config.items()) if isinstance(config, Mapping) else config
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8-sig")
         for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # as blanks, so that errors name the place
             text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
                           lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
-        return _plain(json.loads(text, object_pairs_hook=_without_duplicates))
+        return json.loads(text, object_pairs_hook=_object)
     except OSError as error:
         raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} is not JSON: {error}") from error
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs if not _is_comment(key)]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"the key {key!r} stands twice in the config file")
-    return dict(pairs)
-
-
-def _is_comment(key: str) -> bool:
-    return key.startswith(("_", "#", "//")) or key.lower() in ("comment", "comments")
-
-
-def _plain(raw: Any, path: str = "") -> Any:
-    """``raw`` with a new dict for each mapping in it, without comments."""
-    if not isinstance(raw, Mapping):
-        return raw
-    for key in raw:
+def _object(pairs: Iterable[tuple[Any, Any]], place: str = "the config") -> dict[str, Any]:
+    """A new dict of these keys and values, and one for each mapping in it, without comments."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
         if not isinstance(key, str):
-            raise ConfigError(f"{path or 'the config'} has the key {key!r}; allowed: text")
-    return {key: _plain(value, f"{path}.{key}".lstrip(".")) for key, value in raw.items() if not _is_comment(key)}
+            raise ConfigError(f"{place} has the key {key!r}; allowed: text")
+        if key.startswith(("_", "#", "//")) or key.lower() in ("comment", "comments"):
+            continue
+        if key in result:
+            raise ConfigError(f"the key {key!r} stands twice in the config file")
+        result[key] = _object(value.items(), key) if isinstance(value, Mapping) else value
+    return result
 
 
 class _Parser:
