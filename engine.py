@@ -2268,19 +2268,23 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     local_rank = 0 if failure else getattr(args, "local_rank", None) or 0
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
     device, started = _join_group(model, local_rank, distributed_port, dist_init_required, settings)
-    engine = recomputed = None
+    engine = None
 
     def build() -> list[str]:
-        nonlocal engine, recomputed
+        """An engine that does not train yet: what can be refused is refused here, and the model is as it was."""
+        nonlocal engine
         if failure is not None:
             raise failure
-        engine, recomputed, lines = _build(settings, model, optimizer, model_parameters, lr_scheduler, training_data,
-                                           device, local_rank, started)
-        return lines
+        lines = _describe(settings, model)
+        _check_fit(settings, model, training_data)
+        engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
+        engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
+        engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
+        return lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
 
     with _undone_if_refused(optimizer, started):
         zero.agree(build, same=True)
-        _equip(engine, training_data, collate_fn, recomputed)
+        _equip(engine, training_data, collate_fn)
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
 
@@ -2315,23 +2319,13 @@ def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
         raise
 
 
-def _build(settings: Config, model: nn.Module, optimizer: Any, model_parameters: Any, lr_scheduler: Any,
-           training_data: Any, device: torch.device, local_rank: int, started: bool
-           ) -> tuple[Engine, dict[str, nn.Module] | None, list[str]]:
-    """An engine that does not train yet, the modules to be recomputed, and lines in which ranks must not differ.
-
-    What can be refused is refused here; the model is as it was.
-    """
-    lines = _describe(settings, model)
+def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
+    """Refuse what does not fit the model, the number of ranks or their memory."""
     settings.settle_batch_sizes(dist.get_world_size())
     _check_data(training_data)
     zero.check_memory(model)
     zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
-    recomputed = _recomputed(settings, model)
-    engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
-    engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
-    engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-    return engine, recomputed, lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
+    _recomputed(settings, model)
 
 
 def _join_group(model: Any, local_rank: int, port: int, required: bool | None, settings: Config | None
@@ -2403,11 +2397,10 @@ def _recomputed(settings: Config, model: nn.Module) -> dict[str, nn.Module] | No
     return {names[id(block)]: block for block in zero.find_blocks(model).values()}
 
 
-def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None,
-           recomputed: dict[str, nn.Module] | None) -> None:
+def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
     """Give the engine all that trains its model. ZeRO refuses before it changes anything; after it, nothing refuses."""
     model, settings, device = engine.module, engine.config, engine.device
-    table = engine.precision.table(model, engine.scaler)
+    table, recomputed = engine.precision.table(model, engine.scaler), _recomputed(settings, model)
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
