@@ -85,7 +85,7 @@ class BF16Config:
     immediate_grad_update: bool = False    # no effect
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
     bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
-    loss_scale: float = 0.0                # only 0
+    loss_scale: float | None = None        # only 0, or none
     keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
 
     NO_EFFECT: ClassVar[dict[str, str]] = {

@@ -512,7 +512,7 @@ def _check_param(value: Any, path: str, kind: type) -> Any:
     if kind is bool and value in (0, 1):
         return bool(value)
     if kind is float and number is not None and math.isfinite(number):
-        return number if isinstance(value, str) else value
+        return value if not isinstance(value, str) else int(number) if number.is_integer() else number
     if value is None or not isinstance(value, {bool: object, str: bool, float: (Real, str)}[kind]):
         return value
     raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if kind is bool else 'a finite number'}")

@@ -466,6 +466,7 @@ def test_a_stream_is_for_one_rank_only(alone, run_ranks):
     ({"type": "SGD", "params": {"momentum": 0.5}}, torch.optim.SGD, {"momentum": 0.5, "fused": None}),
     ({"type": "SGD", "params": {}}, torch.optim.SGD, {"momentum": 0, "fused": True}),
     ({"type": "RMSprop", "params": {"centered": 1, "lr": "0.1"}}, torch.optim.RMSprop, {"centered": True, "lr": 0.1}),
+    ({"type": "LION", "params": {"betas": ["0.5", 0.6]}}, deepspeed.Lion, {"betas": [0.5, 0.6]}),
     ({"type": "adagrad"}, torch.optim.Adagrad, {}),
     ({"type": "Adagrad"}, torch.optim.Adagrad, {"fused": True}),
 ])
