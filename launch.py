@@ -15,7 +15,7 @@ In addition:
 
 - When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
   the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr
-  goes through a file, line by line (--tee 2); --tee 0 leaves it alone, for progress bars that move.
+  goes through a file, and each line begins with the rank (--tee 2); --tee 0 leaves it alone.
 - With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
   itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
   PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
@@ -38,13 +38,14 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn, optim
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, Std, tail_log
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
@@ -250,6 +251,7 @@ def start_processes(options: argparse.Namespace) -> int:
     processes = run.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")  # of lines that are shown by tee
+    tail_log.open = partial(open, newline="\n")  # else each of a progress bar's "\r" would become a line of its own
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)

@@ -177,7 +177,10 @@ fcntl.flock(lock, fcntl.LOCK_EX)  # free as soon as rank 1 has ended
 time.sleep(0.02)  # some ticks of the clock that files are stamped by; a real process takes longer to end
 raise RuntimeError("a consequence")
 """
-KILLED = "import os; os.kill(os.getpid(), 9)"
+KILLED = """import os
+os.write(2, b"10%\\r20%\\r")  # a progress bar
+os.kill(os.getpid(), 9)
+"""
 DIES = """import os, signal, sys, time
 from pathlib import Path
 import engine, train_gpt
@@ -257,7 +260,7 @@ def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launcher
     assert last.startswith("Traceback (most recent call last):\n") and last.endswith("\nKeyError: 'the cause'\n"), err
     assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
     code, out, err = launches.killed.end()
-    assert code == 137, err
+    assert code == 137 and err.startswith("[rank0]: 10%\n20%\n"), err  # as text, in which "\r" is read as "\n"
     assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
 
 
