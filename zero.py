@@ -1482,16 +1482,20 @@ class Gradients:
 
     # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
 
-    def square(self, exact: bool = False) -> Tensor:
-        """The squared 2-norm of this rank's slice of the sum, in float64; ``exact`` where squares leave float32."""
-        part = self.sum if self.bucket.sharded.optimizer else self.communicator.shard_of(self.sum)
-        if exact:  # in pieces, as each becomes a copy in float64
-            norm = torch.linalg.vector_norm(torch.stack([
-                torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in part.split(2**20)]))
-        else:
-            half = part.dtype in (torch.float16, torch.bfloat16)
-            norm = torch.linalg.vector_norm(part, dtype=torch.float32 if half else None).double()
-        return norm.square() * self.predivide ** 2
+    @staticmethod
+    def square(every: "Iterable[Gradients]", device: torch.device, exact: bool = False) -> Tensor:
+        """The squared 2-norm of this rank's slices of the sums, in float64; ``exact`` where squares leave float32."""
+        kinds: defaultdict[Any, list[Tensor]] = defaultdict(list)  # what one call takes the norms of
+        for each in every:
+            part = _as_real(each.sum if each.bucket.sharded.optimizer else each.communicator.shard_of(each.sum))
+            pieces = part.split(2**20) if exact else [part]  # each may become a copy in float64
+            kinds[part.device, part.dtype, each.predivide] += pieces
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for (_, dtype, predivide), parts in kinds.items():
+            wider = torch.float64 if exact else torch.float32 if dtype.itemsize == 2 else None
+            norms = torch.stack(torch._foreach_norm(parts, dtype=wider)).double()
+            total += norms.square().sum() * predivide ** 2
+        return total
 
     def whole(self, slot: Slot) -> Tensor:
         """The sum of one parameter's gradients, in its shape. Every rank must call it."""
@@ -2800,8 +2804,7 @@ class Zero:
         flags = [float(slot in gradients.used) for gradients, slot in places] + [bool(g.late) for g in every]
         for digest in (communicator.gathered, self.reducer.dropped):
             flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
-        square = sum((gradients.square(exact) for gradients in every),
-                     torch.zeros((), dtype=torch.float64, device=communicator.device))
+        square = Gradients.square(every, communicator.device, exact)
         message = torch.cat([square.view(1), _numbers(flags, communicator.device)])
         communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
         square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()

@@ -226,7 +226,7 @@ def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(co
     waits = found["waits"]
     assert sum(waits.values()) <= (2 if offloads else 1), f"{CASES[case]}: the host waits for {waits}"
     assert found["backward"] <= 1.6 * plain, f"{CASES[case]}: {found['backward']} operations, plain PyTorch {plain}"
-    assert found["step"] <= plain, f"{CASES[case]}: {found['step']} operations in a step"
+    assert found["step"] <= 60, f"{CASES[case]}: {found['step']} operations in a step, four for each wave of updates"
     assert found["groups left"] == found["pinned after"] == 0
     assert (found["pinned"] > 0) == any(key.startswith("offload") for key in CASES[case][0])
 
