@@ -1710,8 +1710,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             kinds = Counter(map(type, parent.children()))
             repeated += [f"{path}.{name}".lstrip(".") for name, child in parent.named_children()
                          if kinds[type(child)] > 1 and any(child.children())]
-    blocks = [path for path in repeated if 3 * _numel(model.get_submodule(path)) <= _numel(model)
-              or not any(_is_inside(other, [path]) for other in repeated)]
+    outer, size = {above for path in repeated for above in _above(path)}, _numel(model)
+    blocks = {path for path in repeated if path not in outer or 3 * _numel(model.get_submodule(path)) <= size}
     return {path: module for path, module in modules.items() if path in blocks and not _is_inside(path, blocks)}
 
 
@@ -1732,8 +1732,9 @@ def _found_units(model: nn.Module) -> dict[str, nn.Module]:
     # A module with parameters of its own may read its submodules' as well, without calling them.
     others = {name: module for name, module in model.named_modules() if name and name not in units
               and not _is_inside(name, units) and _numel(module, recurse=False)}
+    size = _numel(model)
     return units | {name: module for name, module in others.items() if not _is_inside(name, others)
-                    and 20 * _numel(module, recurse=False) >= _numel(model)}
+                    and 20 * _numel(module, recurse=False) >= size}
 
 
 def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
@@ -1753,9 +1754,14 @@ def _named_units(model: nn.Module, leaf: LeafModules) -> dict[str, nn.Module]:
     return units
 
 
-def _is_inside(name: str, others: Iterable[str]) -> bool:
+def _above(name: str) -> list[str]:
+    """The names of the modules that the module of this name is part of."""
+    return ["", *(name[:index] for index, letter in enumerate(name) if letter == ".")]
+
+
+def _is_inside(name: str, others: Collection[str]) -> bool:
     """Whether the module of this name is part of one of the others; all are part of the model itself, \"\"."""
-    return any(not other or name.startswith(f"{other}.") for other in others)
+    return any(above in others for above in _above(name))
 
 
 def _numel(module: nn.Module, recurse: bool = True) -> int:
