@@ -1204,14 +1204,21 @@ class Engine(nn.Module):
 
     def compile(self, backend: str | Callable = "inductor", compile_kwargs: dict[str, Any] | None = None,
                 schedule: Any = None, compiled_autograd_enabled: bool = False) -> None:
-        """Compile the model's forward with ``torch.compile``. The last two, DeepSpeed's own passes, are refused.
+        """Compile the model's blocks, or a model without blocks, with ``torch.compile``; the last two are refused.
 
-        At stage 3 gathering and freeing stay uncompiled, so that less is gained.
+        A graph of the whole model would give all gradients at its end: no reduction would overlap with it. Nor may CUDA
+        graphs be replayed, which write over the gradients that buckets have taken from the last replay.
         """
+        options = compile_kwargs or {}
         if schedule is not None or compiled_autograd_enabled:
             raise ValueError(f"schedule is {schedule!r} and compiled_autograd_enabled {compiled_autograd_enabled!r}; "
                              "allowed: None and False, as there are no compiler passes here but PyTorch's")
-        self.module.compile(backend=backend, **(compile_kwargs or {}))
+        mode, graphs = options.get("mode"), (options.get("options") or {}).get("triton.cudagraphs")
+        if mode in ("reduce-overhead", "max-autotune") or graphs or backend == "cudagraphs":
+            raise ValueError(f"backend is {backend!r}, compile_kwargs {options!r}: it replays CUDA graphs, which write "
+                             "over gradients that are still needed; allowed: max-autotune-no-cudagraphs, for example")
+        for block in (zero.find_blocks(self.module) or {"": self.module}).values():
+            block.compile(backend=backend, **options)
 
     # Where training is.
 

@@ -246,7 +246,7 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         return False
     if required is False:
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
-    backend = backend or ("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+    backend = backend or _backend(device)
     own = device if backend == "nccl" else None  # NCCL then connects ranks now, and not in the first backward
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         for name, starter in STARTERS.items():
@@ -268,6 +268,10 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
     atexit.register(end_process_group)
     return True
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
 def end_process_group() -> None:
@@ -463,7 +467,10 @@ class Communicator:
         self.broadcast(number, source=0)
         self.number = int(number)
         if self.world_size > 1:
-            self.logbook, self.debug = Logbook(self.number, timeout), debug
+            usual = dist.distributed_c10d._get_default_timeout(_backend(device)).total_seconds()
+            self.logbook, self.debug = Logbook(self.number, timeout or usual), debug
+            if device.type == "cuda":
+                self.logbook.watch()
 
     def open_groups(self, timeout: float | None) -> None:
         """Have groups of its own on GPUs, until ``close_groups``."""
@@ -658,12 +665,16 @@ class Logbook:
     LOST = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")  # in errors
     PATIENCE = 2.0  # seconds that a rank waits at its end for the others to end too, and for the store to answer
 
-    def __init__(self, number: int, timeout: float | None):
+    def __init__(self, number: int, timeout: float):
         self.store = dist.PrefixStore(f"logbook/{number}", dist.distributed_c10d._get_default_store())
-        self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout or 1800.0
+        self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
         self.collectives, self.last = 0, "nothing"
-        self.micro_batch = -1
+        self.micro_batch, self.since = -1, 0.0  # the latter: when this rank last began something
         self.write(0)
+
+    def watch(self) -> None:
+        """Tell where ranks are before a collective times out: NCCL's raise nothing then, they end the process."""
+        Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     def compare(self, operation: str) -> None:
         """Raise RuntimeError on every rank unless all are about to do ``operation``."""
@@ -688,12 +699,14 @@ class Logbook:
 
     def write(self, micro_batch: int) -> None:
         """This rank begins with a micro-batch, or goes on with it."""
+        self.since = time.monotonic()
         if micro_batch != self.micro_batch:
             self.micro_batch = micro_batch
             self.store.set(f"at/{self.rank}", str(micro_batch))
 
     def end(self) -> None:
         """This rank has had its last micro-batch; RuntimeError where others then still train, with more of them."""
+        self.since = math.inf
         try:
             self.store.set(f"at/{self.rank}", f"{self.micro_batch} ended")
             deadline = time.monotonic() + self.PATIENCE
@@ -732,6 +745,18 @@ class Logbook:
             return (f"ranks have had different numbers of micro-batches: {lines}; give all ranks equally many, as the "
                     "loader that initialize() makes of training_data does")
         return f'ranks lost each other: {lines}; the config\'s "debug": true names what each was about to do'
+
+
+def _watch(reference: "weakref.ref[Logbook]") -> None:
+    """Log where ranks are each time that nothing has begun for four fifths of the timeout."""
+    while (logbook := reference()) is not None:
+        pause, waited = logbook.timeout / 50, time.monotonic() - logbook.since
+        if waited > 0.8 * logbook.timeout:
+            logger.error("rank %d has begun nothing for %.0f seconds; NCCL ends a process whose collective takes "
+                         "%g. %s", logbook.rank, waited, logbook.timeout, logbook.report())
+            logbook.since = math.inf
+        del logbook  # an engine that is dropped ends the thread
+        time.sleep(pause)
 
 
 class SpareBuffers:

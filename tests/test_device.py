@@ -124,7 +124,7 @@ def pretend(zero):
     zero.gather = lambda value, group=None: [value] * WORLD
     zero.own_device = lambda local_rank: torch.device("meta")
     zero.start_process_group = lambda *args, **kwargs: False
-    zero.Logbook = lambda *args: None
+    zero.Logbook = mock.MagicMock()
     torch.cuda.Stream = torch.cuda.Event = Work
     torch.cuda.current_stream, torch.cuda.stream = Work, lambda stream: nullcontext()
     torch.cuda.cudart, torch.cuda.check_error, torch.cuda.synchronize = Runtime, lambda code: None, lambda *args: None

@@ -570,7 +570,8 @@ def wrong_calls() -> list[tuple[str, dict, str, bool]]:
               for wrong in (0, -1, 1.5, "2", None, True)]
     calls += [("set_gradient_accumulation_boundary", {"is_boundary": wrong}, "is_boundary is", False)
               for wrong in (1, None, "yes")]
-    return calls + [("compile", {"schedule": [1]}, "schedule is", False)]
+    return calls + [("compile", {"schedule": [1]}, "schedule is", False),
+                    ("compile", {"compile_kwargs": {"mode": "max-autotune"}}, "it replays CUDA graphs", False)]
 
 
 def draw_mistakes(seed: int, count: int) -> list[Mistake]:

@@ -201,3 +201,28 @@ def test_what_fails_in_either_lane_is_told_with_what_it_printed(tmp_path):
 def test_a_lane_that_dies_fails_the_suite(tmp_path):
     done = two_lanes(tmp_path, "pass", "os._exit(4)")
     assert done.returncode == 3 and "the second lane died with exit code 4" in done.stdout, done.stdout
+
+
+def long_silence() -> str:
+    """Rank 1 waits in its second micro-batch, as on NCCL, whose collectives raise nothing."""
+    logbook = zero.Logbook(77, timeout=1.0)
+    logbook.write(1 + dist.get_rank())
+    dist.barrier()
+    told = []
+    with mock.patch.object(zero.logger, "error", lambda text, *args: told.append(text % args)):
+        logbook.watch()
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert time.monotonic() - deadline + 60 > 0.7, "too early"
+    dist.barrier()
+    return " | ".join(told)
+
+
+def test_a_waiting_rank_says_so_before_nccl_would_end_the_process(run_ranks):
+    for rank, told in enumerate(run_ranks(long_silence, 2)):
+        assert told.startswith(f"rank {rank} has begun nothing for 1 seconds; NCCL ends a process whose collective "
+                               "takes 1. ranks have had different numbers of micro-batches: rank 0 is in its "
+                               "micro-batch 1, rank 1 is in its micro-batch 2"), told
+        assert told.count("begun nothing") == 1, "told again, without anything having begun since"

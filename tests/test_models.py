@@ -1257,6 +1257,7 @@ def test_compiled_models_train_the_same(how, stage, backend):
     pair = Pair.of(given, reference, stage)
     if how == "by the engine":
         pair.engine.compile(backend=backend)
+        assert model._compiled_call_impl is None and all(block._compiled_call_impl for block in model.blocks)
     for step in range(3):
         pair.train(step)
         assert_same(model, reference, f"step {step}")
