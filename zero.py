@@ -1423,7 +1423,8 @@ class Gradients:
         Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
         came last time is waited for, where no unit's end tells that it is over.
         """
-        return self.arrived >= (self.expected if self.bucket.unit else self.expected | self.hidden)
+        return len(self.arrived) >= len(self.expected) and (  # this is asked at every gradient: the sets come last
+            self.arrived >= (self.expected if self.bucket.unit else self.expected | self.hidden))
 
     def launch(self) -> None:
         """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
@@ -2225,7 +2226,8 @@ class Gatherer:
             return  # create_graph: the backward of this backward reads the parameters again; end_backward frees them
         unit.users.discard(RECOMPUTED)
         self._release(unit, call())
-        self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
+        if unit is not self.root:  # whose inputs are those of its first block, too: its end is that of the backward
+            self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
         self.zero.reducer.launch_ready()
 
     def end_backward(self) -> None:
@@ -2417,6 +2419,10 @@ class Reducer:
     def finish(self) -> None:
         """Backward is over: reduce what is left, if this backward reduces at all."""
         if self.reduces_now:
+            if self.zero.gatherer is not None:  # calls whose inputs need no gradient end here, perhaps on some ranks
+                forward = self.zero.gatherer.traces[False]
+                self.enqueue(bucket.gradients for unit in reversed(forward.order[:forward.position])
+                             for bucket in unit.buckets)
             self.enqueue(self.every)
             for gradients in self.queue:
                 self.launch(gradients)

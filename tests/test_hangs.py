@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import random
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import engine as deepspeed
 import lanes
 import oracle
 import zero
@@ -226,3 +228,63 @@ def test_a_waiting_rank_says_so_before_nccl_would_end_the_process(run_ranks):
                                "takes 1. ranks have had different numbers of micro-batches: rank 0 is in its "
                                "micro-batch 1, rank 1 is in its micro-batch 2"), told
         assert told.count("begun nothing") == 1, "told again, without anything having begun since"
+
+
+class Experts(nn.Module):
+    """A block in which each rank uses the experts that it is told to, perhaps none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, chosen):
+        x = x + torch.tanh(self.first(x))
+        return x + sum(self.experts[index](x) for index in chosen)
+
+
+class Mixture(nn.Module):
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Experts() for _ in range(blocks)), nn.Linear(4, 1)
+
+    def forward(self, x, order, chosen):
+        for index in order:
+            x = self.blocks[index](x, chosen[index])
+        return self.head(x)
+
+
+def collectives_of(seed: int) -> list[str]:
+    """What a rank sends, in its order, while ranks use different experts of a model that is drawn."""
+    same, own = random.Random(seed), random.Random(f"{seed} {dist.get_rank()}")
+    blocks = same.randint(2, 7)
+    torch.manual_seed(seed)
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": same.randint(1, 2),
+              "optimizer": {"type": "AdamW", "params": {}},
+              "zero_optimization": {"stage": seed % 4, "reduce_bucket_size": same.choice([10, 60, 1000])}}
+    if same.random() < 0.4:
+        config["activation_checkpointing"] = {}
+    engine, *_ = deepspeed.initialize(model=Mixture(blocks), config=config)
+    sent, begin = [], zero.Communicator._begin
+
+    def record(self, kind, tensor, times, what):
+        sent.append(f"{kind} of {what()}")
+        begin(self, kind, tensor, times, what)
+
+    with mock.patch.object(zero.Communicator, "_begin", record):
+        for _ in range(4):
+            order = same.sample(range(blocks), same.randint(1, blocks))  # as LayerDrop takes some, on all ranks alike
+            chosen = [own.sample(range(3), own.randint(0, 2)) for _ in range(blocks)]
+            engine.backward(engine(torch.ones(2, 4, requires_grad=own.random() < 0.5), order, chosen).square().mean())
+            engine.step()
+    engine.destroy()
+    return sent
+
+
+def test_gathers_and_reductions_have_one_order_on_all_ranks_whatever_parts_of_blocks_they_use(run_ranks, is_long):
+    """NCCL has a communicator for each of the two, and asks for one order of both: else ranks can wait for ever."""
+    for seed in range(200 if is_long else 16):
+        first, *others = run_ranks(collectives_of, 3, seed)
+        for other in others:
+            place = next((i for i, pair in enumerate(zip(first, other)) if len(set(pair)) > 1), None)
+            assert first == other, f"seed {seed}: ranks go apart at {place}: {first[place]}, {other[place]}"
+        assert any("reduce" in what for what in first)
