@@ -1124,7 +1124,7 @@ class Engine(nn.Module):
         self._grad_norm = 0.0
         self.precision = precision
         self.scaler = self.precision.make_scaler()
-        self._progress = _Progress(config.steps_per_print, self) if config.steps_per_print else None
+        self._progress = _Progress(self)
 
     # What the config says.
 
@@ -1284,8 +1284,7 @@ class Engine(nn.Module):
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
         self._enter()
-        if self._progress:
-            self._progress.add_loss(loss.detach())
+        self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
         with self._phase("backward"):
             self._check_scaled()
@@ -1365,10 +1364,7 @@ class Engine(nn.Module):
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
         self.global_samples += round(fraction * self.train_batch_size())
-        if self.config.wall_clock_breakdown:
-            _print_times(self)
-        if self._progress:
-            self._progress.after_step()
+        self._progress.after_step()
 
     def _check_lr_kwargs(self, lr_kwargs: Any) -> None:
         """Refuse what the scheduler's step() does not take, while nothing has changed."""
@@ -1627,26 +1623,30 @@ class Engine(nn.Module):
 
 
 class _Progress:
-    """Prints a line on rank 0 every ``every`` optimizer steps: step, mean loss, rate, samples/s since the last line."""
+    """What rank 0 prints while training: progress lines, and with ``wall_clock_breakdown`` each step's times."""
 
-    def __init__(self, every: int, engine: Engine):
-        self.every = every
-        self.engine = engine
+    def __init__(self, engine: Engine):
+        self.engine, self.every = engine, engine.config.steps_per_print
         self.loss_sum: Tensor | float = 0.0
         self.losses = 0
         self.since = time.perf_counter()
 
     def add_loss(self, loss: Tensor) -> None:
         """Take note of one micro-batch's loss."""
-        self.loss_sum = self.loss_sum + loss.float()
-        self.losses += 1
+        if self.every:
+            self.loss_sum, self.losses = self.loss_sum + loss.float(), self.losses + 1
 
     def after_step(self) -> None:
-        """Print when a line is due. Every rank must call it, as the loss is averaged over them."""
+        """Print what is due. Every rank must call it, as the loss is averaged over them."""
+        if self.engine.config.wall_clock_breakdown:
+            self._print_times()
+        if self.every and self.engine.global_steps % self.every == 0:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        """Step, mean loss of what backward() has had, rate, and samples/s, since the last line."""
         engine = self.engine
-        if engine.global_steps % self.every:
-            return
-        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)  # of those backward() has had
+        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)
         if engine.world_size > 1:
             dist.all_reduce(mean)
         now = time.perf_counter()
@@ -1659,19 +1659,19 @@ class _Progress:
                 print(engine.zero.communicator.table(), flush=True)
         self.loss_sum, self.losses, self.since = 0.0, 0, now
 
+    def _print_times(self) -> None:
+        """What an optimizer step's time went into; on a GPU the host waits for it here.
 
-def _print_times(engine: Engine) -> None:
-    """Print on rank 0 what an optimizer step's time went into, and begin anew; on a GPU the host waits for it here.
-
-    Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the other
-    phases do not include; what overlaps with computation costs no time and is not in it.
-    """
-    spent = engine.zero.communicator.clock.read()
-    phases = ["forward", "backward", "communication", "offload", "update"]
-    if engine.zero.offload.optimizer is None:
-        phases.remove("offload")
-    if engine.global_rank == 0:
-        print(f"step {engine.global_steps}: {', '.join(f'{name} {spent[name]:.1f} ms' for name in phases)}", flush=True)
+        Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the
+        other phases do not include; what overlaps with computation costs no time and is not in it.
+        """
+        spent = self.engine.zero.communicator.clock.read()  # begins anew
+        phases = ["forward", "backward", "communication", "offload", "update"]
+        if self.engine.zero.offload.optimizer is None:
+            phases.remove("offload")
+        if self.engine.global_rank == 0:
+            times = ", ".join(f"{name} {spent[name]:.1f} ms" for name in phases)
+            print(f"step {self.engine.global_steps}: {times}", flush=True)
 
 
 # --- Save and resume --------------------------------------------------------------------------------------------------
