@@ -3163,6 +3163,7 @@ class GatheredParameters:
 
     params          a parameter or several; those that no engine has are left alone
     modifier_rank   the rank whose changes to ``params`` all ranks take over at the end. None: reading only
+    fwd_module      DeepSpeed's, without effect here
     enabled         False: the context does nothing
     """
 
@@ -3188,7 +3189,9 @@ class GatheredParameters:
         if moved:
             raise RuntimeError(f"{', '.join(moved)}: p.data was assigned inside GatheredParameters, and the bucket "
                                "kept its values; write into it (p.data.copy_()), with a modifier_rank")
-        lost = self._keep_changes() if error is None else []
+        if error is None and self.modifier_rank is not None:
+            self._keep_changes()
+        lost = self._changed() if error is None and self.modifier_rank is None and self.sharded else []
         for slot in self.sharded:
             slot.bucket.unit.release(self)
         if value is not None and "support saved tensor hooks" in str(value):
@@ -3197,29 +3200,25 @@ class GatheredParameters:
             raise ValueError(f"values were changed inside GatheredParameters({', '.join(lost)}) without a "
                              "modifier_rank, and are lost; give the rank whose changes are to be kept")
 
-    def _keep_changes(self) -> list[str]:
-        """Take the modifier rank's changes over; without one, the names of what was changed in vain."""
-        if self.modifier_rank is not None:
-            for slot in self.slots:
-                values = slot.bucket.flat[slot.offset:slot.end].clone()  # gloo may keep what it sent for a moment
-                slot.bucket.communicator.broadcast(values, self.modifier_rank)
-                slot.bucket.flat[slot.offset:slot.end] = values
-            for slot in self.slots:
-                slot.bucket.keep_changes()
-            return []
-        if not self.sharded:
-            return []
-        communicator = self.sharded[0].bucket.communicator
-        changed = _numbers([_has_changed(slot) for slot in self.sharded], communicator.device)
-        communicator.all_reduce(changed, "scalars").wait()  # a rank sees changes in its own shard alone
+    def _keep_changes(self) -> None:
+        """Take the modifier rank's changes over."""
+        for slot in self.slots:
+            values = slot.bucket.flat[slot.offset:slot.end].clone()  # gloo may keep what it sent for a moment
+            slot.bucket.communicator.broadcast(values, self.modifier_rank)
+            slot.bucket.flat[slot.offset:slot.end] = values
+        for slot in self.slots:
+            slot.bucket.keep_changes()
+
+    def _changed(self) -> list[str]:
+        """The names of the sharded parameters that were changed. A rank sees changes in its own shard alone."""
+        communicator, flags = self.sharded[0].bucket.communicator, []
+        for slot in self.sharded:
+            own = slot.own(slot.bucket.flat[slice(*slot.bucket.own)])
+            shard = slot.own(slot.bucket.shard).to(own.device, own.dtype)
+            flags.append(not torch.equal(own.view(torch.uint8), shard.view(torch.uint8)))  # NaN is like itself
+        changed = _numbers(flags, communicator.device)
+        communicator.all_reduce(changed, "scalars").wait()
         return [slot.name for slot, flag in zip(self.sharded, changed.tolist()) if flag]
-
-
-def _has_changed(slot: Slot) -> bool:
-    """Whether a parameter that is whole differs from this rank's shard of it."""
-    own = slot.bucket.flat[slot.offset:slot.end][slot.overlap(*slot.bucket.own)]
-    shard = slot.own(slot.bucket.shard).to(own.device, own.dtype)
-    return not torch.equal(own.view(torch.uint8), shard.view(torch.uint8))  # as bytes: NaN is like itself
 
 
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
@@ -3290,7 +3289,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
     slot = _slot_of(parameter)
     if not slot.bucket.trained:
         return None
-    value, scalar = _state_of(slot, key)
+    value, scalar = _find_state(slot, key)
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
     part = slot.bucket.master[:0] if value is None else slot.in_order(value)
@@ -3301,7 +3300,9 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
 def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: str) -> None:
     """Set a parameter's optimizer state that has a value per element, as safe_get_full_optimizer_state gives it."""
     slot = _slot_of(parameter)
-    state, scalar = _state_of(slot, key)
+    if not slot.bucket.trained:
+        raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
+    state, scalar = _find_state(slot, key)
     _check_shape(slot, value)
     if scalar is not None:
         raise ValueError(f"the optimizer state {key!r} of {slot.name} is one value for many elements; allowed: state "
@@ -3310,25 +3311,25 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
         state.copy_(slot.own_values(value))
 
 
-def _state_of(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
+def _find_state(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
     """This rank's optimizer state of a parameter's elements, and state that is one number.
 
     All ranks exchange what they have, since a rank may have no part of the parameter.
     """
-    bucket = slot.bucket
-    if not bucket.trained:
-        raise ValueError(f"{slot.name} is not trained, so it has no optimizer state")
-    state = bucket.zero.optimizer.state.get(slot.piece, {})
-    value = state.get(key)
-    per_element = slot.piece is not None and _is_like(key, value, slot.piece.shape)
-    number = value.cpu() if isinstance(value, Tensor) and not per_element else value  # or each rank takes up all GPUs
-    report = None if slot.piece is None else (sorted(state), None if per_element else number)
-    reports = gather(report) if bucket.sharded.optimizer else [report]
+    state, value, report = _state_of(slot), None, None
+    if slot.piece is not None:
+        number = state.get(key)
+        if _is_like(key, number, slot.piece.shape):
+            value, number = number, None
+        elif isinstance(number, Tensor):
+            number = number.cpu()  # or each rank takes up all GPUs
+        report = sorted(state), number
+    reports = gather(report) if slot.bucket.sharded.optimizer else [report]
     keys, scalar = next((r for r in reports if r is not None), ([], None))
     if key not in keys:
         raise ValueError(f"{slot.name} has no optimizer state {key!r} (has: "
                          f"{', '.join(keys) or 'none before an update'})")
-    return value if per_element else None, scalar
+    return value, scalar
 
 
 def _check_shape(slot: Slot, value: Any) -> None:
@@ -3366,11 +3367,10 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
         held, start = bucket.finest
         for slot in bucket.slots:
             yield from _cut(slot, "", held, start, mine)
-            for key, value in _state_of_piece(zero, slot).items():
+            for key, value in _state_of(slot).items():
                 if _is_like(key, value, slot.piece.shape):
-                    flat = slot.in_order(value)
-                    yield from _cut(slot, key, flat, max(slot.offset, bucket.own[0]), mine)
-                elif _is_in_own_shape(slot, value) and (whole or bucket.sharded.optimizer or rank == 0):
+                    yield from _cut(slot, key, slot.in_order(value), max(slot.offset, bucket.own[0]), mine)
+                elif _is_whole(slot, value) and (whole or bucket.sharded.optimizer or rank == 0):
                     yield slot.name, key, 0, value[None]
 
 
@@ -3381,20 +3381,21 @@ def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) 
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
-def _state_of_piece(zero: Zero, slot: Slot) -> dict[str, Any]:
-    return {} if slot.piece is None else zero.optimizer.state.get(slot.piece, {})
+def _state_of(slot: Slot) -> dict[str, Any]:
+    """The optimizer's state of this rank's piece."""
+    return {} if slot.piece is None else slot.bucket.zero.optimizer.state.get(slot.piece, {})
 
 
-def _is_in_own_shape(slot: Slot, value: Any) -> bool:
+def _is_whole(slot: Slot, value: Any) -> bool:
     """Whether state that is not an element's is a tensor for a parameter of which this rank has all."""
     return isinstance(value, Tensor) and value.dim() > 0 and slot.piece.numel() == slot.shape.numel()
 
 
 def scalars(zero: Zero) -> dict[str, dict[str, Any]]:
     """The optimizer state that ``shares`` leaves out, such as step counts: by the parameter's name, what is kept."""
-    return {slot.name: {key: value for key, value in _state_of_piece(zero, slot).items()
-                        if not (_is_like(key, value, slot.piece.shape) or _is_in_own_shape(slot, value))}
-            for bucket in zero.trained for slot in bucket.slots if _state_of_piece(zero, slot)}
+    return {slot.name: {key: value for key, value in _state_of(slot).items()
+                        if not (_is_like(key, value, slot.piece.shape) or _is_whole(slot, value))}
+            for bucket in zero.trained for slot in bucket.slots if _state_of(slot)}
 
 
 def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
@@ -3403,10 +3404,10 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
     names: dict[int, list[str]] = defaultdict(list)
     for name, p in zero.model.named_parameters(remove_duplicate=False):
         names[id(p)].append(name)
-    places = [(_SLOTS[each].bucket, _SLOTS[each], known) for each, known in names.items()]
-    return {known[0]: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": bucket.trained,
-                       "dtype": str(bucket.dtypes.compute)[6:], "group": bucket.group, "aliases": known[1:]}
-            for bucket, slot, known in places if bucket.trained or with_frozen}
+    slots = {known[0]: (_SLOTS[key], known[1:]) for key, known in names.items()}
+    return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": slot.bucket.trained,
+                   "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.bucket.group, "aliases": aliases}
+            for name, (slot, aliases) in slots.items() if slot.bucket.trained or with_frozen}
 
 
 def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]], source: str,
@@ -3417,12 +3418,13 @@ def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping
         raise CheckpointError(f"{source} is of another model: it lacks {missing or 'nothing'}, and also has "
                               f"{extra or 'nothing'}; load it into the model that saved it, or with "
                               "load_module_strict=False")
-    facts = [("shape", "shape", "into the model that saved it"), ("kind", "kind", "into the model that saved it"),
-             ("group", "param group", "with load_optimizer_states=False")]
-    for name, (fact, what, way) in product(sorted(own.keys() & saved.keys()), facts if with_state else facts[:2]):
-        there, here = saved[name].get(fact), own[name].get(fact)
-        if there != here and None not in (there, here):  # None: it was, or is, not trained
-            raise CheckpointError(f"{source}: {name} has the {what} {there}, and in this model {here}; load it {way}")
+    for name in sorted(own.keys() & saved.keys()):
+        for fact in ("shape", "kind", "group") if with_state else ("shape", "kind"):
+            there, here = saved[name].get(fact), own[name].get(fact)
+            if there != here and None not in (there, here):  # None: it was, or is, not trained
+                way = "with load_optimizer_states=False" if fact == "group" else "into the model that saved it"
+                raise CheckpointError(f"{source}: {name} has the {'param ' * (fact == 'group')}{fact} {there}, and in "
+                                      f"this model {here}; load it {way}")
 
 
 @torch.no_grad()
@@ -3438,8 +3440,8 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
             before = zero.optimizer.state.pop(slot.piece, {})
             if slot.piece is not None and slot.name in state:
                 zero.optimizer.state[slot.piece] = {
-                    key: _entry(value, slot.piece, before.get(key), partial(read, slot.name, key, 0),
-                                zero.optimizer.param_groups[bucket.group]) for key, value in state[slot.name].items()}
+                    key: _entry(slot, value, before.get(key), partial(read, slot.name, key))
+                    for key, value in state[slot.name].items()}
         bucket.keep_state(zero.optimizer)
     for name, key, start, values in shares(zero, whole=True):
         if not key or state is not None and values.dim() == 1:
@@ -3449,8 +3451,9 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
         bucket.gather.wait()
 
 
-def _entry(value: Any, piece: nn.Parameter, before: Any, read: Callable, group: Mapping[str, Any]) -> Any:
+def _entry(slot: Slot, value: Any, before: Any, read: Callable[[int, Tensor], None]) -> Any:
     """An entry of a piece's optimizer state from what ``fill`` is given, in the memory of the one before if it fits."""
+    piece, group = slot.piece, slot.bucket.zero.optimizer.param_groups[slot.bucket.group]
     if isinstance(value, torch.dtype):  # to be filled with the shares
         new = torch.zeros_like(piece, dtype=value, requires_grad=False)
         fits = _is_like("", before, new.shape) and (before.dtype, before.stride()) == (value, new.stride())
@@ -3459,7 +3462,7 @@ def _entry(value: Any, piece: nn.Parameter, before: Any, read: Callable, group: 
         return value
     if value.is_meta:
         new = torch.empty_like(value, device=piece.device)
-        read(new[None])
+        read(0, new[None])
         return new
     on_device = value.dim() > 0 or group.get("fused") or group.get("capturable")  # else a step count: on the CPU
     return value.to(piece.device if on_device else "cpu")
@@ -3657,7 +3660,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
     if not isinstance(config, ZeroConfig):
         raise ValueError(f"config is a {type(config).__name__}; allowed: a ZeroConfig; for others engine.estimate")
     if not isinstance(model, nn.Module):
-        model = _blocks(model, partial(bucket_size, config, device=torch.device(device or "meta")))
+        model = _blocks(model, config, torch.device(device or "meta"))
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     for name, value, least in (("world_size", world_size, 1), ("micro_batches", micro_batches, 1), ("rank", rank, 0),
                                ("state_tensors", state_tensors, 0)):
@@ -3671,10 +3674,8 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
     with torch.inference_mode(False), torch.enable_grad():
         zero = _stand_in_zero(model, config, dtypes, device, groups,
                               Rehearsal(world_size, rank, direct=device.type == "cpu"))
-        try:
-            held = _rehearse(zero, micro_batches)
-        finally:
-            zero.release()
+        held = _rehearse(zero, micro_batches)
+        zero.release()
     held["buffers", "device"] = sum({
         id(b): b.numel() * (buffer_dtype if buffer_dtype and b.is_floating_point() else b.dtype).itemsize
         for b in model.buffers()}.values())
@@ -3721,7 +3722,7 @@ def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], 
     return held | {("live", "device"): zero.most}
 
 
-def _blocks(counts: Any, size_of_bucket: Callable[[int], int]) -> nn.Module:
+def _blocks(counts: Any, config: ZeroConfig, device: torch.device) -> nn.Module:
     """A model of so many parameters, in blocks."""
     total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
     for value in (total, unit):
@@ -3730,7 +3731,7 @@ def _blocks(counts: Any, size_of_bucket: Callable[[int], int]) -> nn.Module:
                              "that and the largest unit's")
     if unit > total:
         raise ValueError(f"the largest unit has {unit} parameters, of {total} in all; allowed: at most all of them")
-    size = max(unit or size_of_bucket(total), -(-total // 100), 1)
+    size = max(unit or bucket_size(config, total, device), -(-total // 100), 1)
     sizes = [size] * (total // size) + [total % size] * (total % size > 0)
     with torch.device("meta"):
         return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])
