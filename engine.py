@@ -52,7 +52,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property, partial, wraps
 from itertools import cycle, islice
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, NamedTuple

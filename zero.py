@@ -61,7 +61,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from functools import partial
-from itertools import accumulate, count, pairwise, product, zip_longest
+from itertools import accumulate, count, pairwise, zip_longest
 from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
