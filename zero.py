@@ -42,6 +42,7 @@ shards, reading and writing what is sharded, the shares of a checkpoint, and mem
 import atexit
 import copy
 import ctypes
+import difflib
 import gc
 import hashlib
 import logging
@@ -2971,17 +2972,23 @@ class Init:
     remote_device  "cpu": keep the shards in host memory until ``initialize``; default: on this rank's device
     dtype          of the floating-point parameters; default: as they are built. Masters begin from it
     enabled        False: do nothing
-    others         DeepSpeed's other arguments: those of WITHOUT_EFFECT, the rest is refused unless None or False
+    others         DeepSpeed's other arguments: those of WITHOUT_EFFECT; those of NOT_COVERED if None or False
     """
 
     # ``initialize`` reads the config that it is given; linear layers are PyTorch's own.
     WITHOUT_EFFECT = ("config_dict_or_path", "config", "mem_efficient_linear", "pin_memory")
+    NOT_COVERED = ("data_parallel_group", "sequence_data_parallel_group", "zero_param_parallel_group", "mpu",
+                   "zero_quantized_weights", "zero_quantized_nontrainable_weights", "param_swapper")
 
     def __init__(self, module: nn.Module | None = None, *, remote_device: str | None = None, enabled: bool = True,
                  dtype: torch.dtype | None = None, param_init_fn: Callable[[nn.Module], Any] | None = None,
                  **others: Any):
+        allowed = ("module", *Init.__init__.__kwdefaults__, *self.WITHOUT_EFFECT, *self.NOT_COVERED)
         for name, value in others.items():
-            if name not in self.WITHOUT_EFFECT and value is not None and value is not False:
+            if name not in allowed:
+                near = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(name, allowed, 1))
+                raise TypeError(f"zero.Init: unknown argument {name!r}{near} (allowed: {', '.join(allowed)})")
+            if name in self.NOT_COVERED and value is not None and value is not False:
                 raise ValueError(f"zero.Init: {name} is {value!r}; allowed: nothing, as that part of DeepSpeed is not "
                                  "covered")
         if remote_device not in (None, "none", "cpu"):

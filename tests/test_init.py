@@ -340,6 +340,15 @@ def test_what_cannot_be_built_is_told(run_ranks):
         assert expected in message, message
 
 
+def test_an_unknown_argument_is_refused_whatever_its_value():
+    for value in (False, None, True):
+        with pytest.raises(TypeError, match="argument 'enable'; did you mean 'enabled'[?] .allowed: module, .*mpu"):
+            zero.Init(enable=value)
+    with pytest.raises(TypeError, match="unknown argument 'qqq' .allowed: "):
+        zero.Init(qqq=None)
+    zero.Init(enabled=False, mpu=None, zero_quantized_weights=False, config_dict_or_path={}, pin_memory=True)
+
+
 def after_the_context() -> None:
     """A tied module's own parameters can still be written, and a failing operation holds nothing."""
     with zero.Init() as init:
