@@ -8,7 +8,7 @@ Training calls ``optimizer.step()`` and then ``scheduler.step()``, so optimizer 
 ``rate(n)``. DeepSpeed counts the same events from -1: iteration -1 after construction, 0 after the first step; and its
 warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that two optimizer steps see.
 
-    CURVES      how a rate goes from one value to another: linear, cosine, log, exponential
+    CURVES      how a rate goes from one value to another: linear, cosine, log
     Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
     DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
     Of our own: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
@@ -49,48 +49,47 @@ CURVES: dict[str, Callable[[float, float, int, int], float]] = {
     # Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts).
     "cosine": lambda start, end, k, n: start + (end - start) * (1 - math.cos(math.pi * k / n)) / 2,
     # Fast at first, then ever slower.
-    "log": lambda start, end, k, n: start + (end - start) * (math.log(1 + k) / math.log(1 + n)),
-    # The same factor at every step, so both ends must be above 0.
-    "exponential": lambda start, end, k, n: start * (end / start) ** (k / n)}
+    "log": lambda start, end, k, n: start + (end - start) * (math.log(1 + k) / math.log(1 + n))}
 
 
 # --- Checks of what the user gave -------------------------------------------------------------------------------------
 
 
-def _number(name: str, value: Any, low: float = 0.0, high: float = sys.float_info.max, whole: bool = False) -> Any:
+FINITE = sys.float_info.max
+BELOW_ONE = math.nextafter(1.0, 0.0)
+
+
+def _number(name: str, value: Any, low: float = 0.0, high: float = FINITE, whole: bool = False) -> Any:
     """``value`` itself when it is a number from ``low`` to ``high``; as an int when it has to be whole (1e3 is)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high \
             or (whole and value != int(value)):
-        kind = "whole number" if whole else "number"
-        upper = "finite" if high == sys.float_info.max else f"at most {high:g}"
-        raise ValueError(f"{name} is {value!r}; allowed: a {kind}, at least {low:g}, {upper}")
+        upper = "finite" if high == FINITE else f"at most {high:g}"
+        raise ValueError(f"{name} is {value!r}; allowed: a {'whole ' * whole}number, at least {low:g}, {upper}")
     return int(value) if whole else value
 
 
-def _near(value: Any, allowed: Sequence[Any]) -> str:
-    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """``value`` itself when it is one of ``allowed``; else the error suggests the nearest."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}{_near(value, allowed)} (allowed: {', '.join(map(str, allowed))})")
+        near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
+        raise ValueError(f"{name} is {value!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+                         f"(allowed: {', '.join(map(str, allowed))})")
     return value
 
 
-def _each(optimizer: Optimizer, name: str, value: Any) -> list[Any]:
-    """One value per param group of ``optimizer``, of which a list gives several."""
+def _rates(optimizer: Optimizer, name: str, value: Rates, high: float = FINITE) -> list[float]:
+    """One number per param group of ``optimizer``."""
     groups = len(optimizer.param_groups)
-    if isinstance(value, (list, tuple)) and len(value) != groups:
-        raise ValueError(f"{name} has {len(value)} values, but the optimizer has {groups} param group(s)")
-    return list(value) if isinstance(value, (list, tuple)) else [value] * groups
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * groups
+    if len(values) != groups:
+        raise ValueError(f"{name} has {len(values)} values, but the optimizer has {groups} param group(s)")
+    return [_number(name, each, high=high) for each in values]
 
 
 def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high: Rates,
-           limit: float = sys.float_info.max) -> tuple[list[float], list[float]]:
+           limit: float = FINITE) -> tuple[list[float], list[float]]:
     """A lower and an upper value per param group. One rate for groups that had different ones is worth a warning."""
-    lows, highs = ([_number(name, value, high=limit) for value in _each(optimizer, name, given)]
-                   for name, given in ((low_name, low), (high_name, high)))
+    lows, highs = _rates(optimizer, low_name, low, limit), _rates(optimizer, high_name, high, limit)
     if any(a > b for a, b in zip(lows, highs)):
         raise ValueError(f"{high_name} is {high}; allowed: at least {low_name}, which is {low}")
     if high_name.endswith("_lr") and not isinstance(high, (list, tuple)) and \
@@ -98,12 +97,6 @@ def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high
         warnings.warn(f"{high_name} is {high} for every param group, although the optimizer gives them different "
                       f"rates; a list gives each group its own", stacklevel=4)
     return lows, highs
-
-
-def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
-    """DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be."""
-    return _number("total_num_steps", total_num_steps,
-                   low=max(1, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)))
 
 
 # --- The base class ---------------------------------------------------------------------------------------------------
@@ -126,10 +119,6 @@ class Schedule(LRScheduler):
         """The learning rate of param group number ``group`` after ``t`` steps of the schedule."""
         raise NotImplementedError
 
-    def momentum(self, t: int, group: int) -> float | None:
-        """The same for momentum; None where the schedule leaves it alone."""
-        return None
-
     def get_lr(self) -> list[float]:
         """The rates at the current position, one per param group."""
         return [self.rate(self.last_epoch, group) for group in range(len(self.base_lrs))]
@@ -144,21 +133,12 @@ class Schedule(LRScheduler):
         self.last_epoch = 1 + _number("last_batch_iteration", position, low=-1, whole=True)
 
     def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
-        """Go on by one step, or to a position, and put its rates, and momenta if it has any, in force.
-
-        The position is DeepSpeed's, and has two names there.
-        """
+        """Go on by one step, or to a position, which is DeepSpeed's and has two names there; put its rates in force."""
         position = last_batch_iteration if batch_iteration is None else batch_iteration
         if position is not None:
             self.last_batch_iteration = position
             self.last_epoch -= 1  # from where PyTorch's step() goes on by one
         super().step()
-        for index, group in enumerate(self.optimizer.param_groups[:len(self.base_lrs)]):
-            momentum = self.momentum(self.last_epoch, index)
-            if momentum is not None and "betas" in group:
-                group["betas"] = (momentum, *group["betas"][1:])
-            elif momentum is not None:
-                group["momentum"] = momentum
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the rates the optimizer had; everything else comes from the constructor."""
@@ -169,15 +149,18 @@ class Schedule(LRScheduler):
         base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
         if len(base_lrs) != len(self.base_lrs):
             raise ValueError(f"the saved schedule has {len(base_lrs)} param group(s), this one {len(self.base_lrs)}")
-        self.last_batch_iteration = state_dict["last_epoch"] - 1 if "last_epoch" in state_dict \
-            else state_dict["last_batch_iteration"]
-        self.base_lrs, self._step_count = base_lrs, self.last_epoch
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch misses an optimizer step before this one
-            self.step(self.last_batch_iteration)
+        self.last_batch_iteration = state_dict["last_batch_iteration"]
+        self.base_lrs, self._step_count = base_lrs, 0  # else PyTorch misses an optimizer step before this one
+        self.step(self.last_batch_iteration)
 
 
 # --- DeepSpeed's five -------------------------------------------------------------------------------------------------
+
+
+def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
+    """DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be."""
+    return _number("total_num_steps", total_num_steps,
+                   low=max(1, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)))
 
 
 class _WarmUp:
@@ -254,18 +237,12 @@ class WarmupCosineLR(Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def rate(self, t: int, group: int) -> float:
-        return self.base_lrs[group] * self.ratio(t)
-
-    def ratio(self, t: int) -> float:
-        """The rate after ``t`` steps as a multiple of the optimizer's own."""
-        if t == 0:
-            return 0.0
+        start, end = self.warm_up.steps, self.total_num_steps
         if self.warm_up.lasts(t):
-            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self.warm_up.at(t)
-        if t >= self.total_num_steps:
-            return self.cos_min_ratio
-        start = self.warm_up.steps
-        return CURVES["cosine"](1.0, self.cos_min_ratio, t - start, self.total_num_steps - start)
+            ratio = self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self.warm_up.at(t) if t else 0.0
+        else:
+            ratio = CURVES["cosine"](1.0, self.cos_min_ratio, t - start, end - start) if t < end else self.cos_min_ratio
+        return self.base_lrs[group] * ratio
 
 
 class OneCycle(Schedule):
@@ -284,27 +261,25 @@ class OneCycle(Schedule):
                  cycle_first_stair_count: int = 0, cycle_second_stair_count: int | None = None,
                  decay_step_size: int = 0, cycle_momentum: bool = True, cycle_min_mom: Rates = 0.8,
                  cycle_max_mom: Rates = 0.9, decay_mom_rate: float = 0.0, last_batch_iteration: int = -1):
-        if cycle_second_step_size is None:
-            cycle_second_step_size = cycle_first_step_size
-        if cycle_second_stair_count is None:
-            cycle_second_stair_count = cycle_first_stair_count
         self.min_lrs, self.max_lrs = _range(optimizer, "cycle_min_lr", cycle_min_lr, "cycle_max_lr", cycle_max_lr)
-        self.first_size = _number("cycle_first_step_size", cycle_first_step_size, low=1, whole=True)
-        self.second_size = _number("cycle_second_step_size", cycle_second_step_size, low=1, whole=True)
-        self.first_stairs = _number("cycle_first_stair_count", cycle_first_stair_count, whole=True)
-        self.second_stairs = _number("cycle_second_stair_count", cycle_second_stair_count, whole=True)
+        self.min_moms, self.max_moms = _range(optimizer, "cycle_min_mom", cycle_min_mom, "cycle_max_mom", cycle_max_mom,
+                                              BELOW_ONE)
+        self.first_size = self.second_size = _number("cycle_first_step_size", cycle_first_step_size, low=1, whole=True)
+        if cycle_second_step_size is not None:
+            self.second_size = _number("cycle_second_step_size", cycle_second_step_size, low=1, whole=True)
+        self.first_stairs = self.second_stairs = _number("cycle_first_stair_count", cycle_first_stair_count, whole=True)
+        if cycle_second_stair_count is not None:
+            self.second_stairs = _number("cycle_second_stair_count", cycle_second_stair_count, whole=True)
         self.decay_step_size = _number("decay_step_size", decay_step_size, whole=True)
         self.decay_lr_rate = _number("decay_lr_rate", decay_lr_rate)
         self.decay_mom_rate = _number("decay_mom_rate", decay_mom_rate)
-        self.span = self.first_size + self.second_size + 4 * self.decay_step_size
         if not self.decay_step_size and (self.decay_lr_rate or self.decay_mom_rate):
             warnings.warn("OneCycle: decay_lr_rate and decay_mom_rate have no effect while decay_step_size is 0")
-        self.min_moms, self.max_moms = _range(optimizer, "cycle_min_mom", cycle_min_mom, "cycle_max_mom", cycle_max_mom,
-                                              limit=math.nextafter(1.0, 0.0))
-        _one_of("cycle_momentum", cycle_momentum, (True, False))
-        self.moves_momentum = [cycle_momentum and ("betas" in group or bool(group.get("momentum")))
-                               for group in optimizer.param_groups]
-        if cycle_momentum and not any(self.moves_momentum):
+        self.span = self.first_size + self.second_size + 4 * self.decay_step_size
+        cycle_momentum = _one_of("cycle_momentum", cycle_momentum, (True, False))
+        self.moved = [index for index, group in enumerate(optimizer.param_groups)  # the groups whose momentum moves
+                      if cycle_momentum and ("betas" in group or group.get("momentum"))]
+        if cycle_momentum and not self.moved:
             warnings.warn(f"OneCycle: this {type(optimizer).__name__} has no momentum, so only the rate is cycled")
         super().__init__(optimizer, last_batch_iteration)
 
@@ -324,21 +299,25 @@ class OneCycle(Schedule):
         low, high, decay = self.min_lrs[group], self.max_lrs[group], self.decay(t)
         return low + (high - low) * self.height(t) if decay is None else low / (1 + self.decay_lr_rate * decay)
 
-    def momentum(self, t: int, group: int) -> float | None:
+    def momentum(self, t: int, group: int) -> float:
         """High where the rate is low; an error once ``decay_mom_rate`` has raised it to 1, where nothing converges."""
         low, high, decay = self.min_moms[group], self.max_moms[group], self.decay(t)
-        if not self.moves_momentum[group]:
-            return None
         if decay is None:
             return high - (high - low) * self.height(t) if t else low
         return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},",
-                       high * (1 + self.decay_mom_rate * decay), high=math.nextafter(1.0, 0.0))
+                       high * (1 + self.decay_mom_rate * decay), high=BELOW_ONE)
+
+    def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
+        """As above; puts the momenta in force too."""
+        super().step(last_batch_iteration, batch_iteration)
+        for index in self.moved:
+            group, momentum = self.optimizer.param_groups[index], self.momentum(self.last_epoch, index)
+            group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
     def get_mom(self) -> list[Any] | None:
         """Each param group's momentum in force, or Adam's ``betas``; None where momentum is not cycled."""
-        if not any(self.moves_momentum):
-            return None
-        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
+        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups] \
+            if self.moved else None
 
 
 class LRRangeTest(Schedule):
@@ -351,8 +330,7 @@ class LRRangeTest(Schedule):
     def __init__(self, optimizer: Optimizer, lr_range_test_min_lr: Rates = 0.001, lr_range_test_step_size: int = 2000,
                  lr_range_test_step_rate: float = 1.0, lr_range_test_staircase: bool = False,
                  last_batch_iteration: int = -1):
-        self.min_lrs = [_number("lr_range_test_min_lr", rate)
-                        for rate in _each(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)]
+        self.min_lrs = _rates(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
         self.step_size = _number("lr_range_test_step_size", lr_range_test_step_size, low=1, whole=True)
         self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
         self.span = 4 * self.step_size
@@ -369,44 +347,43 @@ class LRRangeTest(Schedule):
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a MultiPhaseLR, for one param group."""
-    type: str                        # "constant", a name in CURVES, or "step"
-    steps: int | None = None         # its length; a last phase that is constant or step may go on for ever
-    start_lr: float | None = None    # default: where the phase before ended, and at the very start the optimizer's rate
-    end_lr: float | None = None      # a curve leads there
-    step_size: int | None = None     # step: every so many steps ...
-    decay_rate: float | None = None  # step: ... the rate is multiplied by this
+    """One phase of a MultiPhaseLR. Rates are one per param group."""
+    type: str                              # "constant", a name in CURVES, or "step"
+    steps: int | None = None               # its length; a last phase that is constant or step may go on for ever
+    start_lr: list[float] | None = None    # default: where the phase before ended; at the very start the optimizer's
+    end_lr: list[float] | None = None      # a curve leads there
+    step_size: int | None = None           # step: every so many steps ...
+    decay_rate: float | None = None        # step: ... the rate is multiplied by this
 
     NEEDS = {"constant": ("steps",), "step": ("steps", "step_size", "decay_rate"),
-             **{curve: ("steps", "end_lr") for curve in CURVES}}
+             **dict.fromkeys(CURVES, ("steps", "end_lr"))}
 
     @classmethod
-    def checked(cls, name: str, raw: dict[str, Any], is_last: bool) -> "Phase":
+    def checked(cls, optimizer: Optimizer, name: str, raw: Any, is_last: bool) -> "Phase":
         """The phase that the config section ``raw``, called ``name``, describes."""
+        if not isinstance(raw, dict):
+            raise ValueError(f'{name} is {raw!r}; allowed: a section such as '
+                             '{"type": "linear", "steps": 100, "end_lr": 0.001}')
         kind = _one_of(f"{name}.type", raw.get("type"), tuple(cls.NEEDS))
-        given, allowed = {key: value for key, value in raw.items() if value is not None}, (*cls.NEEDS[kind], "start_lr")
-        for key, value in given.items():
-            if key not in ("type", *allowed):
-                raise ValueError(f"{name}.{key} is {value!r}; allowed for a {kind} phase: {', '.join(allowed)}"
-                                 f"{_near(key, allowed)}")
-            if key != "type":
-                counts = key in ("steps", "step_size")
-                _number(f"{name}.{key}", value, low=int(counts), whole=counts)
-        for key in cls.NEEDS[kind]:
-            if key not in given and not (key == "steps" and is_last and kind not in CURVES):
-                raise ValueError(f"{name}.{key} is missing; a {kind} phase needs {', '.join(cls.NEEDS[kind])}")
-        return cls(**given)
+        values, may_miss = {}, ("start_lr", "steps") if is_last and kind not in CURVES else ("start_lr",)
+        for key in raw:
+            _one_of(f"{name}: a key of a {kind} phase", key, ("type", *cls.NEEDS[kind], "start_lr"))
+        for key in (*cls.NEEDS[kind], "start_lr"):
+            value, where, counts = raw.get(key), f"{name}.{key}", key in ("steps", "step_size")
+            if value is not None or key not in may_miss:
+                values[key] = _rates(optimizer, where, value) if key.endswith("_lr") else \
+                    _number(where, value, low=int(counts), whole=counts)
+        return cls(kind, **values)
 
-    def at(self, k: int, start: float) -> float:
+    def at(self, k: int, start: float, group: int) -> float:
         """The rate ``k`` steps into this phase, entered at rate ``start``."""
-        start = start if self.start_lr is None else self.start_lr
+        start = start if self.start_lr is None else self.start_lr[group]
         if self.type == "constant":
             return start
         if self.type == "step":
             return start * self.decay_rate ** (k // self.step_size)
-        if self.type == "exponential" and 0 in (start, self.end_lr):
-            raise ValueError(f"an exponential phase leads from {start} to {self.end_lr}; allowed: rates above 0")
-        return self.end_lr if k == self.steps else CURVES[self.type](start, self.end_lr, k, self.steps)
+        end = self.end_lr[group]
+        return end if k == self.steps else CURVES[self.type](start, end, k, self.steps)
 
 
 class MultiPhaseLR(Schedule):
@@ -422,27 +399,18 @@ class MultiPhaseLR(Schedule):
     def __init__(self, optimizer: Optimizer, phases: Sequence[dict[str, Any]], last_batch_iteration: int = -1):
         if not isinstance(phases, (list, tuple)) or not phases:
             raise ValueError(f"phases is {phases!r}; allowed: a list of one phase or more")
-        self.phases: list[list[Phase]] = [[] for _ in optimizer.param_groups]
-        for i, raw in enumerate(phases):
-            if not isinstance(raw, dict):
-                raise ValueError(f"phases[{i}] is {raw!r}; allowed: a section such as "
-                                 '{"type": "linear", "steps": 100, "end_lr": 0.001}')
-            values = {key: _each(optimizer, f"phases[{i}].{key}", value) for key, value in raw.items()}
-            for number, group in enumerate(self.phases):
-                group.append(Phase.checked(f"phases[{i}]", {key: each[number] for key, each in values.items()},
-                                           is_last=i == len(phases) - 1))
-        self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases[0]) or self.span
+        self.phases = [Phase.checked(optimizer, f"phases[{i}]", raw, is_last=i == len(phases) - 1)
+                       for i, raw in enumerate(phases)]
+        self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases) or self.span
         super().__init__(optimizer, last_batch_iteration)
-        for number, group in enumerate(self.phases):  # through all borders once: a bad curve is refused now
-            self.rate(sum(phase.steps or 0 for phase in group), number)
 
     def rate(self, t: int, group: int) -> float:
         """Walk through the phases up to ``t``, handing the rate at which each ends to the next."""
         value = self.base_lrs[group]
-        for phase in self.phases[group]:
+        for phase in self.phases:
             if phase.steps is None or t < phase.steps:
-                return phase.at(t, value)
-            value = phase.at(phase.steps, value)
+                return phase.at(t, value, group)
+            value = phase.at(phase.steps, value, group)
             t -= phase.steps
         return value
 
@@ -507,13 +475,11 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
 
 
 def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) -> list[list[dict[str, Any]]]:
-    """Each param group's hyperparameters at each of ``steps`` steps. ``source`` and its optimizer stay as they are.
-
-    Without ``steps``: over the schedule's own span, and a tenth more.
+    """Each param group's hyperparameters at each of ``steps`` steps; None: over the schedule's span, and a tenth more.
     """
     real = source.optimizer if isinstance(source, LRScheduler) else None
-    groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)}
-                                             for rate in (lr if isinstance(lr, (list, tuple)) else [lr])]
+    rates = lr if isinstance(lr, (list, tuple)) else [lr]
+    groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)} for rate in rates]
     stand_in = torch.optim.SGD([{**group, "params": [torch.zeros(())]} for group in groups])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch misses the optimizer's steps
@@ -521,7 +487,8 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) ->
         schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
             build(stand_in, source.get("type"), source.get("params"))
         seen = []
-        for _ in range(int(1.1 * getattr(schedule, "span", Schedule.span)) + 1 if steps is None else steps):
+        for _ in range(int(1.1 * getattr(schedule, "span", Schedule.span)) + 1 if steps is None else
+                       _number("steps", steps, low=1, whole=True)):
             seen.append([dict(group) for group in stand_in.param_groups])
             schedule.step()
     return seen
@@ -534,7 +501,6 @@ def preview(schedule: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.00
     optimizer with the rate ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
     and neither it nor its optimizer is touched.
     """
-    steps = _number("steps", steps, whole=True)
     return [[float(group["lr"]) for group in groups] for groups in _walk(schedule, steps, lr)]
 
 
@@ -556,7 +522,7 @@ GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at 
                                  {"type": "constant", "steps": 500}, {"type": "cosine", "steps": 350, "end_lr": 0.0}]})]
 
 
-def draw(sections: Sequence[dict[str, Any]], steps: int | None, output: str, lr: Rates = 0.01) -> None:
+def draw(sections: Sequence[dict[str, Any]], steps: int | None, output: str, lr: Rates) -> None:
     """Draw each scheduler section over ``steps`` steps, or its own span: rates as lines, a momentum that moves dashed.
     """
     import matplotlib.figure  # here, so that training does not wait for it
@@ -585,22 +551,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw learning-rate schedules: one of each, or the one in a config.")
     parser.add_argument("config", nargs="?", help="a JSON file with a DeepSpeed config, or its scheduler section")
     parser.add_argument("--output", help="the picture to write (default: schedules.png, or CONFIG_lr.png)")
-    parser.add_argument("--steps", type=int, help="optimizer steps to draw (default: all that the schedule does; "
-                                                  "1000 for PyTorch's, and where all are drawn)")
+    parser.add_argument("--steps", type=int, help="optimizer steps to draw (default: all that the schedule does, and a "
+                                                  "tenth more; 1000 for PyTorch's)")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01], metavar="RATE",
                         help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
     options = parser.parse_args(argv)
-    sections, lr, steps, output = [{"type": name, "params": params} for name, params in GALLERY], options.lr, 1000, \
-        options.output or (f"{Path(options.config).stem}_lr.png" if options.config else "schedules.png")
     try:
         if options.config:
             from engine import read_scheduler  # the reader of configs; only the command line needs it
 
             section, rate = read_scheduler(options.config)
-            sections, lr, steps = [section], options.lr if rate is None else rate, None
-        if options.steps is not None:
-            steps = _number("--steps", options.steps, low=1)
-        draw(sections, steps, output, lr)
+            output = options.output or f"{Path(options.config).stem}_lr.png"
+            draw([section], options.steps, output, options.lr if rate is None else rate)
+        else:
+            output = options.output or "schedules.png"
+            draw([{"type": name, "params": params} for name, params in GALLERY], options.steps, output, options.lr)
     except (OSError, ValueError) as error:
         sys.exit(f"schedulers.py: error: {error}")
     print(f"wrote {output}")

@@ -61,8 +61,7 @@ def test_a_step_to_a_position_and_a_state_from_deepspeed_go_there(trace):
     last = len(trace["lr_before_step"]) - 2
     for goes in (lambda s, n: s.step(n), lambda s, n: s.step(last_batch_iteration=n),
                  lambda s, n: s.step(batch_iteration=n), lambda s, n: s.load_state_dict({"last_batch_iteration": n}),
-                 lambda s, n: (setattr(s, "last_batch_iteration", n - 1), s.step()),
-                 lambda s, n: s.load_state_dict({"last_epoch": n + 1, "base_lrs": s.base_lrs})):
+                 lambda s, n: (setattr(s, "last_batch_iteration", n - 1), s.step())):
         optimizer = adam(trace["optimizer"]["lrs"], tuple(trace["optimizer"]["betas"]))
         schedule = schedulers.build(optimizer, trace["type"], trace["params"])
         for position in (min(4, last), 0, last):
@@ -116,7 +115,7 @@ def phases(draw) -> list[dict]:
     """Phases with a start only at the very start, so that they must join."""
     drawn = []
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["constant", "linear", "cosine", "log", "exponential", "step"]))
+        kind = draw(st.sampled_from(["constant", "linear", "cosine", "log", "step"]))
         phase = {"type": kind, "steps": draw(COUNT)}
         if kind in schedulers.CURVES:
             phase["end_lr"] = draw(RATE)
@@ -316,14 +315,12 @@ def test_one_cycle_moves_sgds_momentum_only_where_it_has_one():
     ("MultiPhaseLR", {"phases": []}, "a list of one phase or more"),
     ("MultiPhaseLR", {"phases": ["linear"]}, r"phases\[0\] is 'linear'"),
     ("MultiPhaseLR", {"phases": [{"type": "cos", "steps": 1}]}, r"phases\[0\].type is 'cos'; did you mean"),
-    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 1}]}, r"phases\[0\].end_lr is missing"),
-    ("MultiPhaseLR", {"phases": [{"type": "linear", "end_lr": 1}]}, r"phases\[0\].steps is missing"),
-    ("MultiPhaseLR", {"phases": [{"type": "constant"}, {"type": "constant"}]}, r"phases\[0\].steps is missing"),
-    ("MultiPhaseLR", {"phases": [{"type": "constant", "steps": 1, "end_lr": 1}]}, r"phases\[0\].end_lr is 1; allowed"),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 1}]}, r"phases\[0\].end_lr is None; allowed: a number"),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "end_lr": 1}]}, r"phases\[0\].steps is None; allowed: a whole"),
+    ("MultiPhaseLR", {"phases": [{"type": "constant"}, {"type": "constant"}]}, r"phases\[0\].steps is None; allowed"),
+    ("MultiPhaseLR", {"phases": [{"type": "constant", "steps": 1, "end_lr": 1}]},
+     r"phases\[0\]: a key of a constant phase is 'end_lr' \(allowed: type, steps, start_lr\)"),
     ("MultiPhaseLR", {"phases": [{"type": "constant", "step": 1}]}, "did you mean 'steps'"),
-    ("MultiPhaseLR", {"phases": [{"type": "exponential", "steps": 9, "end_lr": 0.0}]}, "exponential phase leads from"),
-    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 9, "end_lr": 0.0},
-                                 {"type": "exponential", "steps": 9, "end_lr": 1.0}]}, "phase leads from 0"),
 ])
 def test_wrong_parameters_are_refused_by_name(name, params, told):
     with warnings.catch_warnings(), pytest.raises(ValueError, match=told):
