@@ -33,6 +33,7 @@ This file knows nothing of sharding: it says which dtype goes where, casts input
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -43,9 +44,9 @@ from torch import Tensor, nn
 
 MAX_SCALE_POWER = 126  # a loss scale of 2 to this power, or one over it, is still an ordinary fp32 number
 
-NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32,
-         "float16": torch.float16, "bfloat16": torch.bfloat16, "torch.float32": torch.float32,
-         "torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NAMES = {short: dtype for dtype, short in SHORT.items()} | {
+    prefix + str(dtype).removeprefix("torch."): dtype for prefix in ("", "torch.") for dtype in SHORT}
 
 
 # --- The config -------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class BF16Config:
     immediate_grad_update: bool = False    # no effect
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
     bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
-    loss_scale: float | None = None        # only 0, or none
+    loss_scale: float | None = _key(None, choices=(0,))  # for fp16 alone: bf16 has the range of fp32
     keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
@@ -94,9 +95,6 @@ class BF16Config:
                          "min_loss_scale"), "bf16 has the range of fp32 and needs no loss scale")}
 
     def __post_init__(self) -> None:
-        if self.loss_scale:
-            raise ValueError(f"bf16.loss_scale is {self.loss_scale:g}, but bf16 has the range of fp32 and needs no "
-                             "loss scale; take it out, or use fp16")
         if self.bf16_optimizer_states != self.bf16_master_weights_and_grads:
             raise ValueError(f"bf16.bf16_optimizer_states is {self.bf16_optimizer_states}; allowed: the value of "
                              "bf16_master_weights_and_grads, since PyTorch's optimizers keep their state in the dtype "
@@ -132,10 +130,14 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         if self.fp16.enabled and self.bf16.enabled:
             raise ValueError("fp16 and bf16 are both enabled; allowed: one of them")
-        mode = "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
-        if self.data_types.param_dtype not in (None, NAMES[mode]):
-            raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype}; allowed: {mode}, which "
+        if self.data_types.param_dtype not in (None, NAMES[self.mode]):
+            raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype}; allowed: {self.mode}, which "
                              "fp16.enabled and bf16.enabled say, or null")
+
+    @property
+    def mode(self) -> str:
+        """What the parameters are in."""
+        return "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
 
 
 # --- Which dtype where ------------------------------------------------------------------------------------------------
@@ -158,9 +160,7 @@ class Precision:
     def __init__(self, config: PrecisionConfig, device: torch.device, kept: Iterable[nn.Module] = (),
                  safe: Iterable[nn.Module] = ()):
         self.config, self.device = config, device
-        self.half = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
-        self.name = "fp16" if config.fp16.enabled else "bf16"
-        self.section = getattr(config, self.name)
+        self.half = NAMES[config.mode] if config.mode != "fp32" else None
         self.modules = list(kept)
         self.kept = {id(p) for module in self.modules for p in module.parameters()}
         self.low = {id(p) for module in safe for p in module.parameters(recurse=False)}
@@ -201,17 +201,18 @@ class Precision:
 
     def cast_inputs(self, value: Any) -> Any:
         """The model's inputs: as they are, or where ``auto_cast`` says so floating-point tensors in 16 bits."""
-        return cast(value, self.half) if self.half and self.section.auto_cast else value
+        return cast(value, self.half) if self.half and getattr(self.config, self.config.mode).auto_cast else value
 
     def advice(self, error: Exception) -> str:
         """What to do about an error of PyTorch's in forward or backward, if it tells of two dtypes that met."""
         is_mixed = re.search(r"type.*(Half|[fF]loat16)|(Half|[fF]loat16).*type|mixed dtype", str(error), re.DOTALL)
         if not (self.half and is_mixed and type(error) in (RuntimeError, ValueError)):
             return ""
-        return (f". The weights are in {self.name}; inputs, targets and buffers are in the dtypes in which they were "
-                f"given. Cast the model's inputs, or set {self.name}.auto_cast to true; compute the loss in one dtype, "
-                f"such as that of output.float(); set data_types.buffer_dtype to {self.name}; or name the modules that "
-                f"need fp32 in {self.name}.keep_fp32")
+        name = self.config.mode
+        return (f". The weights are in {name}; inputs, targets and buffers are in the dtypes in which they were "
+                f"given. Cast the model's inputs, or set {name}.auto_cast to true; compute the loss in one dtype, "
+                f"such as that of output.float(); set data_types.buffer_dtype to {name}; or name the modules that "
+                f"need fp32 in {name}.keep_fp32")
 
     def make_scaler(self) -> "LossScaler":
         """The loss scaler that goes with this precision."""
@@ -230,16 +231,15 @@ class Precision:
 
     def table(self, model: nn.Module, scaler: "LossScaler") -> str:
         """The precision in force, as text: how many parameters go which way."""
-        counts: dict[Dtypes, int] = {}
+        counts: Counter[Dtypes] = Counter()
         for p in model.parameters():
-            counts[self.path(p)] = counts.get(self.path(p), 0) + p.numel()
+            counts[self.path(p)] += p.numel()
         rows = [f"{'parameters':>14}  {'compute':<9}{'masters, state':<16}{'accumulation':<14}reduction"]
-        short = {dtype: name for name, dtype in reversed(NAMES.items())}
         for path, count in counts.items():
-            a, b, c, d = (short.get(dtype, str(dtype).removeprefix("torch.")) for dtype in path)
-            rows.append(f"{count:>14,}  {a:<9}{b:<16}{c:<14}{d}")
+            names = (SHORT.get(dtype, str(dtype).removeprefix("torch.")) for dtype in path)
+            rows.append("{:>14,}  {:<9}{:<16}{:<14}{}".format(count, *names))
         autocast = self.config.torch_autocast
-        rows.append(f"autocast: {short[autocast.dtype] if autocast.enabled else 'off'}; loss scale: {scaler}; "
+        rows.append(f"autocast: {SHORT[autocast.dtype] if autocast.enabled else 'off'}; loss scale: {scaler}; "
                     f"steps with gradients that are not finite are {'skipped' if self.skips_overflow else 'taken'}")
         return "\n".join(rows)
 
@@ -255,24 +255,14 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if changed is not value:
         return changed
     if isinstance(value, dict):
-        return rebuilt(value, {key: mapped(item, change) for key, item in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(mapped(item, change) for item in value)
-    return value
-
-
-def rebuilt(value: dict, items: dict) -> dict:
-    """A dict of the class of ``value``, such as an OrderedDict or a model's output class, with other items."""
-    if type(value) is dict:
-        return items
-    changed = copy.copy(value)
-    if getattr(value, "__dict__", None) is value:  # its items are its attributes
-        changed.__dict__ = changed
-    for key, item in items.items():  # such a class may refuse update()
-        changed[key] = item
-    return changed
+        changed = copy.copy(value)  # of its own class, such as a model's output
+        if getattr(value, "__dict__", None) is value:  # its items are its attributes
+            changed.__dict__ = changed
+        for key, item in value.items():  # such a class may refuse update()
+            changed[key] = mapped(item, change)
+        return changed
+    make = getattr(value, "_make", type(value) if type(value) in (list, tuple) else None)  # _make: a named tuple's
+    return make(mapped(item, change) for item in value) if make else value
 
 
 # --- The loss scale ---------------------------------------------------------------------------------------------------
@@ -305,7 +295,7 @@ class LossScaler:
 
     def outcome(self, before: float) -> str:
         """What became of the scale, which was ``before``, when a step overflowed: the end of a sentence."""
-        return "" if self.scale == 1 == before else f"; loss scale {before:g}, now {self.scale:g}"
+        return ""
 
     def __str__(self) -> str:
         return f"{self.scale:g}" if self.scale != 1 else "none"
@@ -354,8 +344,9 @@ class DynamicLossScaler(LossScaler):
 
     def outcome(self, before: float) -> str:
         """As above. An overflow looks like a failure, and at the start of fp16 it is none."""
-        done = super().outcome(before) if self.scale < before else f"; forgiven, the loss scale stays {before:g}"
-        return f"{done}: normal at the start, until it has come down far enough"
+        done = f"loss scale {before:g}, now {self.scale:g}" if self.scale < before else \
+            f"forgiven, the loss scale stays {before:g}"
+        return f"; {done}: normal at the start, until it has come down far enough"
 
     def __str__(self) -> str:
         return f"dynamic, now {self.scale:g}"

@@ -621,7 +621,7 @@ def test_autocast_beside_16_bit_weights_is_both(kind):
      "data_types.param_dtype is torch.float16; allowed: bf16"),
     ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype is torch.bfloat16; allowed: fp32"),
     ({"data_types": {"buffer_dtype": "int8"}}, "data_types.buffer_dtype is 'int8'; allowed: fp32, .* or null"),
-    ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1, but bf16 has the range of fp32"),
+    ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1; allowed: 0 or null"),
     ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale is -1; allowed: 0 or a number"),
     ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0"),
     ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis is 0; allowed: a whole number from 1 up"),
