@@ -77,6 +77,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 logger = logging.getLogger("engine.zero")
 
+C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
+
 
 # --- The config -------------------------------------------------------------------------------------------------------
 
@@ -1001,8 +1003,10 @@ class Slot:
     stride: tuple[int, ...]
     kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
     bucket: "Bucket | None" = None
+    place: tuple[int, int] = (0, 0)    # of what this rank updates of the bucket: where this parameter's begins, how many
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     version: int = 0                   # the parameter's, when master and shard were known to have its values
+    taken: "TakenGradient | None" = None  # what the parameter's grad is once the bucket has it
 
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
@@ -1024,12 +1028,11 @@ class Slot:
 
     def own(self, flat: Tensor) -> Tensor:
         """Its elements in a tensor that covers what this rank updates of the bucket."""
-        return self.part(flat, self.bucket.own[0])
-
+        return flat.narrow(0, *self.place)
 
     def own_values(self, value: Tensor) -> Tensor:
         """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
-        part = self.in_order(value)[self.overlap(*self.bucket.own)].to(self.bucket.master.device, copy=True)
+        part = self.in_order(value)[self.overlap(self.bucket.own.start, self.bucket.own.stop)].to(self.bucket.master.device, copy=True)
         return part if self.piece.shape == part.shape else self.view(part, self.offset)
 
 
@@ -1091,7 +1094,7 @@ class Bucket:
         self.uneven = {} if bounds is None else {"bounds": bounds}  # the collectives' argument; none: of one size
         self.bounds = bounds or (range(0, size * ranks + 1, size) if size else [0] * (ranks + 1))
         self.numel = self.bounds[-1]
-        self.own = (self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else (0, self.numel)
+        self.own = slice(self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else slice(0, self.numel)
         self.gather = Handle()  # the one under way
         self._flatten(trained)
         if unit is not None:
@@ -1105,7 +1108,7 @@ class Bucket:
         """
         self.shard = self.master = None
         large = self.unit is not None and self.numel >= 2**20
-        start, end = self.own if large else (0, self.numel)
+        start, end = (self.own.start, self.own.stop) if large else (0, self.numel)
         values = torch.zeros(end - start, dtype=self.dtypes.master, device=self.device)
         if self.unit is not None:
             self.flat = torch.empty(self.numel, dtype=self.dtypes.compute, device=self.device)
@@ -1117,11 +1120,14 @@ class Bucket:
                 slot.part(values, start).copy_(whole[slot.overlap(start, end)])
                 del whole
             slot.bucket, _SLOTS[id(slot.parameter)] = self, slot
+            inside = slot.overlap(self.own.start, self.own.stop)
+            size = inside.stop - inside.start
+            slot.place = (slot.offset + inside.start - self.own.start if size else 0, size)
             if self.unit is not None:
                 self._point(slot)
         if not large:
             self.communicator.broadcast(values, source=0)
-        own = values[self.own[0] - start:self.own[1] - start]
+        own = values[self.own.start - start:self.own.stop - start]
         if self.unit is not None:
             self.free()
             self._make_master(own, trained)
@@ -1151,7 +1157,7 @@ class Bucket:
     def thaw(self, dtypes: Dtypes, host: Host | None) -> None:
         """Train from now on what was frozen; the master begins with what the model computed with."""
         self.dtypes, self.host = dtypes, host
-        own = self.flat[self.own[0]:self.own[1]] if self.shard is None else self.shard
+        own = self.flat[self.own] if self.shard is None else self.shard
         self._make_master(own.to(self.device), trained=True)
 
     @property
@@ -1170,7 +1176,7 @@ class Bucket:
         """The most precise values of the parameters that this rank keeps, and the element at which they begin."""
         if self.master is None and self.shard is None:
             return self.flat, 0
-        return self.shard if self.master is None else self.master, self.own[0]
+        return self.shard if self.master is None else self.master, self.own.start
 
     # The optimizer's view.
 
@@ -1219,16 +1225,17 @@ class Bucket:
                 self._start_gather()
         elif self.master is not None:
             if not _same_memory(self.master, self.flat):
-                self.flat[self.own[0]:self.own[1]].copy_(self.master, non_blocking=True)
+                self.flat[self.own].copy_(self.master, non_blocking=True)
             if self.sharded.optimizer:
                 self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
 
     def start_gather(self) -> None:
         """Give ``flat`` memory again and start filling it with every rank's shard."""
-        for slot in self.slots:
-            if slot.parameter._version != slot.version:
-                raise RuntimeError(f"a view of the parameter {slot.name} was written to while it was sharded (stage "
-                                   "3); that is lost. Write inside forward, or inside zero.GatheredParameters")
+        with torch._C.DisableTorchFunctionSubclass():
+            written = [slot.name for slot in self.slots if slot.parameter._version != slot.version]
+        if written:
+            raise RuntimeError(f"a view of the parameter {written[0]} was written to while it was sharded (stage 3); "
+                               "that is lost. Write inside forward, or inside zero.GatheredParameters")
         # The same storage as before: a graph, or a view that somebody keeps, sees the weights again.
         if not self.has_memory:
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
@@ -1237,7 +1244,7 @@ class Bucket:
     def _start_gather(self) -> None:
         _GATHERED_INTO[self.flat.untyped_storage()._cdata] = self
         with nullcontext() if self.shard_host is None else self.shard_host.going_up():
-            self.flat[self.own[0]:self.own[1]].copy_(self.shard, non_blocking=True)
+            self.flat[self.own].copy_(self.shard, non_blocking=True)
             self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
             if self.shard_host is not None and self.shard_host.up is not None:
                 self.gather.works.append(self.shard_host.up.record_event())
@@ -1285,8 +1292,9 @@ class Bucket:
 
     def note_versions(self) -> None:
         """Master and shard have the parameters' values now."""
-        for slot in self.slots:
-            slot.version = slot.parameter._version
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot in self.slots:
+                slot.version = slot.parameter._version
 
     def keep_changes(self) -> None:
         """Take what was written into the whole parameters over into shard and master."""
@@ -1319,7 +1327,7 @@ class Bucket:
 
     def scatter(self, slot: Slot, value: Tensor, part: Tensor) -> None:
         """Write a whole parameter's ``value`` into ``part``, which covers what this rank updates."""
-        slot.own(part).copy_(slot.in_order(value)[slot.overlap(*self.own)])
+        slot.own(part).copy_(slot.in_order(value)[slot.overlap(self.own.start, self.own.stop)])
 
 
 # --- Buckets: gradients -----------------------------------------------------------------------------------------------
@@ -1433,7 +1441,7 @@ class Gradients:
         for slot in self.bucket.slots:
             if slot not in self.filled:
                 slot.view(self.buffer).zero_()
-        own = slice(*self.bucket.own)
+        own = self.bucket.own
         if self.sum is None:
             if self.host is not None:
                 self.sum = self.host.empty(own.stop - own.start, self.bucket.dtypes.gradient, in_memory=True)
@@ -1503,8 +1511,9 @@ class Gradients:
                 self.buffer = None
         self.end_backward()
         self.reduced = False
-        for slot in self.used:
-            slot.parameter.grad = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot in self.used:
+                slot.parameter.grad = None
         self.used, self.filled, self.late = set(), set(), {}
 
     # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
@@ -1526,7 +1535,7 @@ class Gradients:
 
     def whole(self, slot: Slot) -> Tensor:
         """The sum of one parameter's gradients, in its shape. Every rank must call it."""
-        return self.bucket.collect(slot, self.sum, self.bucket.own[0]) * self.predivide
+        return self.bucket.collect(slot, self.sum, self.bucket.own.start) * self.predivide
 
     def set_sum(self, slot: Slot, value: Tensor) -> None:
         """Make ``value``, in the parameter's shape, the sum of its gradients."""
@@ -1540,11 +1549,11 @@ class Gradients:
         """
         if factor * self.predivide != 1.0:
             self.sum.mul_(factor * self.predivide)
+        gradients = self.sum.to(self.bucket.dtypes.master)
         for slot in self.bucket.slots:
             if slot in self.used and slot.piece is not None:
-                part = slot.own(self.sum)
-                part = part if part.shape == slot.piece.shape else slot.view(part, slot.offset)
-                slot.piece.grad = part.to(slot.piece.dtype)
+                part = slot.own(gradients)
+                slot.piece.grad = part if slot.piece.dim() == 1 else slot.view(part, slot.offset)
 
     def disarm(self) -> None:
         """Take the gradients back, so that the optimizer's next step skips these pieces."""
@@ -1678,9 +1687,8 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether contiguous CPU tensors of one dtype and size have the same bytes, in a fifth of torch.equal's time."""
     if os.name != "posix":
         return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    compare = ctypes.CDLL(None).memcmp
-    compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    return compare(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+    pointers = ctypes.c_void_p(a.data_ptr()), ctypes.c_void_p(b.data_ptr())
+    return C_LIBRARY.memcmp(*pointers, ctypes.c_size_t(a.nbytes)) == 0
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -2103,7 +2111,7 @@ def _return_free_memory() -> None:
 
     It lies in holes between what is still in use, too small for the next large tensor.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = getattr(C_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -2191,8 +2199,8 @@ class Gatherer:
         inputs |= leaves
         if inputs:
             # PyTorch's hook and the graph nodes of the inputs keep each other alive; it goes when the call's graph has.
-            hook = register_multi_grad_hook(list(inputs.values()),
-                                            partial(self._after_backward, unit, weakref.ref(call)))
+            tensors, ended = list(inputs.values()), partial(self._after_backward, unit, weakref.ref(call))
+            hook = tensors[0].register_hook(ended) if len(tensors) == 1 else register_multi_grad_hook(tensors, ended)
             weakref.finalize(call, hook.remove).atexit = False
         if not leaves:
             return None
@@ -2336,7 +2344,8 @@ class Reducer:
         """Have autograd call back when it has finished a parameter's gradient; returns the hook."""
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
             self.nodes[slot] = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
-        return slot.parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient))
+        slot.taken = TakenGradient(slot)
+        return slot.parameter.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(slot)))
 
     def begin_backward(self) -> None:
         """A backward pass begins, unless one is under way."""
@@ -2355,15 +2364,17 @@ class Reducer:
                 gradients.life = Life.QUEUED
                 self.queue.append(gradients)
 
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
+    def receive(self, slot: Slot) -> None:
         """Autograd has finished a parameter's gradient."""
-        slot = _SLOTS[id(parameter)]
-        if not isinstance(parameter.grad, TakenGradient):  # else take_more() has it already
+        gradient = slot.parameter.grad
+        if not isinstance(gradient, TakenGradient):  # else take_more() has it already
             if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() since the last backward
                 self.drop(slot)
-            self.take(slot, parameter.grad)
-        if not isinstance(parameter.grad, TakenGradient) or parameter.grad.requires_grad:  # of create_graph
-            parameter.grad = TakenGradient(slot)
+            self.take(slot, gradient)
+        if gradient is not slot.taken:
+            if (slot.taken.dtype, slot.taken.device) != (gradient.dtype, gradient.device):
+                slot.taken = TakenGradient(slot)  # the parameter was cast or moved, which step() refuses
+            slot.parameter.grad = slot.taken
         self.launch_ready()
 
     def take_more(self, slot: Slot, gradient: Tensor) -> None:
@@ -2371,7 +2382,6 @@ class Reducer:
         into = slot.bucket.gradients
         self.take(slot, gradient.clone() if into.adopts or into.life in (Life.SENDING, Life.SENT) else gradient)
 
-    @torch.no_grad()
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Put a parameter's gradient into its bucket."""
         self.begin_backward()
@@ -2380,7 +2390,7 @@ class Reducer:
             for each in self.every:
                 each.expected = {s for s in each.bucket.slots if s in self.nodes
                                  and torch._C._will_engine_execute_node(self.nodes[s])}
-        slot.bucket.gradients.take(slot, gradient.detach())
+        slot.bucket.gradients.take(slot, gradient.detach() if gradient.requires_grad else gradient)  # of create_graph
 
     @torch.no_grad()
     def drop(self, slot: Slot) -> None:
@@ -2472,15 +2482,11 @@ class Reducer:
         self.queue, self.pending, self.foreseen = deque(), False, False
 
 
-def _weakly(method: Callable) -> Callable:
-    """A hook for a tensor that does not keep its object alive: what a tensor has, no garbage collector sees."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> Any:
-        alive = reference()
-        return None if alive is None else alive(*args)
-
-    return hook
+def _on_gradient(reference: "weakref.ref[Slot]", parameter: nn.Parameter) -> None:
+    """Autograd has finished a parameter's gradient. What a tensor keeps, as this hook, no garbage collector sees."""
+    slot = reference()
+    if slot is not None:
+        slot.bucket.zero.reducer.receive(slot)
 
 
 def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
@@ -2789,7 +2795,7 @@ class Zero:
         for slot in thawed:
             if slot.parameter.grad is not None:
                 slot.bucket.gradients.take(slot, slot.parameter.grad)
-                slot.parameter.grad = TakenGradient(slot)
+                slot.parameter.grad = slot.taken
 
     def clear_gradients(self) -> None:
         """Forget the window's gradients. Every rank must call it."""
@@ -2878,15 +2884,16 @@ def check_model(zero: Zero) -> None:
 
     It compares identities, and names the parameter.
     """
-    names = {id(p): name for name, p in zero.model.named_parameters()}
-    slots = {id(slot.parameter): slot for bucket in zero.buckets for slot in bucket.slots}
-    for key, name in names.items():
-        if key not in slots:
-            raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; change "
-                               "the model first, then call initialize()")
+    present = {id(p) for module in zero.model.modules() for p in module._parameters.values() if p is not None}
+    slots = [slot for bucket in zero.buckets for slot in bucket.slots]
+    new = present - {id(slot.parameter) for slot in slots}
+    if new:
+        name = next(name for name, p in zero.model.named_parameters() if id(p) in new)
+        raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; change "
+                           "the model first, then call initialize()")
     with torch._C.DisableTorchFunctionSubclass():
-        for key, slot in slots.items():
-            if key not in names:
+        for slot in slots:
+            if id(slot.parameter) not in present:
                 raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change the "
                                    "model, and call initialize() again")
             if not _same_memory(slot.parameter, slot.bucket.flat) or slot.parameter.storage_offset() != slot.offset:
@@ -2919,8 +2926,9 @@ def check_used(zero: Zero) -> None:
 def check_gradients(zero: Zero) -> None:
     """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller set."""
     for bucket in zero.trained:
-        for slot in bucket.slots:
-            gradient = slot.parameter.grad
+        with torch._C.DisableTorchFunctionSubclass():
+            gradients = [slot.parameter.grad for slot in bucket.slots]
+        for slot, gradient in zip(bucket.slots, gradients):
             if gradient is None:
                 if slot in bucket.gradients.used:
                     zero.reducer.drop(slot)
@@ -3013,7 +3021,7 @@ class Init:
         device = own_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.started_group = start_process_group(device)
         self.communicator = Communicator(device)
-        self.host = Host(device, None, True) if self.remote and device.type == "cuda" else None
+        self.host = Host(device, None, True, self.communicator.clock) if self.remote and device.type == "cuda" else None
         self.random_state = _share_random_state(self.communicator)
         registration = nn.modules.module
         self.hooks = [registration.register_module_parameter_registration_hook(
@@ -3220,7 +3228,7 @@ class GatheredParameters:
         """The names of the sharded parameters that were changed. A rank sees changes in its own shard alone."""
         communicator, flags = self.sharded[0].bucket.communicator, []
         for slot in self.sharded:
-            own = slot.own(slot.bucket.flat[slice(*slot.bucket.own)])
+            own = slot.own(slot.bucket.flat[slot.bucket.own])
             shard = slot.own(slot.bucket.shard).to(own.device, own.dtype)
             flags.append(not torch.equal(own.view(torch.uint8), shard.view(torch.uint8)))  # NaN is like itself
         changed = _numbers(flags, communicator.device)
@@ -3300,7 +3308,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
     part = slot.bucket.master[:0] if value is None else slot.in_order(value)
-    return slot.bucket.collect(slot, part, max(slot.offset, slot.bucket.own[0]))
+    return slot.bucket.collect(slot, part, max(slot.offset, slot.bucket.own.start))
 
 
 @torch.no_grad()
@@ -3376,7 +3384,7 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
             yield from _cut(slot, "", held, start, mine)
             for key, value in _state_of(slot).items():
                 if _is_like(key, value, slot.piece.shape):
-                    yield from _cut(slot, key, slot.in_order(value), max(slot.offset, bucket.own[0]), mine)
+                    yield from _cut(slot, key, slot.in_order(value), max(slot.offset, bucket.own.start), mine)
                 elif _is_whole(slot, value) and (whole or bucket.sharded.optimizer or rank == 0):
                     yield slot.name, key, 0, value[None]
 

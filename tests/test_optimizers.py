@@ -226,7 +226,7 @@ def trained(kind: str, stage: int, how: dict[str, Any]) -> tuple[dict[str, Tenso
     for bucket in buckets:
         tensors = TENSORS.get(kind, 2 - groups[bucket.group].get("use_muon", 0))
         for slot in bucket.slots:
-            here = max(0, min(bucket.own[1], slot.end) - max(bucket.own[0], slot.offset))
+            here = max(0, min(bucket.own.stop, slot.end) - max(bucket.own.start, slot.offset))
             elements += here
             expected += tensors * here * (slot.name != "never")  # which never had a gradient
     engine.destroy()
