@@ -222,3 +222,11 @@ def run_ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks(sorted({item.module.__name__ for item in request.session.items}))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture
+def fresh_ranks(run_ranks: Ranks) -> Iterator[Ranks]:
+    """Processes in which nothing has run, and nothing will run after the test."""
+    run_ranks.stop()
+    yield run_ranks
+    run_ranks.stop()
