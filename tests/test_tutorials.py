@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.distributed.run
 
 import checkpointing
+import grade
 from conftest import DEADLINE, ROOT, Ranks
 from programs import Program
 
@@ -196,6 +197,7 @@ def run_chapter(chapter: Path, folder: Path, run_ranks: Any) -> None:
             assert block.output is None, f"{block.place}: output behind a block that is not run"
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # chapter 4 does it to show what comes of it
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_every_block_prints_what_is_shown(chapter, tmp_path, run_ranks, as_found):
     run_chapter(chapter, tmp_path, run_ranks)
@@ -237,12 +239,28 @@ def missing_in(chapter: Path) -> list[str]:
     for name in re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.\w+)+)", text):
         if not name.endswith(".py") and not exists(name):
             missing.append(name)
+    for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
+        if f"def {name}(" not in (ROOT / "tests" / file).read_text():
+            missing.append(f"{file}::{name}")
     return missing
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_every_link_and_every_name_of_the_code_exists(chapter):
     assert not missing_in(chapter)
+
+
+def test_the_minutes_are_those_of_the_texts_and_of_the_grader():
+    rows = re.findall(r"^\| \[.*\]\((\d.*\.md)\) \|.*\| (\d+) \| (\d+) \| ([\d, ]*)\|$",
+                      (ROOT / "tutorials" / "README.md").read_text(), re.MULTILINE)
+    assert [name for name, *_ in rows] == [path.name for path in CHAPTERS if path.name[0].isdigit()]
+    for name, reading, with_blocks, _ in rows:
+        chapter = ROOT / "tutorials" / name
+        words = len(FENCED.sub("", chapter.read_text()).split())
+        lines = sum(block.code.count("\n") for block in blocks_of(chapter))
+        assert int(reading) == pytest.approx(words / 200 + lines / 20, abs=2) and int(with_blocks) >= int(reading), name
+    minutes = [int(number) for *_, graded in rows for number in re.findall(r"\d+", graded)]
+    assert sorted(minutes) == sorted(exercise.minutes for exercise in grade.EXERCISES.values())
 
 
 # --- The runner itself ------------------------------------------------------------------------------------------------
@@ -283,5 +301,6 @@ def test_what_leads_nowhere_is_found(tmp_path):
     chapter = tmp_path / "chapter.md"
     chapter.write_text("# A heading, two\n`zero.Gradients.take`, `engine.step()`, `zero.Bucket.flat`, `launch.py`, "
                        "`engine.initialize(...)`, [here](#a-heading-two) and [there](chapter.md); `zero.Bucket.fly`, "
-                       "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg)\n")
-    assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing"]
+                       "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg), `test_amp.py::test_nothing`\n")
+    assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing",
+                                   "test_amp.py::test_nothing"]
