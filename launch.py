@@ -38,6 +38,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,8 @@ import torch
 import torch.distributed as dist
 from torch import nn, optim
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, Std, tail_log
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing import SignalException, tail_log
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import elastic_launch
@@ -71,7 +72,7 @@ class SimpleModel(nn.Module):
         return self.fc(x)
 
 
-def documented_example(zero_stage: int | None = None, config_file: str | None = None) -> None:
+def documented_example(zero_stage: int = 0) -> None:
     """DeepSpeed's documented example. What is ours, apart from the printing, is marked so."""
     torch.manual_seed(0)  # ours: the same figures every time
 
@@ -86,16 +87,10 @@ def documented_example(zero_stage: int | None = None, config_file: str | None = 
             "params": {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 100},
         },
     }
-    if zero_stage is not None:  # ours: the command line's changes
-        ds_config["zero_optimization"] = {"stage": zero_stage}
-    if config_file is not None:
-        ds_config = config_file
+    ds_config["zero_optimization"] = {"stage": zero_stage}  # ours: the command line's
 
     model_engine, optimizer, _, lr_scheduler = deepspeed.initialize(
         model=model, optimizer=optimizer, config_params=ds_config)
-
-    if lr_scheduler is None or model_engine.train_batch_size() != 8:  # ours: for configs from the command line
-        raise ValueError("the example needs a config with a scheduler section and a train_batch_size of 8")
 
     inputs = torch.randn(8, 10)
     inputs = inputs[model_engine.global_rank::model_engine.world_size]  # ours: this rank's share; alone, all of it
@@ -129,19 +124,18 @@ def set_rendezvous(options: argparse.Namespace) -> None:
     again, or machines may be missing, they meet before each start, in a store that node 0 keeps ("c10d").
     """
     fewest, most = run.parse_min_max_nnodes(options.nnodes)
-    if not 1 <= fewest <= most or options.max_restarts < 0:
-        raise ValueError(f"--nnodes is {options.nnodes}, --max_restarts {options.max_restarts}; allowed: N or MIN:MAX "
-                         f"from 1 up, and a number from 0 up")
-    if options.rdzv_endpoint and options.master_addr:
-        raise ValueError("--rdzv_endpoint and --master_addr were both given; allowed: one of them")
     endpoint = options.rdzv_endpoint or options.master_addr or ("127.0.0.1" if options.master_port else "")
-    if most > 1 and (options.standalone or not endpoint):
-        raise ValueError(f"--nnodes is {options.nnodes}: several machines need --rdzv_endpoint HOST:PORT, by which all "
-                         f"of them reach node 0, and no --standalone")
-    if most > 1 and options.node_rank is None and options.rdzv_backend == "static":
-        raise ValueError(f"--nnodes is {options.nnodes}: each machine needs its own --node_rank, 0 to {most - 1}")
-    if not 0 <= (options.node_rank or 0) < most:
-        raise ValueError(f"--node_rank is {options.node_rank}; allowed: 0 to {most - 1}")
+    for is_wrong, told in (
+            (not 1 <= fewest <= most or options.max_restarts < 0,
+             f", --max_restarts {options.max_restarts}; allowed: N or MIN:MAX from 1 up, and a number from 0 up"),
+            (most > 1 and (options.standalone or not endpoint),
+             ": several machines need --rdzv_endpoint HOST:PORT, by which all reach node 0, and no --standalone"),
+            (most > 1 and options.node_rank is None and options.rdzv_backend == "static",
+             f": each machine needs its own --node_rank, 0 to {most - 1}"),
+            (not 0 <= (options.node_rank or 0) < most,
+             f" and --node_rank {options.node_rank}; allowed: 0 to {most - 1}")):
+        if is_wrong:
+            raise ValueError(f"--nnodes is {options.nnodes}{told}")
     if most == 1 and not endpoint:
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", f"launch_{os.getpid()}"
         options.node_rank = 0
@@ -153,10 +147,10 @@ def set_rendezvous(options: argparse.Namespace) -> None:
         options.rdzv_conf += f"{options.rdzv_conf and ','}is_host={int(options.node_rank == 0)}"
     if options.rdzv_backend != "static" or options.node_rank is None:
         options.node_rank = 0  # PyTorch has no further use for it
-    set_interface(options, most)
+    set_addresses(options, most)
 
 
-def set_interface(options: argparse.Namespace, most: int) -> None:
+def set_addresses(options: argparse.Namespace, most: int) -> None:
     """Tell PyTorch this machine's address towards node 0, and gloo the network interface that has it.
 
     Both go by the machine's own name otherwise, which often stands for an address that only this machine can reach.
@@ -170,25 +164,20 @@ def set_interface(options: argparse.Namespace, most: int) -> None:
     except OSError as error:
         raise ValueError(f"there is no way to node 0 at {options.rdzv_endpoint}: {error.strerror}") from error
     options.local_addr = options.local_addr or own
-    interface = interface_of(own) if sys.platform == "linux" else None
-    if most > 1 and interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if most > 1 and sys.platform == "linux":
+        for _, name in socket.if_nameindex():
+            if address_of(name) == own:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def interface_of(address: str) -> str | None:
-    """The name of the network interface with this IPv4 address, if there is one; on Linux."""
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface, "" where it has none; on Linux."""
     from fcntl import ioctl
 
     get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = ioctl(probe, get_address, struct.pack("256s", name.encode()))
-            except OSError:  # this one has none
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        return socket.inet_ntoa(ioctl(probe, get_address, struct.pack("256s", interface.encode()))[20:24])
+    return ""
 
 
 # --- Running, and telling what went wrong -----------------------------------------------------------------------------
@@ -200,30 +189,22 @@ def join_with_new_store(handler: DynamicRendezvousHandler,
 
     In the old one a restart would find the addresses of the start before it, fail to connect, and be lost.
     """
+    is_restart = handler._bootstrap_store_info is not None
     handler._bootstrap_store_info = handler._shared_tcp_store_server = None
-    return join(handler)
+    joined = join(handler)
+    if is_restart:
+        print(f"launch.py: starting again, on {joined.world_size} machine(s)", file=sys.stderr, flush=True)
+    return joined
 
 
-def watch_starts(specs: LogsSpecs) -> dict[int, str]:
-    """Let PyTorch's launcher tell of restarts; returns the latest start's stderr files by local rank, "" for none."""
-    paths: dict[int, str] = {}
-    reify = specs.reify
-
-    def tell(envs: dict[int, dict[str, str]]) -> LogsDest:  # is asked before each start; {local rank: its variables}
-        if paths:
-            print(f"launch.py: starting again, restart {envs[0]['TORCHELASTIC_RESTART_COUNT']} of at most "
-                  f"{envs[0]['TORCHELASTIC_MAX_RESTARTS']}, {envs[0]['WORLD_SIZE']} process(es) in all",
-                  file=sys.stderr, flush=True)
-        destination = reify(envs)
-        paths.update(destination.stderrs)
-        return destination
-
-    specs.reify = tell
-    return paths
+def stderr_of(failure: ProcessFailure, log_dir: str) -> Path:
+    """The file to which a process of the latest start wrote its stderr, by PyTorch's names; none: the empty one."""
+    files = Path(log_dir).glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=Path(os.devnull))
 
 
-def tell_failure(error: ChildFailedError, script: str, stderrs: dict[int, str]) -> int:
-    """Say which process failed first, and what it last wrote to its file of ``stderrs``; returns the exit code."""
+def tell_failure(error: ChildFailedError, script: str, log_dir: str) -> int:
+    """Say which process failed first, and what it last wrote to stderr, if that is in a file; returns the exit code."""
     # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
     # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
     # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
@@ -231,7 +212,7 @@ def tell_failure(error: ChildFailedError, script: str, stderrs: dict[int, str]) 
     began = min(failure.timestamp for failure in error.failures.values())
     first = {rank: failure for rank, failure in error.failures.items() if failure.timestamp < began + 2}
     alone = {rank: failure for rank, failure in first.items() if failure.exitcode != -signal.SIGTERM}
-    files = {rank: Path(stderrs[failure.local_rank] or os.devnull) for rank, failure in error.failures.items()}
+    files = {rank: stderr_of(failure, log_dir) for rank, failure in error.failures.items()}
     rank, failure = min((alone or first).items(), key=lambda item: files[item[0]].stat().st_mtime_ns)
     code, how = failure.exitcode, f"exit code {failure.exitcode}"
     if code < 0:
@@ -255,12 +236,11 @@ def start_processes(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
-        stderrs = watch_starts(config.logs_specs)
         DynamicRendezvousHandler.next_rendezvous = join_with_new_store
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            return tell_failure(error, options.training_script, stderrs)
+            return tell_failure(error, options.training_script, options.log_dir)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
@@ -310,10 +290,8 @@ def build_parser() -> argparse.ArgumentParser:
             action.nargs, action.required, action.metavar = "?", False, "SCRIPT"
     for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "tee"):  # None: not given; PET_...: as PyTorch
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
-    example = parser.add_argument_group("the example")
-    example.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
-                         help="its ZeRO stage: of what each process keeps a shard only")
-    example.add_argument("--deepspeed_config", metavar="FILE", help="a JSON config to use in place of its own")
+    parser.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
+                        help="the example's ZeRO stage: of what each process keeps a shard only")
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
     theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
@@ -329,9 +307,8 @@ def settle(options: argparse.Namespace) -> None:
     options.nproc_per_node = options.nproc_per_node or str(max(1, torch.cuda.device_count()))
     if run.determine_local_world_size(options.nproc_per_node) < 1:
         raise ValueError(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up, or auto")
-    if options.tee is None:  # stderr into files, and shown unless --redirects says otherwise
-        redirects = Std.from_str(options.redirects)
-        options.tee = "0" if isinstance(redirects, dict) or Std.ERR in redirects else str(Std.ERR.value)
+    if options.tee is None:
+        options.tee = "2" if options.redirects == "0" else "0"  # stderr to files and the screen, unless told where to
     set_rendezvous(options)
 
 
@@ -339,26 +316,21 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; see the top of this file. Returns the exit code."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    script = options.training_script
-    example = [f"--{name}={value}" for name, value in (
-        ("zero_stage", options.zero_stage), ("deepspeed_config", options.deepspeed_config)) if value is not None]
-    if len(example) == 2:
-        parser.error(f"--zero_stage changes the example's own config; with --deepspeed_config, put the stage into "
-                     f"{options.deepspeed_config}")
-    if script and example:
-        parser.error(f"{example[0].split('=')[0]} changes the example's config; give {script} its own")
+    script, stage = options.training_script, options.zero_stage
+    if script and stage is not None:
+        parser.error(f"--zero_stage changes the example's config; give {script} its own")
     if script and not (options.module or options.no_python or Path(script).is_file()):
         parser.error(f"there is no script {script!r}")
     if script or options.nproc_per_node or options.nnodes:
         if not script:
-            options.training_script, options.training_script_args = __file__, example
+            options.training_script, options.training_script_args = __file__, [f"--zero_stage={stage or 0}"]
         try:
             settle(options)
         except ValueError as error:
             parser.error(str(error))
         return start_processes(options)
     try:
-        documented_example(options.zero_stage, options.deepspeed_config)
+        documented_example(stage or 0)
     except ValueError as error:  # what the user gave; anything else is worth its traceback
         if os.environ.get("RANK", "0") == "0":
             print(f"launch.py: error: {error}", file=sys.stderr)
