@@ -356,6 +356,9 @@ class _Parser:
         # A key that is a word of Python's, such as async, has a field with an underscore behind it.
         known = {f.name.removesuffix("_"): f for f in fields(cls)}
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
+        switches = {"enabled", "device"} & known.keys()
+        if switches and _is_off(raw):  # then the other keys are not judged
+            raw = {key: raw[key] for key in switches & raw.keys() if raw[key] is not None}
         for key, value in raw.items():
             if key not in known:
                 self.judge(f"{path}{key}", value, known, idle.get(key))
@@ -398,15 +401,14 @@ class _Parser:
         kinds = typing.get_args(hint) or (hint,)
         choices, number = rules.get("choices", ()), _number(value)
         word = str(value).lower() if isinstance(value, (str, torch.dtype)) else None
-        truth = float(value) if isinstance(value, bool) else {"true": 1, "false": 0}.get(word, number)
         for kind in kinds:
             if is_dataclass(kind) and value is not None:
-                return self.switched(kind, value, path)
+                return self.section(kind, value, f"{path}.")
             if kind in (int, float) and number is not None and _is_within(number, rules) \
                     and (kind is float or number.is_integer() and abs(number) < 2**53):
                 return kind(number)  # JSON files like to write 5e8
-            if kind is bool and truth in (0, 1):
-                return bool(truth)
+            if kind is bool and _truth(value) is not None:
+                return _truth(value)
             if kind is list and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
                 return list(value)
             if kind is dict and isinstance(value, dict):
@@ -417,17 +419,6 @@ class _Parser:
             if kind in (str, types.NoneType) and isinstance(value, kind) and not (kind is str and choices):
                 return value
         raise ConfigError(f"{path} is {value!r}; allowed: {_allowed(kinds, rules)}")
-
-    def switched(self, cls: type, raw: Any, path: str) -> Any:
-        """A section; one that is off has its defaults where it can't be read."""
-        if not isinstance(raw, Mapping) or not _is_off(raw):
-            return self.section(cls, raw, f"{path}.")
-        if _is_auto(raw.get("enabled")):
-            self.autos.append(f"{path}.enabled")
-        try:
-            return _Parser().section(cls, raw, f"{path}.")
-        except ConfigError:
-            return cls()
 
 
 def _is_needed(f: Field) -> bool:
@@ -489,6 +480,12 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _truth(value: Any) -> bool | None:
+    """The truth value that ``value`` is, or is the text of, as 0 and 1 are; None if it is none."""
+    number = {"true": 1, "false": 0}.get(str(value).lower(), _number(value))
+    return bool(number) if number in (0, 1) else None
+
+
 def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any]:
     """``params`` for the constructor of ``cls``, whose first argument is given: known names, with what fits them."""
     known = dict(list(inspect.signature(cls).parameters.items())[1:])
@@ -502,19 +499,19 @@ def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any
 
 
 def _check_param(value: Any, path: str, kind: type) -> Any:
-    """``value`` where it is of its parameter's kind: bool, str or float, or a list of these. Other objects may be.
+    """``value`` as its parameter's kind, bool, str or float, or a list of these; objects that are none may be.
 
-    PyTorch's classes take any text for true, and true for 1.
+    PyTorch's classes would take any text for true, and true for 1.
     """
     number = _number(value)
     if isinstance(value, (list, tuple)):
         return type(value)(_check_param(item, path, kind) for item in value)
-    if kind is bool and value in (0, 1):
-        return bool(value)
+    if kind is str or not isinstance(value, (Real, str)):
+        return value
+    if kind is bool and _truth(value) is not None:
+        return _truth(value)
     if kind is float and number is not None and math.isfinite(number):
         return value if not isinstance(value, str) else int(number) if number.is_integer() else number
-    if value is None or not isinstance(value, {bool: object, str: bool, float: (Real, str)}[kind]):
-        return value
     raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if kind is bool else 'a finite number'}")
 
 
@@ -843,11 +840,10 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
            f"a rank below world_size, which is {world_size}; or -1 for both")
     _check("init_method", init_method, init_method is None or isinstance(init_method, str) and "://" in init_method,
            "an address such as 'tcp://host:port', or None")
-    known = [name for name in ("nccl", "gloo", "mpi") if dist.is_backend_available(name)]
     _check("dist_backend", dist_backend, dist_backend is None or dist.is_backend_available(str(dist_backend)),
-           f"a backend of this PyTorch, such as {', '.join(known)}")
-    device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not dist.is_initialized() and dist_init_required is not False and (rank != -1 or init_method is not None):
+           "a backend of this PyTorch, such as gloo")
+    device, by_address = zero.own_device(int(os.environ.get("LOCAL_RANK", 0))), rank != -1 or init_method is not None
+    if by_address and not dist.is_initialized() and dist_init_required is not False:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
         dist.init_process_group(dist_backend, init_method, timeout, world_size, rank)
         started = True
@@ -883,76 +879,27 @@ def _check_start(port: Any, required: Any) -> None:
     _check("distributed_port", port, isinstance(port, int) and 0 < port < 2**16, "a whole number from 1 to 65535")
 
 
-def _writable(buffer: Tensor) -> Tensor:
-    """A buffer, or a copy of it where its elements share memory, as expand() makes them."""
-    overlaps = buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
-    return buffer.contiguous() if overlaps else buffer
-
-
-@torch.no_grad()
-def _broadcast_buffers(model: nn.Module) -> None:
-    """Make every buffer what it is on rank 0; the parameters come with their buckets."""
-    for name, tensor in model.named_buffers():
-        dense = tensor.contiguous()
-        dist.broadcast(dense.view(-1).view(torch.uint8), src=0)  # as bytes, since backends don't know every dtype
-        if dense is not tensor:
-            tensor.copy_(dense)
-
-
-def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dictionaries, by the path of its key."""
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _describe(settings: Config, model: nn.Module) -> list[str]:
-    """What all ranks must have in common, a line each."""
-    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(settings))
-             if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
-    lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
-              for name, p in model.named_parameters()]
-    return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
-
-
-def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: Any, data: Any) -> list[str]:
-    """What all ranks must have in common beside config and model, a line each."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    lines = [f"the optimizer {type(optimizer).__name__}", f"the scheduler {type(schedule).__name__}"]
-    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
-        options = {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
-        lines.append(f"param group {index} with {options} over {[names[id(p)] for p in group['params']]}")
-    size = "none" if data is None else len(data) if hasattr(data, "__len__") else "some"
-    return lines + [f"training_data: {size} samples"]
-
-
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``."""
+    """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``; so what else has ``to()``."""
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device, non_blocking=True)  # the host does not wait for a GPU's queue
-        return part.to(device) if hasattr(part, "to") else part  # a class that knows how to move itself
+        return part.to(device) if hasattr(part, "to") else part
 
     return amp.mapped(value, move)
 
 
 def _check_data(dataset: Any) -> None:
     """Refuse what a ShardedLoader can't be made of."""
-    if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
-        raise ValueError("training_data is an IterableDataset, which can't be divided among "
-                         f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
-                         "If yours shards itself, put it in a DataLoader of your own")
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return
-    if isinstance(dataset, DataLoader) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    fits = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if dataset is not None and (not fits or isinstance(dataset, DataLoader | IterableDataset)):
         raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
-                         "__getitem__, from which the engine makes the loader")
-    if len(dataset) == 0:
+                         "__getitem__, from which the engine makes the loader. Others, such as streams, need a loader "
+                         "of your own")
+    if dataset is not None and len(dataset) == 0:
         raise ValueError("training_data is empty; allowed: at least one sample")
 
 
@@ -986,7 +933,7 @@ class ShardedLoader:
         again = True
         while again:
             self.moved = again = False
-            for batch in self._loader(self.samples):
+            for batch in self._loader():
                 self.samples += self.batch_size * self.world_size
                 yield _to_device(batch, self.device)
                 if self.moved:
@@ -1000,17 +947,15 @@ class ShardedLoader:
         share = -(-samples // self.world_size)
         return max(0, share // self.batch_size if self.drop_last else -(-share // self.batch_size))
 
-    def _loader(self, given: int) -> DataLoader:
-        """This rank's share of the epoch after its first ``given`` samples."""
-        more = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
-                "generator": self.generator, "pin_memory": self.device.type == "cuda"}
-        if isinstance(self.dataset, IterableDataset):
-            return DataLoader(_Rest(self.dataset, given) if given else self.dataset, **more)
+    def _loader(self) -> DataLoader:
+        """This rank's share of what is left of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        missing = -len(order[given:]) % self.world_size
-        share = (order[given:] + list(islice(cycle(order), missing)))[dist.get_rank()::self.world_size]
-        return DataLoader(self.dataset, sampler=share, **more)
+        left = order[self.samples:]
+        left += islice(cycle(order), -len(left) % self.world_size)
+        return DataLoader(self.dataset, self.batch_size, sampler=left[dist.get_rank()::self.world_size],
+                          collate_fn=self.collate_fn, drop_last=self.drop_last, generator=self.generator,
+                          pin_memory=self.device.type == "cuda")
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data: the epoch, how many samples of it all ranks had together, and the order's seed."""
@@ -1022,18 +967,8 @@ class ShardedLoader:
         A loop that runs goes on there; else the next one does.
         """
         self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
-        if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
+        if not self._batches(len(self.dataset) - self.samples):
             self.samples = 0
-
-
-class _Rest(IterableDataset):
-    """A stream without its first samples."""
-
-    def __init__(self, stream: IterableDataset, given: int):
-        self.stream, self.given = stream, given
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.stream), self.given, None)
 
 
 # --- The engine -------------------------------------------------------------------------------------------------------
@@ -1042,18 +977,17 @@ class _Rest(IterableDataset):
 def _by_all_ranks(*own: str) -> Callable:
     """A call that every rank must make with the same arguments, except for ``own``: else all ranks raise."""
     def decorate(method: Callable) -> Callable:
-        signature = inspect.signature(method)
+        signature, name = inspect.signature(method), f"{method.__name__}()"
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(self, *args, **kwargs)
             given.apply_defaults()
-            name = f"{method.__name__}()"
-            said = [name] + [f"{name}, where {key} is {os.fspath(value) if isinstance(value, os.PathLike) else value!r}"
-                             for key, value in given.arguments.items() if key not in ("self", *own)]
+            said = [f"{name}, where {key} is {os.fspath(value) if isinstance(value, os.PathLike) else value!r}"
+                    for key, value in given.arguments.items() if key not in ("self", *own)]
             if self.world_size > 1:
-                _meet(name, self.config.collective_timeout())
-                zero.agree(lambda: said, same=True)
+                zero.meet(name, self.config.collective_timeout())
+                zero.agree(lambda: [name, *said], same=True)
             return method(self, *args, **kwargs)
 
         return call
@@ -1071,24 +1005,14 @@ def _reads(path: str, meaning: str) -> Callable[["Engine"], Any]:
     return read
 
 
-def _meet(call: str, timeout: timedelta | None) -> None:
-    """Wait until all ranks make this call; RuntimeError where one does not come in time."""
-    try:
-        group = zero.Groups.current().host
-        if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
-            dist.monitored_barrier(group, timeout)
-    except RuntimeError as error:
-        raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
-                           f"{str(error).splitlines()[0]}") from None
-
-
 class Engine(nn.Module):
     """A model with everything that trains it. Call it as you would call the model.
 
     module           the model, on ``device``, the same on every rank
     optimizer        a torch optimizer, or None for an engine that only evaluates
     lr_scheduler     stepped by ``step()``, or None
-    zero             the sharded model: its buckets, the communication, the update
+    zero             the sharded model: its buckets, the order of reductions, the update
+    communicator     the collectives, and the times of a step's phases
     checkpointing    what recomputes activations, or None; its ``report()`` tells bytes kept and seconds recomputed
     global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
     global_samples   samples they used, over all ranks
@@ -1101,29 +1025,22 @@ class Engine(nn.Module):
     def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
                  local_rank: int, started_process_group: bool):
         super().__init__()
-        self.module = model
-        self.config = config
-        self.device = device
-        self.local_rank = local_rank
-        self.global_rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.module, self.config, self.precision = model, config, precision
+        self.device, self.local_rank, self.global_rank = device, local_rank, dist.get_rank()
+        self.world_size, self._started_process_group = dist.get_world_size(), started_process_group
         self.optimizer: Optimizer | None = None
-        self.loader: ShardedLoader | None = None
-        self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
-        self._writing: Future | None = None
-        self._logbook: zero.Logbook | None = None
         self.lr_scheduler: Any = None
-        self.global_steps = self.global_samples = self._micro_steps = self.skipped_steps = 0
+        self.loader: ShardedLoader | None = None
         self.checkpointing: recompute.Checkpointing | None = None
-        self._started_process_group = started_process_group
-        self._in_no_sync = False
+        self.scaler = precision.make_scaler()
+        self.global_steps = self.global_samples = self.skipped_steps = self._micro_steps = 0
         self._window = 0  # micro-batches of the accumulation window that are done
         self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
-        self._step_applied = False
+        self._in_no_sync = self._step_applied = False
         self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
         self._grad_norm = 0.0
-        self.precision = precision
-        self.scaler = self.precision.make_scaler()
+        self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
+        self._writing: Future | None = None
         self._progress = _Progress(self)
 
     # What the config says.
@@ -1141,14 +1058,10 @@ class Engine(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attribute, as in DeepSpeed."""
-        try:
+        if name == "module" or name.startswith("__"):  # such as of a copy in the making
             return super().__getattr__(name)
-        except AttributeError:
-            module = vars(self).get("_modules", {}).get("module")
-            if name.startswith("__") or module is None:  # such as a copy in the making
-                raise
         try:
-            return getattr(module, name)
+            return getattr(self.module, name)
         except AttributeError as error:
             raise AttributeError(f"neither the engine nor its model has the attribute {name!r} ({error}){ELSEWHERE}"
                                  ) from None
@@ -1243,11 +1156,11 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         """The rate in force in each param group."""
-        return [group["lr"] for group in self._require_optimizer("get_lr()").param_groups]
+        return [group["lr"] for group in self._groups("get_lr()")]
 
     def set_lr(self, lr: float | list[float]) -> None:
         """Set the rate of every param group, or of each its own. A scheduler sets its own at its next step."""
-        groups = self._require_optimizer("set_lr()").param_groups
+        groups = self._groups("set_lr()")
         rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(groups)
         _check("lr", lr, len(rates) == len(groups) and all(
             isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < math.inf for rate in rates),
@@ -1257,8 +1170,13 @@ class Engine(nn.Module):
 
     def get_mom(self) -> list[Any]:
         """Each param group's momentum: Adam's ``betas``, or ``momentum``, or 0."""
-        groups = self._require_optimizer("get_mom()").param_groups
-        return [group.get("betas", group.get("momentum", 0)) for group in groups]
+        return [group.get("betas", group.get("momentum", 0)) for group in self._groups("get_mom()")]
+
+    def _groups(self, caller: str) -> list[dict[str, Any]]:
+        """The optimizer's param groups, for a call that needs an optimizer."""
+        if self.optimizer is None:
+            raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
+        return self.optimizer.param_groups
 
     # One step, phase by phase (see the top of this file).
 
@@ -1268,10 +1186,11 @@ class Engine(nn.Module):
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
         self._check_scaled()
-        if self.zero.sharded.parameters and self.training and torch.is_grad_enabled():  # it needs the other ranks
-            self._enter()
-        cache = not self.zero.sharded.parameters  # there a copy would outlive its weight
-        with self._phase("forward"), self.precision.autocast(cache):
+        gathers = self.zero.sharded.parameters
+        if gathers and self.training and torch.is_grad_enabled():  # it needs the other ranks
+            self.communicator.enter(self.micro_steps + 1)
+        # Where weights are gathered, autocast's copy of one would outlive it.
+        with self._phase("forward"), self.precision.autocast(cache=not gathers):
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -1283,7 +1202,7 @@ class Engine(nn.Module):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
-        self._enter()
+        self.communicator.enter(self.micro_steps + 1)
         self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
         with self._phase("backward"):
@@ -1320,10 +1239,10 @@ class Engine(nn.Module):
         ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau. With
         ``managed_gradient_accumulation`` false every call updates, with the sum of what ``backward()`` has left.
         """
-        self._require_optimizer("step()")
+        self._groups("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
-        self._enter()
+        self.communicator.enter(self.micro_steps + 1)
         self._step_applied = False
         self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
@@ -1340,7 +1259,7 @@ class Engine(nn.Module):
         For the end of an epoch whose micro-batches the accumulation steps do not divide. Every rank must call it, after
         equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
-        self._require_optimizer("flush()")
+        self._groups("flush()")
         self._check_scaled()
         if not self._window:
             return False
@@ -1350,14 +1269,17 @@ class Engine(nn.Module):
 
     def _update(self, lr_kwargs: dict[str, Any] | None, fraction: float = 1.0) -> None:
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
-        if self.lr_scheduler is not None:
-            self._check_lr_kwargs(lr_kwargs)
+        if self.lr_scheduler is not None:  # refuse what its step() does not take, while nothing has changed
+            try:
+                inspect.signature(self.lr_scheduler.step).bind(**({} if lr_kwargs is None else lr_kwargs))
+            except TypeError as error:
+                raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the step() of "
+                                 f"{type(self.lr_scheduler).__name__} ({error})") from None
         with self._phase("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
-        self._grad_norm, self._window = result.norm, 0
+        self._grad_norm, self._window, self._step_applied = result.norm, 0, not result.overflow
         self._update_scale(result)
-        self._step_applied = not result.overflow
         if result.overflow:
             return
         if self.lr_scheduler is not None:
@@ -1365,14 +1287,6 @@ class Engine(nn.Module):
         self.global_steps += 1
         self.global_samples += round(fraction * self.train_batch_size())
         self._progress.after_step()
-
-    def _check_lr_kwargs(self, lr_kwargs: Any) -> None:
-        """Refuse what the scheduler's step() does not take, while nothing has changed."""
-        try:
-            inspect.signature(self.lr_scheduler.step).bind(**({} if lr_kwargs is None else lr_kwargs))
-        except TypeError as error:
-            raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the step() of "
-                             f"{type(self.lr_scheduler).__name__} ({error})") from None
 
     def _update_scale(self, result: zero.StepResult) -> None:
         """Count a skipped step and say so once; let the loss scale follow."""
@@ -1403,6 +1317,37 @@ class Engine(nn.Module):
         self._window = 0
         self._tell_boundary()
 
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside add up on this rank alone; the next ``step()``, outside, takes the mean over ranks."""
+        if self.zero_optimization_stage() >= 2:
+            raise RuntimeError(f"no_sync() at stage {self.zero_optimization_stage()}: a rank keeps only its shard of "
+                               "the gradients, so every backward() must reduce them. gradient_accumulation_steps needs "
+                               "no no_sync(); to keep gradients local use stage 0 or 1")
+        self._in_no_sync = True
+        self._tell_boundary()
+        try:
+            yield
+        finally:
+            self._in_no_sync = False
+            self._tell_boundary()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A timed phase. Where PyTorch's error tells too little, say what to do."""
+        try:
+            with self.communicator.phase(name):
+                yield
+        except (RuntimeError, ValueError) as error:
+            if "support saved tensor hooks" in str(error):
+                raise RuntimeError(zero.NO_TRANSFORMS) from error
+            advice = self.precision.advice(error)
+            if not advice:
+                raise
+            raise type(error)(f"{error}{advice}") from error
+
+    # What PyTorch calls on a module would break.
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Engine":
         """What ``to()``, ``cpu()``, ``half()`` and the like call; at stage 3 only what changes nothing is possible."""
         if not self.zero.sharded.parameters:
@@ -1416,21 +1361,8 @@ class Engine(nn.Module):
                     "save_16bit_model() saves one")
         return self
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Backward passes inside add up on this rank alone; the next ``step()``, outside, takes the mean over ranks."""
-        stage = self.config.zero_optimization.stage
-        if stage >= 2:
-            raise RuntimeError(f"no_sync() at stage {stage}: a rank keeps only its shard of the gradients, so every "
-                               "backward() must reduce them. gradient_accumulation_steps needs no no_sync(); to keep "
-                               "gradients local use stage 0 or 1")
-        self._in_no_sync = True
-        self._tell_boundary()
-        try:
-            yield
-        finally:
-            self._in_no_sync = False
-            self._tell_boundary()
+    def __deepcopy__(self, memo: dict) -> "Engine":
+        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
 
     # Save and resume.
 
@@ -1544,10 +1476,9 @@ class Engine(nn.Module):
         _check_path("save_dir", save_dir)
         _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
         _check("save_filename", save_filename, isinstance(save_filename, str) and save_filename, "the name of a file")
-        whole = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        whole, path = self._whole_state_dict(None, not exclude_frozen_parameters), Path(save_dir) / save_filename
 
         def write() -> None:
-            path = Path(save_dir) / save_filename
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(whole, path.with_name(f".{path.name}.tmp"))
             os.rename(path.with_name(f".{path.name}.tmp"), path)
@@ -1566,15 +1497,12 @@ class Engine(nn.Module):
                  if id(p) in whole}
         return named | _copies(_persistent_buffers(self.module)) if self.global_rank == 0 else {}
 
-    def __deepcopy__(self, memo: dict) -> "Engine":
-        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
+    # What it takes, and its end.
 
     def memory_report(self) -> zero.Estimate:
-        """The bytes that this rank holds now, by category, beside what ``zero.estimate`` says; print it."""
-        found = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
-                              dtypes=self.precision.path, device=self.device, rank=self.global_rank,
-                              micro_batches=self.gradient_accumulation_steps(),
-                              groups=zero.groups_to_estimate(self.zero))
+        """The bytes that this rank holds now, by category, beside what ``estimate`` says; print it."""
+        found = estimate(self.module, self.config, self.world_size, dtypes=self.precision.path, device=self.device,
+                         rank=self.global_rank, groups=zero.groups_to_estimate(self.zero))
         return replace(found, measured=zero.measure(self.zero, self.module))
 
     def destroy(self) -> None:
@@ -1583,47 +1511,18 @@ class Engine(nn.Module):
         Raises RuntimeError where another rank still trains, having been given more micro-batches.
         """
         self.wait_for_save()
-        if self.config.comms_logger.enabled and self.global_rank == 0:
-            print(self.zero.communicator.table(), flush=True)
-        self.zero.release()
+        self._progress.print_traffic()
         if self.checkpointing is not None:
             self.checkpointing.remove()
         try:
-            if self._logbook:
-                self._logbook.end()
+            self.zero.release()
         finally:
             if self._started_process_group and dist.is_initialized():
                 dist.destroy_process_group()
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """A timed phase. Where communication fails in it, say where ranks were; where two dtypes meet, what to do."""
-        try:
-            with self.zero.communicator.clock.phase(name):
-                yield
-        except (RuntimeError, ValueError) as error:
-            if "support saved tensor hooks" in str(error):
-                raise RuntimeError(zero.NO_TRANSFORMS) from error
-            advice = self.precision.advice(error)
-            if advice:
-                raise type(error)(f"{error}{advice}") from error
-            if self._logbook is None or not any(sign in str(error) for sign in zero.Logbook.LOST):
-                raise
-            raise RuntimeError(f"{self._logbook.report()} ({str(error).splitlines()[0]})") from error
-
-    def _enter(self) -> None:
-        """This rank begins what the other ranks take part in."""
-        if self._logbook:
-            self._logbook.write(self.micro_steps + 1)
-
-    def _require_optimizer(self, caller: str) -> Optimizer:
-        if self.optimizer is None:
-            raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
-        return self.optimizer
-
 
 class _Progress:
-    """What rank 0 prints while training: progress lines, and with ``wall_clock_breakdown`` each step's times."""
+    """What rank 0 prints while training: progress lines, each step's times, and what was sent."""
 
     def __init__(self, engine: Engine):
         self.engine, self.every = engine, engine.config.steps_per_print
@@ -1650,13 +1549,10 @@ class _Progress:
         if engine.world_size > 1:
             dist.all_reduce(mean)
         now = time.perf_counter()
-        if engine.global_rank == 0:
-            rates = ", ".join(f"{rate:.4g}" for rate in engine.get_lr())
-            loss = f"loss {float(mean) / engine.world_size:.4f}, " if self.losses else ""
-            print(f"step {engine.global_steps}: {loss}lr {rates}, "
-                  f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s", flush=True)
-            if engine.config.comms_logger.enabled:
-                print(engine.zero.communicator.table(), flush=True)
+        loss = f"loss {float(mean) / engine.world_size:.4f}, " if self.losses else ""
+        self._print(f"step {engine.global_steps}: {loss}lr {', '.join(f'{rate:.4g}' for rate in engine.get_lr())}, "
+                    f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s")
+        self.print_traffic()
         self.loss_sum, self.losses, self.since = 0.0, 0, now
 
     def _print_times(self) -> None:
@@ -1665,13 +1561,19 @@ class _Progress:
         Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the
         other phases do not include; what overlaps with computation costs no time and is not in it.
         """
-        spent = self.engine.zero.communicator.clock.read()  # begins anew
-        phases = ["forward", "backward", "communication", "offload", "update"]
-        if self.engine.zero.offload.optimizer is None:
-            phases.remove("offload")
+        spent = self.engine.communicator.clock.read()  # begins anew
+        offloads = self.engine.config.zero_optimization.offload_optimizer.device != "none"
+        phases = ("forward", "backward", "communication", *(["offload"] if offloads else []), "update")
+        self._print(f"step {self.engine.global_steps}: {', '.join(f'{name} {spent[name]:.1f} ms' for name in phases)}")
+
+    def print_traffic(self) -> None:
+        """The table that ``comms_logger`` asks for."""
+        if self.engine.config.comms_logger.enabled:
+            self._print(zero.traffic_table(self.engine.communicator.traffic))
+
+    def _print(self, text: str) -> None:
         if self.engine.global_rank == 0:
-            times = ", ".join(f"{name} {spent[name]:.1f} ms" for name in phases)
-            print(f"step {self.engine.global_steps}: {times}", flush=True)
+            print(text, flush=True)
 
 
 # --- Save and resume --------------------------------------------------------------------------------------------------
@@ -2268,6 +2170,35 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
 
+def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dictionaries, by the path of its key."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _describe(settings: Config, model: nn.Module) -> list[str]:
+    """What all ranks must have in common, a line each."""
+    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(settings))
+             if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
+    lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
+              for name, p in model.named_parameters()]
+    return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
+
+
+def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: Any, data: Any) -> list[str]:
+    """What all ranks must have in common beside config and model, a line each."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    lines = [f"the optimizer {type(optimizer).__name__}", f"the scheduler {type(schedule).__name__}"]
+    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
+        options = {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
+        lines.append(f"param group {index} with {options} over {[names[id(p)] for p in group['params']]}")
+    size = "none" if data is None else len(data) if hasattr(data, "__len__") else "some"
+    return lines + [f"training_data: {size} samples"]
+
+
 def _read_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any, port: Any, required: Any,
                     config: Any, config_params: Any) -> tuple[Config | None, ValueError | None]:
     """The config, or what is wrong: on this rank alone, perhaps, and then the others must hear of it."""
@@ -2384,21 +2315,15 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if training_data is not None:
         engine.loader = ShardedLoader(training_data, engine.train_micro_batch_size_per_gpu(), device, collate_fn,
                                       settings.dataloader_drop_last)
+    engine.communicator = zero.Communicator(device, settings.debug, settings.timeout, settings.wall_clock_breakdown)
+    engine.communicator.join(settings.timeout)
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
                             lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
-                            settings.predivide(engine.world_size), settings.debug, settings.timeout)
+                            settings.predivide(engine.world_size), engine.communicator)
     engine.precision.apply(model)
-    buffers: dict[int, Tensor] = {}
-    for module in model.modules():  # parameters moved bucket by bucket: a model larger than a GPU can be sharded
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = buffers.setdefault(id(b), _writable(b.to(device)))
-    if engine.world_size > 1:
-        _broadcast_buffers(model)
+    _place_buffers(model, device)
     if recomputed is not None:
         engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
-    engine._logbook = engine.zero.communicator.logbook
-    engine.zero.communicator.clock.runs = settings.wall_clock_breakdown
     engine._tell_boundary()
     engine._show_scale()
     if engine.global_rank == 0:
@@ -2407,6 +2332,19 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
             whole = asdict(settings, dict_factory=lambda pairs: {key.removesuffix("_"): value for key, value in pairs})
             print(f"config, with the defaults: {json.dumps(whole, indent=2, default=str)}\nprecision:\n{table}\n"
                   f"{engine.world_size} rank(s), {device}, {dist.get_backend()}", flush=True)
+
+
+@torch.no_grad()
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move every buffer to the device, with rank 0's values; parameters come with their buckets."""
+    placed: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None and id(b) not in placed:  # contiguous, as elements of expand() share memory
+                placed[id(b)] = b.to(device).contiguous() if b.layout is torch.strided else b.to(device)
+            module._buffers[name] = placed.get(id(b))
+    for b in placed.values() if dist.get_world_size() > 1 else ():
+        dist.broadcast(b.view(-1).view(torch.uint8), src=0)  # as bytes, since backends don't know every dtype
 
 
 def _only_config(args: Any, config: Any, config_params: Any) -> Any:

@@ -363,6 +363,17 @@ def agree(work: Callable[[], Any], same: bool = False, kind: type[Exception] | N
     return [result] * len(every) if same else [given for _, given in every]
 
 
+def meet(call: str, timeout: timedelta | None) -> None:
+    """Wait until all ranks make this call; RuntimeError where one does not come in time."""
+    try:
+        group = Groups.current().host
+        if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
+            dist.monitored_barrier(group, timeout)
+    except RuntimeError as error:
+        raise RuntimeError(f"{call} was not called by every rank in time; each must call it, not rank 0 alone: "
+                           f"{str(error).splitlines()[0]}") from None
+
+
 def _tell_difference(texts: list[Sequence[str]]) -> None:
     rank = next(rank for rank, text in enumerate(texts) if text != texts[0])
     pairs = zip_longest(texts[0], texts[rank], fillvalue="nothing")
@@ -463,9 +474,10 @@ class Communicator:
     number, logbook, debug = 0, None, False
     groups: Groups | None = None  # besides the default one
 
-    def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None):
+    def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None, timed: bool = False):
         gloo = device.type == "cpu" and dist.group.WORLD._get_backend(device).name() == "gloo"
         self._prepare(dist.get_rank(), dist.get_world_size(), device, direct=gloo)
+        self.clock.runs = timed
         number = torch.tensor([next(Communicator.numbers)], device=device)
         self.broadcast(number, source=0)
         self.number = int(number)
@@ -475,17 +487,35 @@ class Communicator:
             if device.type == "cuda":
                 self.logbook.watch()
 
-    def open_groups(self, timeout: float | None) -> None:
-        """Have groups of its own on GPUs, until ``close_groups``."""
+    def join(self, timeout: float | None) -> None:
+        """Have groups of its own on GPUs, until ``leave``."""
         if self.device.type == "cuda" and self.world_size > 1:
             self.groups = Groups.current()
             self.groups.join(self.device, None if timeout is None else timedelta(seconds=timeout))
 
-    def close_groups(self) -> None:
-        """Leave them."""
+    def leave(self) -> None:
+        """The last collective is over. RuntimeError where another rank still trains, with more micro-batches."""
         if self.groups is not None:
             self.groups.leave()
             self.groups = None
+        if self.logbook is not None:
+            self.logbook.end()
+
+    def enter(self, micro_batch: int) -> None:
+        """This rank begins what the other ranks take part in."""
+        if self.logbook is not None:
+            self.logbook.write(micro_batch)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A timed phase of a step. Where communication fails in it, the error says where the ranks were."""
+        try:
+            with self.clock.phase(name):
+                yield
+        except (RuntimeError, ValueError) as error:
+            if self.logbook is None or not any(sign in str(error) for sign in Logbook.LOST):
+                raise
+            raise RuntimeError(f"{self.logbook.report()} ({str(error).splitlines()[0]})") from error
 
     @property
     def _reductions(self) -> Any:
@@ -595,10 +625,6 @@ class Communicator:
         record.calls += 1
         record.elements += elements
         record.bytes += elements * tensor.element_size()
-
-    def table(self) -> str:
-        """The traffic so far, as text."""
-        return traffic_table(self.traffic)
 
 
 def traffic_table(traffic: Mapping[str, Traffic]) -> str:
@@ -2631,14 +2657,10 @@ class Zero:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]] | None = None, allow_untested: bool = False,
-                 predivide: float | None = None, debug: bool = False, timeout: float | None = None,
-                 communicator: Communicator | None = None):
+                 predivide: float | None = None, communicator: Communicator | None = None):
         self.model, self.optimizer, self.config, self.device, self.predivide = (
             model, optimizer, config, device, predivide)
-        if communicator is None:
-            communicator = Communicator(device, debug, timeout)
-            communicator.open_groups(timeout)
-        self.communicator = communicator
+        self.communicator = communicator or Communicator(device)
         if self.communicator.debug:  # else ranks may differ in what they start first, and rightly so
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.whole = groups_of_whole_parameters(optimizer, allow_untested and config.stage > 0)
@@ -2747,16 +2769,19 @@ class Zero:
         return groups
 
     def release(self) -> None:
-        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded."""
+        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded.
+
+        Raises RuntimeError where another rank still trains, having been given more micro-batches.
+        """
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
         if self.updater is not None:
             self.updater.remove()
-        self.communicator.close_groups()
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
             if _SLOTS.get(id(slot.parameter)) is slot:
                 del _SLOTS[id(slot.parameter)]
+        self.communicator.leave()
 
     # The end of a backward pass.
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import amp
 import engine as deepspeed
@@ -422,36 +422,6 @@ def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch):
     assert len(loader) == 12 and loader.epoch == 1
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.arange(4.0))
-
-
-def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path):
-    for kind in (Stream, type("Sized", (Stream,), {"__len__": lambda self: 4})):
-        for size, rest in ((1, [[1.0], [2.0], [3.0]]), (2, [[1.0, 2.0], [3.0]])):
-            engine, _, loader, _ = alone({"train_batch_size": 1}, training_data=kind())
-            next(iter(loader))
-            engine.save_checkpoint(tmp_path, 1)
-            engine, _, loader, _ = alone({"train_batch_size": size}, training_data=kind())
-            engine.load_checkpoint(tmp_path)
-            assert [batch.tolist() for batch in loader] == rest
-            assert sum(batch.numel() for batch in loader) == 4
-
-
-def stream_on_ranks():
-    try:
-        deepspeed.initialize(model=Net(), training_data=Stream(), config={"train_micro_batch_size_per_gpu": 2})
-    except ValueError as error:
-        return str(error)
-
-
-def test_a_stream_is_for_one_rank_only(alone, run_ranks):
-    _, _, loader, _ = alone({"train_batch_size": 2}, training_data=Stream(), collate_fn=lambda samples: {"x": samples})
-    assert [batch["x"] for batch in loader] == [[0, 1], [2, 3]]
-    assert all("can't be divided among 2 ranks" in told for told in run_ranks(stream_on_ranks, 2))
-
-
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
 
 
@@ -459,6 +429,9 @@ def test_a_stream_is_for_one_rank_only(alone, run_ranks):
     ({"type": "Adam"}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
     ({"type": "AdamW"}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}),
     ({"type": "Adam", "params": {"adam_w_mode": False}}, torch.optim.Adam, {"weight_decay": 0.0}),
+    ({"type": "Adam", "params": {"adam_w_mode": "false"}}, torch.optim.Adam, {"weight_decay": 0.0}),
+    ({"type": "SGD", "params": {"maximize": "false", "fused": "true"}}, torch.optim.SGD,
+     {"maximize": False, "fused": True}),
     ({"type": "AdamW", "params": {"torch_adam": True}}, torch.optim.AdamW, {"weight_decay": 0.01}),
     ({"type": "adam", "params": {"torch_adam": True, "adam_w_mode": False, "betas": [0.5, 0.6]}}, torch.optim.Adam,
      {"betas": (0.5, 0.6)}),
@@ -556,9 +529,8 @@ def test_batch_sizes_that_disagree_are_refused_with_the_equation(given, told):
     ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 0.5}}}, "write gradient_clipping: 0.5 instead"),
     *(({"optimizer": {"type": kind, "params": {key: value}}}, rf"optimizer.params.{key} is .*; allowed: {allowed}")
       for kind, key, value, allowed in (
-          ("SGD", "maximize", "false", "true or false"), ("RMSprop", "centered", "no", "true or false"),
-          ("AdamW", "amsgrad", 2, "true or false"), ("Adam", "adam_w_mode", "false", "true or false"),
-          ("Adam", "torch_adam", "false", "true or false"), ("AdamW", "fused", "true", "true or false"),
+          ("RMSprop", "centered", "no", "true or false"), ("AdamW", "amsgrad", 2, "true or false"),
+          ("Adam", "torch_adam", "on", "true or false"), ("SGD", "fused", float("nan"), "true or false"),
           ("SGD", "lr", True, "a finite number"), ("SGD", "lr", float("inf"), "a finite number"),
           ("AdamW", "weight_decay", float("nan"), "a finite number"), ("SGD", "lr", 10**400, "a finite number"),
           ("AdamW", "betas", [0.9, True], "a finite number"), ("SGD", "momentum", "much", "a finite number"))),
@@ -694,6 +666,7 @@ def test_errors_in_files_with_comments_name_line_and_column(tmp_path):
     ({"lr_scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)}, "drives another"),
     ({"optimizer": torch.optim.LBFGS([torch.ones(1)])}, "optimizer is a LBFGS"),
     ({"training_data": torch.utils.data.DataLoader([1])}, "training_data is a DataLoader"),
+    ({"training_data": torch.utils.data.ChainDataset([])}, "training_data is a ChainDataset.*a loader of your own"),
     ({"dist_init_required": False}, "dist_init_required is False"),
     ({"model": nn.Linear(2, 2, device="meta")}, "meta device"),
 ])

@@ -123,7 +123,7 @@ def uneven(stage: int) -> None:
         for _ in range(3 - rank):
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
-        while rank == 1 and engine._logbook.read()[0][0] < 3:
+        while rank == 1 and engine.zero.communicator.logbook.read()[0][0] < 3:
             time.sleep(0.01)  # until rank 0 has begun its third: it may be slow
         with mock.patch.object(zero.Logbook, "PATIENCE", 2.0):
             engine.destroy()
