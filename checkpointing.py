@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten  # has no public name
 
@@ -60,7 +60,7 @@ class RecomputationError(RuntimeError):
 @dataclass
 class CheckpointingConfig:
     """The section ``activation_checkpointing``. Its presence is the switch: ``{}`` recomputes the default blocks."""
-    cpu_checkpointing: bool = False                # keep the regions' inputs in pinned host memory; GPU only
+    cpu_checkpointing: bool = False                # keep regions' inputs in host memory, waiting for copies; GPU only
     synchronize_checkpoint_boundary: bool = False  # wait for the GPU before and after each block; GPU only
     profile: bool = False        # measure bytes kept and seconds recomputed; waits for the GPU too
     modules: list | None = None  # class names, or patterns of module names; null: the default blocks; []: none
@@ -83,33 +83,31 @@ class CheckpointingConfig:
 class RecomputeContext:
     """The random state, autocast and default device that a call finds; ``restored()`` brings them back for a while."""
 
-    def __init__(self, leaves: list[Any]):
-        self.cpu_state = torch.get_rng_state()
-        self.gpu_states: dict[torch.device, Tensor] = {}
-        kinds = ["cpu"]
+    def __init__(self, tensors: list[Tensor]):
+        self.random = {torch.device("cpu"): torch.get_rng_state()}
         if torch.cuda.is_initialized():
-            kinds.append("cuda")
-            devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
+            devices = {tensor.device for tensor in tensors if tensor.is_cuda}
             devices.add(torch.device("cuda", torch.cuda.current_device()))
-            self.gpu_states = {device: torch.cuda.get_rng_state(device) for device in devices}
+            self.random |= {device: torch.cuda.get_rng_state(device) for device in devices}
         self.autocast = [{"device_type": kind, "dtype": torch.get_autocast_dtype(kind),
                           "enabled": torch.is_autocast_enabled(kind),
-                          "cache_enabled": torch.is_autocast_cache_enabled()} for kind in kinds]
+                          "cache_enabled": torch.is_autocast_cache_enabled()}
+                         for kind in {device.type for device in self.random}]
         self.default_device = torch.get_default_device()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Random numbers, autocast and default device as they were; afterwards as they are now."""
-        with torch.random.fork_rng(devices=list(self.gpu_states)):
-            torch.set_rng_state(self.cpu_state)
-            for device, state in self.gpu_states.items():
-                torch.cuda.set_rng_state(state, device)
-            with ExitStack() as stack:
-                for state in self.autocast:
-                    stack.enter_context(torch.autocast(**state))
-                if self.default_device != torch.get_default_device():
-                    stack.enter_context(self.default_device)
-                yield
+        cpu, *gpus = self.random
+        with torch.random.fork_rng(devices=gpus), ExitStack() as stack:
+            torch.set_rng_state(self.random[cpu])
+            for device in gpus:
+                torch.cuda.set_rng_state(self.random[device], device)
+            for state in self.autocast:
+                stack.enter_context(torch.autocast(**state))
+            if self.default_device != torch.get_default_device():
+                stack.enter_context(self.default_device)
+            yield
 
 
 class _Keep(torch.autograd.Function):
@@ -127,29 +125,8 @@ class _Keep(torch.autograd.Function):
 def _keep(tensors: list[Tensor], on_host: bool) -> Any:
     """An object whose ``saved_tensors`` are ``tensors``, with the graphs they came from."""
     anchor = torch.empty(0, requires_grad=True)  # without it there is no node where no tensor needs a gradient
-    with saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext():
+    with save_on_cpu(pin_memory=True) if on_host and torch.cuda.is_initialized() else nullcontext():
         return _Keep.apply(anchor, *tensors).grad_fn
-
-
-def _to_host(tensor: Tensor) -> Any:
-    """Start to copy a GPU tensor to pinned memory, while the GPU computes; parameters stay where they are anyway."""
-    if not tensor.is_cuda or isinstance(tensor, nn.Parameter):
-        return tensor
-    stream = torch.cuda.Stream(tensor.device)  # one of a pool, so this is cheap
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(stream):
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # or its memory could be handed out before it is copied
-    return copy, tensor.device, stream.record_event()
-
-
-def _from_host(packed: Any) -> Tensor:
-    """The inverse of ``_to_host``."""
-    if isinstance(packed, Tensor):
-        return packed
-    copy, device, copied = packed
-    torch.cuda.current_stream(device).wait_event(copied)
-    return copy.to(device, non_blocking=True)  # pinned memory is not reused before its copies are through
 
 
 # --- A region ---------------------------------------------------------------------------------------------------------
@@ -410,19 +387,15 @@ class Checkpointing:
 
 def apply(modules: Mapping[str, nn.Module], config: CheckpointingConfig) -> Checkpointing:
     """Make these modules of a model recompute as ``config`` says; of modules within one another, the outermost."""
-    inside = {id(part) for module in modules.values() if not _is_list(module)
-              for part in module.modules() if part is not module}
-    blocks = {name: module for name, module in modules.items() if id(module) not in inside and not _is_list(module)}
+    modules = {name: module for name, module in modules.items()
+               if not isinstance(module, (nn.ModuleList, nn.ModuleDict))}  # which have no forward
+    inside = {id(part) for module in modules.values() for part in module.modules() if part is not module}
+    blocks = {name: module for name, module in modules.items() if id(module) not in inside}
     if not blocks:
         logger.warning("activation_checkpointing has no effect on this model, as %s",
                        "no repeated blocks were found in it; name them in activation_checkpointing.modules"
                        if config.modules is None else "its modules are []; checkpoint() is set up by configure()")
     return Checkpointing(config, blocks)
-
-
-def _is_list(module: nn.Module) -> bool:
-    """Whether it is of a kind that has no forward."""
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 _DEFAULTS = Checkpointing(CheckpointingConfig())
