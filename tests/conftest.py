@@ -216,6 +216,26 @@ def own_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def alone() -> Iterator[Callable[..., tuple]]:
+    """``initialize()`` in a process without a launcher; what it has started ends with the test."""
+    import engine as deepspeed
+    from oracle import Mlp
+    engines = []
+
+    def make(config: Any = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}},  # noqa: B006
+             **kwargs: Any) -> tuple:
+        made = deepspeed.initialize(**{"model": Mlp(), "config": config} | kwargs)
+        engines.append(made[0])
+        return made
+
+    yield make
+    for engine in engines:
+        engine.destroy()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def run_ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """See Ranks. A test that expects an error catches it inside its function."""

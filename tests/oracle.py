@@ -105,11 +105,11 @@ class Pair:
         self._start(stage, make_optimizer, options)
 
     @classmethod
-    def of(cls, model: nn.Module, reference: nn.Module, stage: int) -> "Pair":
+    def of(cls, model: nn.Module, reference: nn.Module, stage: int, **options: Any) -> "Pair":
         """Of two models that are there already."""
         pair = cls.__new__(cls)
         pair.model, pair.reference = model, reference
-        pair._start(stage, sgd, {})
+        pair._start(stage, sgd, options)
         return pair
 
     def _start(self, stage: int, make_optimizer: Any, options: dict) -> None:

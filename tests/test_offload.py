@@ -206,24 +206,6 @@ def test_a_full_disk_is_refused_with_the_bytes_that_all_ranks_need(run_ranks, tm
     assert set(run_ranks(refusal, 2, sections, 3, needed)) == {"no error"}
 
 
-@pytest.mark.parametrize("section, told", [
-    ({"offload_optimizer": {"device": "disk"}}, "offload_optimizer.device is 'disk'; allowed: none, cpu or nvme"),
-    ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.nvme_path is missing"),
-    ({"offload_optimizer": {"device": "cpu", "ratio": 1.5}}, "offload_optimizer.ratio is 1.5; allowed: a number from 0 to 1"),
-    ({"offload_optimizer": {"devise": "cpu"}}, "unknown key zero_optimization.offload_optimizer.devise.*'device'"),
-])
-def test_offload_that_cannot_be_meant_is_refused(section, told):
-    with pytest.raises(deepspeed.ConfigError, match=told):
-        deepspeed.load_config({"train_batch_size": 1, "zero_optimization": section})
-
-
-def test_keys_without_effect_are_told(caplog):
-    deepspeed.load_config({"zero_optimization": {"offload_optimizer": {"device": "cpu", "buffer_count": 7}}})
-    assert "without effect here: zero_optimization.offload_optimizer.buffer_count (buckets" in caplog.text
-    config = zero.ZeroConfig(stage=2, offload_param=zero.OffloadParam(device="cpu"))
-    assert "offload_param has no effect at stage 2" in caplog.text and config.offload_param.device == "none"
-
-
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 

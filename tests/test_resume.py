@@ -465,8 +465,9 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
     dist.barrier()
     if first:
         (tmp_path / "step7" / "file").write_text("")
-    for save_dir, tag, told in ((tmp_path, "best", "best is a link"), (tmp_path / "step7", "file", "File exists|Not a directory"),
-                                (tmp_path, "data", "data/index is there, and is no index")):
+    for save_dir, tag, told in ((tmp_path, "best", "best is a link"),
+                                (tmp_path, "data", "data/index is there, and is no index"),
+                                (tmp_path / "step7", "file", "File exists|Not a directory")):
         with pytest.raises(zero.CheckpointError, match=told):
             engine.save_checkpoint(save_dir, tag)
     assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 4
