@@ -208,20 +208,18 @@ class Config:
 
     def settle_batch_sizes(self, world_size: int) -> None:
         """Work out the sizes that were left open, as DeepSpeed does, and check that all three agree."""
+        given = ", ".join(f"{key} {getattr(self, key)}" for key in self.SIZES if getattr(self, key) is not None)
         train, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
         if train is None and micro is None:
             raise ConfigError("train_batch_size and train_micro_batch_size_per_gpu are missing; needed: at least one")
         steps = self.accumulation_steps(world_size)
-        if micro is None:
-            micro = max(1, train // (steps * world_size))
-        if train is None:
-            train = micro * steps * world_size
+        micro = micro or max(1, train // (steps * world_size))
+        train = train or micro * steps * world_size
         if train != micro * steps * world_size:
-            given = [f"{key} {getattr(self, key)}" for key in self.SIZES if getattr(self, key) is not None]
             raise ConfigError(f"{' * '.join(self.SIZES[1:])} * world size must be {self.SIZES[0]}, but {micro} * "
-                              f"{steps} * {world_size} != {train} (given: {', '.join(given)}; world size {world_size})")
-        for key, value in zip(self.SIZES, (train, micro, steps)):
-            setattr(self, key, value)
+                              f"{steps} * {world_size} != {train} (given: {given}; world size {world_size})")
+        self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps = (
+            train, micro, steps)
 
 
 # Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
@@ -261,7 +259,8 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     if isinstance(raw, dict):
         parser.respell(raw)
     result = parser.section(Config, raw)
-    if _says_off(raw.get("activation_checkpointing")):
+    off = raw.get("activation_checkpointing")  # DeepSpeed's keys alone, and all of them say no
+    if off and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
         result.activation_checkpointing = None
     if "scheduler.params.warmup_max_lr" in parser.autos:
         result.scheduler.params["warmup_max_lr"] = None  # the optimizer's own rate
@@ -425,11 +424,6 @@ def _is_needed(f: Field) -> bool:
     return f.default is f.default_factory  # both are MISSING
 
 
-def _says_off(section: Any) -> bool:
-    """Whether an ``activation_checkpointing`` section holds DeepSpeed's keys alone, and all of them say no."""
-    return bool(section) and not {"modules", "mode"} & section.keys() and all(map(_is_off, section.values()))
-
-
 def _is_auto(value: Any) -> bool:
     return isinstance(value, str) and value.lower() == "auto"
 
@@ -453,10 +447,10 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
 
 def _is_within(number: float, rules: Mapping[str, Any]) -> bool:
     """Whether a field with these ``rules`` may have the number."""
-    if number in rules.get("choices", ()) or rules.keys() == {"choices"}:
-        return number in rules["choices"]
-    return math.isfinite(number) and rules.get("least", number) <= number <= rules.get("most", number) \
-        and rules.get("above", -math.inf) < number < rules.get("below", math.inf)
+    choices = rules.get("choices", ())
+    return number in choices or rules.keys() != {"choices"} and math.isfinite(number) and (
+        rules.get("least", number) <= number <= rules.get("most", number)
+        and rules.get("above", -math.inf) < number < rules.get("below", math.inf))
 
 
 def _allowed(kinds: Iterable[type], rules: Mapping[str, Any]) -> str:
@@ -2131,38 +2125,39 @@ def initialize(args: Any = None, model: nn.Module | None = None,
 
     args                may carry ``deepspeed_config``, the path of the config, and ``local_rank``
     model               an ``nn.Module``; moved to this rank's device and made equal to rank 0's
-    optimizer           an optimizer over the model's parameters, or a callable that makes one from them; wins over the
-                        config's ``optimizer`` section
+    optimizer           over the model's parameters, or a callable that makes one; wins over the config's section
     model_parameters    what the config's optimizer is built over: parameters or param groups; default: all
     training_data       a dataset, of which each rank gets a share in micro-batches
-    lr_scheduler        a scheduler, or a callable that makes one from the optimizer; wins over the config's
+    lr_scheduler        or a callable that makes one from the optimizer; wins over the config's section
     distributed_port    the port of the process group when MASTER_PORT is not set
     dist_init_required  False: insist that the process group is already there
     collate_fn          how samples become a batch; default: PyTorch's
     config              a dict, or the path of a JSON file; ``config_params`` is its old name
     mpu, mesh_param     model parallelism, which is not covered: refused
 
-    Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError for an
-    invalid config, and ValueError for other bad arguments.
+    Returns ``(engine, optimizer or None, data loader or None, scheduler or None)``. Raises ConfigError or ValueError.
     """
-    settings, failure = _read_arguments(args, model, mpu, mesh_param, collate_fn, distributed_port,
-                                        dist_init_required, config, config_params)
-    local_rank = 0 if failure else getattr(args, "local_rank", None) or 0
-    local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank)))
-    device, started = _join_group(model, local_rank, distributed_port, dist_init_required, settings)
-    engine = None
+    settings = engine = failure = None
+    try:
+        _check_arguments(args, model, mpu, mesh_param, collate_fn, distributed_port, dist_init_required)
+        settings = load_config(_only_config(args, config, config_params))
+    except ValueError as error:  # on this rank alone, perhaps, and then the others must hear of it
+        if not dist.is_initialized() and "RANK" not in os.environ:
+            raise
+        failure = error
+    device, local_rank, started = _join_group(args, model, distributed_port, dist_init_required, settings)
 
     def build() -> list[str]:
         """An engine that does not train yet: what can be refused is refused here, and the model is as it was."""
         nonlocal engine
         if failure is not None:
             raise failure
-        lines = _describe(settings, model)
-        _check_fit(settings, model, training_data)
         engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
         engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
         engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-        return lines + _describe_training(model, engine.optimizer, engine.lr_scheduler, training_data)
+        lines = _describe(engine, training_data)
+        _check_fit(settings, model, training_data)
+        return lines
 
     with _undone_if_refused(optimizer, started):
         zero.agree(build, same=True)
@@ -2179,37 +2174,20 @@ def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _describe(settings: Config, model: nn.Module) -> list[str]:
+def _describe(engine: Engine, data: Any) -> list[str]:
     """What all ranks must have in common, a line each."""
-    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(settings))
+    model, groups = engine.module, engine.optimizer.param_groups if engine.optimizer else ()
+    names = {id(p): name for name, p in model.named_parameters()}
+    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(engine.config))
              if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
               for name, p in model.named_parameters()]
-    return lines + [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
-
-
-def _describe_training(model: nn.Module, optimizer: Optimizer | None, schedule: Any, data: Any) -> list[str]:
-    """What all ranks must have in common beside config and model, a line each."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    lines = [f"the optimizer {type(optimizer).__name__}", f"the scheduler {type(schedule).__name__}"]
-    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
+    lines += [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
+    lines += [f"the optimizer {type(engine.optimizer).__name__}", f"the scheduler {type(engine.lr_scheduler).__name__}"]
+    for index, group in enumerate(groups):
         options = {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
         lines.append(f"param group {index} with {options} over {[names[id(p)] for p in group['params']]}")
-    size = "none" if data is None else len(data) if hasattr(data, "__len__") else "some"
-    return lines + [f"training_data: {size} samples"]
-
-
-def _read_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any, port: Any, required: Any,
-                    config: Any, config_params: Any) -> tuple[Config | None, ValueError | None]:
-    """The config, or what is wrong: on this rank alone, perhaps, and then the others must hear of it."""
-    try:
-        _check_start(port, required)
-        _check_arguments(args, model, mpu, mesh_param, collate_fn)
-        return load_config(_only_config(args, config, config_params)), None
-    except ValueError as error:
-        if not dist.is_initialized() and "RANK" not in os.environ:
-            raise
-        return None, error
+    return [*lines, f"training_data: {len(data) if hasattr(data, '__len__') else data} samples"]
 
 
 @contextmanager
@@ -2239,19 +2217,23 @@ def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
     _recomputed(settings, model)
 
 
-def _join_group(model: Any, local_rank: int, port: int, required: bool | None, settings: Config | None
-                ) -> tuple[torch.device, bool]:
-    """This rank's device, and whether the process group that it is in now was started for this model."""
+def _join_group(args: Any, model: Any, port: int, required: bool | None, settings: Config | None
+                ) -> tuple[torch.device, int, bool]:
+    """This rank's device and local rank, and whether the process group was started for this model."""
+    local_rank = getattr(args, "local_rank", None) if settings else None  # without settings, it may be anything
+    local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank or 0)))
     try:
         device = zero.own_device(local_rank)
         started = zero.start_process_group(device, port, required,
                                            timeout=settings.collective_timeout() if settings else None)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return device, started or isinstance(model, nn.Module) and zero.started_group(model)
+    return device, local_rank, started or isinstance(model, nn.Module) and zero.started_group(model)
 
 
-def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any) -> None:
+def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_fn: Any, port: Any, required: Any
+                     ) -> None:
+    _check_start(port, required)
     local_rank = getattr(args, "local_rank", None)
     _check("args.local_rank", local_rank, isinstance(local_rank, int | None), "a whole number")
     _check("model", model, isinstance(model, nn.Module), "an nn.Module")
