@@ -97,12 +97,23 @@ class LeafModules:
 
 
 @dataclass
-class OffloadOptimizer:
-    """``offload_optimizer``: masters, reduced gradients and optimizer state leave the GPU; the CPU takes the step."""
-    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, and
+class _OffloadSection:
+    """What both sections of offload have."""
+    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, and reduced
                                    # gradients to host memory; "none": stay
     nvme_path: str | None = None   # the folder of the files
     pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
+
+    KEY: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.device == "nvme" and not self.nvme_path:
+            raise ValueError(f"zero_optimization.{self.KEY}.nvme_path is missing, and device is nvme; needed: a folder")
+
+
+@dataclass
+class OffloadOptimizer(_OffloadSection):
+    """``offload_optimizer``: masters, reduced gradients and optimizer state leave the GPU; the CPU takes the step."""
     ratio: float = _key(1.0, least=0, most=1)  # how much of it goes, by elements, in whole buckets
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
     buffer_count: int = 4
@@ -110,39 +121,27 @@ class OffloadOptimizer:
     pipeline_read: bool = False
     pipeline_write: bool = False
 
+    KEY: ClassVar[str] = "offload_optimizer"
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "buffer_count": "buckets and units are the buffers",
         "fast_init": "files are written once, at the start",
         "pipeline_read": "the system reads ahead in the files",
         "pipeline_write": "the system writes the files behind the step"}
 
-    def __post_init__(self) -> None:
-        _check_offload("offload_optimizer", self)
-
 
 @dataclass
-class OffloadParam:
+class OffloadParam(_OffloadSection):
     """``offload_param``, stage 3: the shards of the parameters leave the GPU, and come back as they are gathered."""
-    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files; "none": stay
-    nvme_path: str | None = None   # the folder of the files
-    pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
     # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
     buffer_count: int = 5
     buffer_size: int = 10**8
     max_in_cpu: int = 10**9
 
+    KEY: ClassVar[str] = "offload_param"
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "buffer_count": "buckets and units are the buffers",
         "buffer_size": "buckets and units are the buffers",
         "max_in_cpu": "the system keeps in memory what fits of the files"}
-
-    def __post_init__(self) -> None:
-        _check_offload("offload_param", self)
-
-
-def _check_offload(key: str, section: OffloadOptimizer | OffloadParam) -> None:
-    if section.device == "nvme" and not section.nvme_path:
-        raise ValueError(f"zero_optimization.{key}.nvme_path is missing, and device is nvme; needed: a folder")
 
 
 @dataclass
@@ -1029,7 +1028,7 @@ class Slot:
     stride: tuple[int, ...]
     kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
     bucket: "Bucket | None" = None
-    place: tuple[int, int] = (0, 0)    # of what this rank updates of the bucket: where this parameter's begins, how many
+    place: tuple[int, int] = (0, 0)    # in what this rank updates of the bucket: its first element, and how many
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     version: int = 0                   # the parameter's, when master and shard were known to have its values
     taken: "TakenGradient | None" = None  # what the parameter's grad is once the bucket has it
@@ -1058,8 +1057,15 @@ class Slot:
 
     def own_values(self, value: Tensor) -> Tensor:
         """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
-        part = self.in_order(value)[self.overlap(self.bucket.own.start, self.bucket.own.stop)].to(self.bucket.master.device, copy=True)
+        part = self._own_part(value).to(self.bucket.master.device, copy=True)
         return part if self.piece.shape == part.shape else self.view(part, self.offset)
+
+    def write(self, value: Tensor, flat: Tensor) -> None:
+        """Write ``value``, in the parameter's shape, into a tensor that covers what this rank updates."""
+        self.own(flat).copy_(self._own_part(value))
+
+    def _own_part(self, value: Tensor) -> Tensor:
+        return self.in_order(value)[self.overlap(self.bucket.own.start, self.bucket.own.stop)]
 
 
 # A parameter's place, by the parameter's id, for as long as an engine, or ``Init``, has it: DeepSpeed's documented
@@ -1351,10 +1357,6 @@ class Bucket:
                 self.communicator.broadcast(stretch, owner)
         return slot.view(flat, slot.offset)
 
-    def scatter(self, slot: Slot, value: Tensor, part: Tensor) -> None:
-        """Write a whole parameter's ``value`` into ``part``, which covers what this rank updates."""
-        slot.own(part).copy_(slot.in_order(value)[slot.overlap(self.own.start, self.own.stop)])
-
 
 # --- Buckets: gradients -----------------------------------------------------------------------------------------------
 
@@ -1565,7 +1567,7 @@ class Gradients:
 
     def set_sum(self, slot: Slot, value: Tensor) -> None:
         """Make ``value``, in the parameter's shape, the sum of its gradients."""
-        self.bucket.scatter(slot, value / self.predivide, self.sum)
+        slot.write(value / self.predivide, self.sum)
         self.used.add(slot)
 
     def arm(self, factor: float) -> None:
@@ -2731,12 +2733,8 @@ class Zero:
             bucket.keep_state(self.optimizer)
             self.hooks += [self.reducer.listen(slot) for slot in bucket.slots if slot not in self._frozen]
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
-        self.refill_groups()
-
-    def refill_groups(self) -> None:
-        """Put the pieces into the optimizer's param groups."""
-        for group, pieces in zip(self.optimizer.param_groups if self.optimizer else (), self.pieces_by_group()):
-            group["params"] = pieces
+        for group, slots in zip(self.optimizer.param_groups if self.optimizer else (), self.slots_by_group()):
+            group["params"] = [slot.piece for slot in slots if slot.piece is not None]
 
     @property
     def units(self) -> list[Unit]:
@@ -2753,19 +2751,12 @@ class Zero:
         """Whether a backward pass, not finished yet, has brought gradients."""
         return self.reducer.pending and any(gradients.arrived for gradients in self.reducer.every)
 
-    def pieces_by_group(self) -> list[list[nn.Parameter]]:
-        """What the optimizer updates in each of its param groups."""
-        return self._by_group(lambda bucket: bucket.pieces)
-
-    def parameters_by_group(self) -> list[list[nn.Parameter]]:
-        """The model's parameters in each of the optimizer's param groups, frozen ones included."""
-        return self._by_group(lambda bucket: [slot.parameter for slot in bucket.slots])
-
-    def _by_group(self, of: Callable[[Bucket], list[nn.Parameter]]) -> list[list[nn.Parameter]]:
-        groups: list[list[nn.Parameter]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
+    def slots_by_group(self) -> list[list[Slot]]:
+        """The parameters in each of the optimizer's param groups, frozen ones included."""
+        groups: list[list[Slot]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
         for bucket in self.buckets:
             if bucket.group is not None:
-                groups[bucket.group] += of(bucket)
+                groups[bucket.group] += bucket.slots
         return groups
 
     def release(self) -> None:
@@ -2929,9 +2920,9 @@ def check_model(zero: Zero) -> None:
             if slot.piece is not None and not _same_memory(slot.piece, slot.bucket.master):
                 raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = ...); "
                                    "write into it (p.data.copy_()) instead")
-    for index, pieces in enumerate(zero.pieces_by_group()):
+    for index, slots in enumerate(zero.slots_by_group()):
         given = zero.optimizer.param_groups[index]["params"]
-        if len(given) != len(pieces) or any(a is not b for a, b in zip(given, pieces)):
+        if list(map(id, given)) != [id(slot.piece) for slot in slots if slot.piece is not None]:
             raise RuntimeError(f"the params of the optimizer's param group {index} were changed after initialize(); "
                                "give the optimizer all of its parameters before it")
 
@@ -3283,7 +3274,7 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
         slot.view(bucket.flat).copy_(value)
     for own in (bucket.master, bucket.shard):
         if own is not None:
-            bucket.scatter(slot, value, own)
+            slot.write(value, own)
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
@@ -3559,9 +3550,9 @@ def _measure(zero: Zero, buckets: Iterable[Bucket], buffers: Iterable[Tensor] = 
 
 def groups_to_estimate(zero: Zero) -> list[dict[str, Any]]:
     """The optimizer's param groups, as ``estimate`` takes them."""
-    groups = zip(zero.optimizer.param_groups if zero.optimizer else (), zero.parameters_by_group())
-    return [{"params": parameters, "state_tensors": len(_state_dtypes(zero.optimizer, group)),
-             "whole": index in zero.whole} for index, (group, parameters) in enumerate(groups)]
+    groups = zip(zero.optimizer.param_groups if zero.optimizer else (), zero.slots_by_group())
+    return [{"params": [slot.parameter for slot in slots], "state_tensors": len(_state_dtypes(zero.optimizer, group)),
+             "whole": index in zero.whole} for index, (group, slots) in enumerate(groups)]
 
 
 @dataclass
