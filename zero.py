@@ -1033,6 +1033,13 @@ class Slot:
     version: int = 0                   # the parameter's, when master and shard were known to have its values
     taken: "TakenGradient | None" = None  # what the parameter's grad is once the bucket has it
 
+    def enter(self, bucket: "Bucket") -> None:
+        """Be in ``bucket`` from now on."""
+        self.bucket, _SLOTS[id(self.parameter)] = bucket, self
+        inside = self.overlap(bucket.own.start, bucket.own.stop)
+        size = inside.stop - inside.start
+        self.place = (self.offset + inside.start - bucket.own.start if size else 0, size)
+
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
@@ -1100,38 +1107,34 @@ class Bucket:
     """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
 
     flat       (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
-    shard      (numel / N,), stage 3: this rank's slice while ``flat`` has no memory. It is the master, unless one of
-               them is offloaded or the bucket is not trained
+    shard      (numel / N,), stage 3: this rank's slice. It is the master unless one is offloaded, or nothing is trained
     master     (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
                where dtype and place are the same. None if the bucket is not trained
     bounds     where each rank's shard begins, and where the last one ends: in equal distances, unless no parameter may
                be cut, see lay_out_whole
-    own        which elements this rank updates: where its shard begins and ends; at stage 0 all
+    own        the elements that this rank updates: its shard; at stage 0 all
     gradients  what reduces their gradients; None if the bucket is not trained
     unit       what gathers and frees it; None: it stays whole
-    host       where master, summed gradients and optimizer state live, if they are offloaded; ``shard_host`` is where
-               ``shard`` lives
+    host       where master, summed gradients and optimizer state live, if offloaded; of ``shard``: ``shard_host``
     """
 
-    def __init__(self, slots: list[Slot], dtypes: Dtypes, communicator: Communicator, sharded: Sharded,
-                 unit: "Unit | None" = None, group: int | None = None, trained: bool = False, host: Host | None = None,
-                 shard_host: Host | None = None, bounds: list[int] | None = None):
-        self.slots, self.dtypes, self.communicator, self.device = slots, dtypes, communicator, communicator.device
-        self.sharded, self.unit, self.group = sharded, unit, group
-        self.host, self.shard_host = host, shard_host
+    def __init__(self, plan: "Plan", communicator: Communicator, sharded: Sharded, host: Host | None = None,
+                 shard_host: Host | None = None, zero: "Zero | None" = None):
+        self.unit, self.group, trained, self.dtypes, self.slots, bounds = plan
+        self.communicator, self.device, self.sharded = communicator, communicator.device, sharded
+        self.host, self.shard_host, self.zero = host, shard_host, zero
         self.gradients: Gradients | None = None
-        self.zero: Zero | None = None
         rank, ranks = communicator.rank, communicator.world_size
-        size = _round_up(slots[-1].end, ALIGN * ranks) // ranks
+        size = _round_up(self.slots[-1].end, ALIGN * ranks) // ranks
         self.uneven = {} if bounds is None else {"bounds": bounds}  # the collectives' argument; none: of one size
         self.bounds = bounds or (range(0, size * ranks + 1, size) if size else [0] * (ranks + 1))
         self.numel = self.bounds[-1]
         self.own = slice(self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else slice(0, self.numel)
         self.gather = Handle()  # the one under way
         self._flatten(trained)
-        if unit is not None:
-            unit.buckets.append(self)
-            unit.numel += self.numel
+        if self.unit is not None:
+            self.unit.buckets.append(self)
+            self.unit.numel += self.numel
 
     def _flatten(self, trained: bool) -> None:
         """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed.
@@ -1151,10 +1154,7 @@ class Bucket:
                     self.communicator.broadcast(whole, source=0)
                 slot.part(values, start).copy_(whole[slot.overlap(start, end)])
                 del whole
-            slot.bucket, _SLOTS[id(slot.parameter)] = self, slot
-            inside = slot.overlap(self.own.start, self.own.stop)
-            size = inside.stop - inside.start
-            slot.place = (slot.offset + inside.start - self.own.start if size else 0, size)
+            slot.enter(self)
             if self.unit is not None:
                 self._point(slot)
         if not large:
@@ -1162,12 +1162,11 @@ class Bucket:
         own = values[self.own.start - start:self.own.stop - start]
         if self.unit is not None:
             self.free()
-            self._make_master(own, trained)
         else:
             self.flat = values.to(self.dtypes.compute)  # values itself where the dtype is the same
-            self._make_master(own, trained)
             for slot in self.slots:
                 self._point(slot)
+        self._make_master(own, trained)
         if large:  # or the holes that large parameters leave add up to another model
             _return_free_memory()
 
@@ -1200,8 +1199,8 @@ class Bucket:
     def label(self) -> str:
         """What is in it, for messages."""
         names = [slot.name for slot in self.slots]
-        more = f" to {names[0]}" if len(names) > 1 else ""
-        return f"{f'the block {self.unit.name}: ' if self.unit is not None and self.unit.name else ''}{names[-1]}{more}"
+        block = f"the block {self.unit.name}: " if self.unit is not None and self.unit.name else ""
+        return f"{block}{names[-1]}" + (f" to {names[0]}" if len(names) > 1 else "")
 
     @property
     def finest(self) -> tuple[Tensor, int]:
@@ -1220,10 +1219,9 @@ class Bucket:
         """
         for slot in self.slots:
             state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
-            if not part.numel() and slot.shape.numel():
-                continue
-            slot.piece = nn.Parameter(slot.view(part, slot.offset) if whole else part)
-            if state:
+            if part.numel() or not slot.shape.numel():
+                slot.piece = nn.Parameter(slot.view(part, slot.offset) if whole else part)
+            if slot.piece is not None and state:
                 optimizer.state[slot.piece] = {
                     key: slot.own_values(value) if _is_like(key, value, slot.shape) else value
                     for key, value in state.items()}
@@ -1288,20 +1286,20 @@ class Bucket:
         """
         self.gather.wait()
         self.note_versions()
-        if self.is_viewed:
-            return  # with Gatherer.free_unused it is tried again
+        if self.is_viewed:  # Gatherer.free_unused tries again
+            return
         try:
             self.flat.untyped_storage().resize_(0)
         except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
             self.flat = torch.empty_like(self.flat)
             with torch._C.DisableTorchFunctionSubclass():
                 for slot in self.slots:
-                    slot.parameter.data = slot.view(self.flat)
+                    self._point(slot)
             self.flat.untyped_storage().resize_(0)
 
     @property
     def is_viewed(self) -> bool:
-        """Whether somebody has a view of ``flat``, besides the parameters."""
+        """Whether anything but the parameters is a view of ``flat``."""
         return _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots)
 
     @property
@@ -1313,8 +1311,7 @@ class Bucket:
         """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        What goes through ``p.data`` is not counted by PyTorch. It is seen where the values from before are on the
-        same device.
+        PyTorch does not count what goes through ``p.data``: that is seen where the old values are on the same device.
         """
         versions = [slot.parameter._version for slot in self.slots]
         comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
@@ -2718,12 +2715,10 @@ class Zero:
         plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
                              self.gatherer.unit_of if self.gatherer is not None else {},
                              self.whole if self.sharded.optimizer else (), self.communicator.world_size)
-        for unit, group, trained, dtypes, slots, bounds in plans:
-            host = self.offload.host_for(slots[-1].end, self.buckets) if trained else None
-            bucket = Bucket(slots, dtypes, self.communicator, self.sharded, unit, group, trained, host,
-                            None if unit is None else self.offload.parameters, bounds)
-            bucket.zero = self
-            self.buckets.append(bucket)
+        for plan in plans:
+            host = self.offload.host_for(plan.slots[-1].end, self.buckets) if plan.trained else None
+            shard_host = None if plan.unit is None else self.offload.parameters
+            self.buckets.append(Bucket(plan, self.communicator, self.sharded, host, shard_host, self))
 
     def _train(self, buckets: list[Bucket]) -> None:
         """From now on these buckets' gradients are reduced, and the optimizer updates their masters."""
@@ -3085,10 +3080,9 @@ class Init:
         for name, p in new:
             slots: list[Slot] = []
             _append_slot(slots, name, p)
-            unit = BuiltUnit(type(module).__name__, module, 0, self)
-            self.buckets.append(Bucket(slots, Dtypes(*[p.dtype] * 4), self.communicator, SHARDED[3], unit,
-                                       shard_host=self.host))
-            unit.free()
+            plan = Plan(BuiltUnit(type(module).__name__, module, 0, self), None, False, Dtypes(*[p.dtype] * 4), slots)
+            self.buckets.append(Bucket(plan, self.communicator, SHARDED[3], shard_host=self.host))
+            plan.unit.free()
         self.modules.setdefault(module)  # a copy has registered nothing
         module.register_forward_pre_hook(self._refuse_forward)  # it also keeps this object alive as long as the model
 
