@@ -220,7 +220,8 @@ def own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count, needed = torch.cuda.device_count(), max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # such as Slurm, which shows each process its own GPU
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or "TORCHELASTIC_RUN_ID" not in os.environ
+    if count == 1 and chosen:  # such as by Slurm, or by a script around this one, which show each process its own GPU
         local_rank = 0
     elif needed > count:  # the same on all ranks: all raise, none waits
         raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {count}")

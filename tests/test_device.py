@@ -241,3 +241,26 @@ if __name__ == "__main__":
         found = [count(section, options) for section, options in json.loads(sys.argv[2])]
         print(json.dumps([plain(), *found]), flush=True)
     os._exit(0)
+
+
+@pytest.mark.parametrize("count, variables, expected", [
+    (8, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, 5),
+    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "5"}, 0),
+    (1, {"LOCAL_WORLD_SIZE": "8"}, 0),
+    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "8 processes on this machine need as many GPUs; it "),
+    (4, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "need as many GPUs; it has 4"),
+])
+def test_each_process_takes_its_own_gpu(count, variables, expected):
+    """Also where each process is shown one alone."""
+    import zero  # not above: as a script, this file imports a copy
+
+    names = "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"
+    variables = {name: value for name, value in os.environ.items() if name not in names} | variables
+    with mock.patch.dict(os.environ, variables, clear=True), mock.patch.multiple(
+            torch.cuda, is_available=lambda: True, device_count=lambda: count, set_device=mock.DEFAULT) as patched:
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                zero.own_device(5)
+        else:
+            assert zero.own_device(5) == torch.device("cuda", expected)
+            patched["set_device"].assert_called_once_with(expected)
