@@ -34,7 +34,7 @@ mode refuses a kept result that was modified in place (``ReLU(inplace=True)`` af
 import logging
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten  # has no public name
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only  # has no public name
 
 logger = logging.getLogger("checkpointing")
 
@@ -154,17 +154,18 @@ class _Region:
     """
 
     def __init__(self, settings: "Checkpointing", name: str, function: Callable, args: tuple, kwargs: dict):
-        leaves, self.structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         self.settings, self.name, self.function = settings, name, function
-        self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.call = tree_map_only(Tensor, lambda _: _TENSOR, (args, kwargs))
         self.keeper = _keep(tensors, settings.config.cpu_checkpointing)
         self.context = RecomputeContext(tensors)
         self.saved: list[tuple] = []  # per tensor autograd saved: weakly its slot, and its metadata
         self.filled_in = -1           # the backward pass that the slots' values belong to
         # The selective mode: expensive operations in order, their results and these results' versions.
         self.kept: deque[tuple] | None = deque() if settings.config.mode == "selective" else None
-        settings.note(name, calls=1, bytes_kept=sum(t.nbytes for t in tensors if not isinstance(t, nn.Parameter)))
+        self.costs = settings.profiles[name]
+        self.costs.calls += 1
+        self.costs.bytes_kept += sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, nn.Parameter))
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The call, of which autograd keeps slots."""
@@ -175,15 +176,13 @@ class _Region:
 
         with saved_tensors_hooks(pack, _unpack), nullcontext() if self.kept is None else _KeepResults(self.kept):
             output = self.function(*args, **kwargs)
-        results = (tensor for _, result, _ in self.kept or () for tensor in _tensors(result))
-        self.settings.note(self.name, bytes_kept=sum(result.nbytes for result in results))
+        self.costs.bytes_kept += sum(tensor.nbytes for _, result, _ in self.kept or () for tensor in _tensors(result))
         return output
 
     def recompute(self, backward_pass: int) -> None:
         """Run the call again, as far as it saves tensors, and fill the slots that still exist."""
         inputs = iter(self.keeper.saved_tensors)  # comes first, as it may have to recompute an enclosing region
-        args, kwargs = tree_unflatten([next(inputs) if leaf is _TENSOR else leaf for leaf in self.leaves],
-                                      self.structure)
+        args, kwargs = tree_map(lambda leaf: next(inputs) if leaf is _TENSOR else leaf, self.call)
         # Hazard: kept results are handed out once, so that memory is free as soon as backward is done with it. A second
         # backward call, through a graph that was retained, has to compute them.
         kept, self.kept = self.kept, None
@@ -206,7 +205,8 @@ class _Region:
         except _EnoughError:
             pass
         self.filled_in = backward_pass
-        self.settings.note(self.name, recomputations=1, seconds_recomputed=self.settings.boundary() - started)
+        self.costs.recomputations += 1
+        self.costs.seconds_recomputed += self.settings.boundary() - started
         if filled < len(self.saved):
             raise RecomputationError(f"{self.name} saved {len(self.saved)} tensors for backward in the forward pass, "
                                      f"but only {filled} when recomputed")
@@ -338,7 +338,7 @@ class Checkpointing:
                             "synchronize_checkpoint_boundary": "there is no GPU to wait for"}.items():
             if getattr(config, key) and not torch.cuda.is_available():
                 logger.warning("activation_checkpointing.%s has no effect: %s", key, reason)
-        self.profiles: dict[str, Profile] = {}
+        self.profiles: dict[str, Profile] = defaultdict(Profile)
         self.blocks: dict[str, tuple[nn.Module, Any]] = {}  # each with the forward that its instance had, or None
         for name, module in (blocks or {}).items():
             self.blocks[name] = module, vars(module).get("forward")
@@ -356,7 +356,7 @@ class Checkpointing:
         """What each module has cost, by name, since the start; needs ``profile``."""
         if not self.config.profile:
             raise RuntimeError("report() needs activation_checkpointing.profile to be true")
-        return self.profiles
+        return dict(self.profiles)
 
     def run(self, name: str, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` as a region."""
@@ -373,13 +373,6 @@ class Checkpointing:
         if (self.config.synchronize_checkpoint_boundary or self.config.profile) and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter()
-
-    def note(self, name: str, **costs: float) -> None:
-        """Add to the profile of one module."""
-        if self.config.profile:
-            profile = self.profiles.setdefault(name, Profile())
-            for cost, value in costs.items():
-                setattr(profile, cost, getattr(profile, cost) + value)
 
 
 # --- The public functions ---------------------------------------------------------------------------------------------
