@@ -2896,18 +2896,19 @@ def check_model(zero: Zero) -> None:
 
     It compares identities, and names the parameter.
     """
-    present = {id(p) for module in zero.model.modules() for p in module._parameters.values() if p is not None}
-    slots = [slot for bucket in zero.buckets for slot in bucket.slots]
-    new = present - {id(slot.parameter) for slot in slots}
-    if new:
-        name = next(name for name, p in zero.model.named_parameters() if id(p) in new)
-        raise RuntimeError(f"{name} came into the model after initialize(), so nothing trains or saves it; change "
-                           "the model first, then call initialize()")
+    slots = {id(slot.parameter): slot for bucket in zero.buckets for slot in bucket.slots}
+    if slots.keys() != {id(p) for module in zero.model.modules() for p in module._parameters.values() if p is not None}:
+        names = {id(p): name for name, p in zero.model.named_parameters()}  # takes longer, at each step
+        new = [name for key, name in names.items() if key not in slots]
+        gone = [slot.name for key, slot in slots.items() if key not in names]
+        if new:
+            raise RuntimeError(f"{new[0]} came into the model after initialize(), so nothing trains or saves it; change "
+                               "the model first, then call initialize()")
+        if gone:
+            raise RuntimeError(f"{gone[0]} has left the model since initialize(); call destroy(), change the model, and "
+                               "call initialize() again")
     with torch._C.DisableTorchFunctionSubclass():
-        for slot in slots:
-            if id(slot.parameter) not in present:
-                raise RuntimeError(f"{slot.name} has left the model since initialize(); call destroy(), change the "
-                                   "model, and call initialize() again")
+        for slot in slots.values():
             if not _same_memory(slot.parameter, slot.bucket.flat) or slot.parameter.storage_offset() != slot.offset:
                 raise RuntimeError(
                     f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() or "
