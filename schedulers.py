@@ -157,28 +157,6 @@ class Schedule(LRScheduler):
 # --- DeepSpeed's five -------------------------------------------------------------------------------------------------
 
 
-def _total_steps(total_num_steps: Any, warmup_num_steps: Any) -> float:
-    """DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be."""
-    return _number("total_num_steps", total_num_steps,
-                   low=max(1, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)))
-
-
-class _WarmUp:
-    """The way up that the three ``Warmup*`` schedules share, as a fraction from 0 to 1."""
-
-    def __init__(self, warmup_num_steps: Any, warmup_type: Any):
-        # As DeepSpeed: 0 is refused, and 1 is taken for 2, for which the log curve is defined.
-        self.steps = max(2, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True))
-        self.type = _one_of("warmup_type", warmup_type, ("log", "linear"))
-
-    def lasts(self, t: int) -> bool:
-        return t - 1 < self.steps
-
-    def at(self, t: int) -> float:
-        n = self.steps if self.type == "linear" else self.steps - 1  # DeepSpeed's log curve arrives one step earlier
-        return CURVES[self.type](0.0, 1.0, min(max(t - 1, 0), n), n)
-
-
 class WarmupLR(Schedule):
     """From ``warmup_min_lr`` to ``warmup_max_lr`` (default: the optimizer's own rates) in ``warmup_num_steps`` steps.
 
@@ -191,13 +169,16 @@ class WarmupLR(Schedule):
             # initial_lr: that of an optimizer whose schedule is being resumed, where lr is in the middle of it
             warmup_max_lr = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.min_lrs, self.max_lrs = _range(optimizer, "warmup_min_lr", warmup_min_lr, "warmup_max_lr", warmup_max_lr)
-        self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
-        self.span = self.warm_up.steps
+        # As DeepSpeed: 0 is refused, and 1 is taken for 2, for which the log curve is defined.
+        self.warmup_steps = max(2, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True))
+        self.warmup_type = _one_of("warmup_type", warmup_type, ("log", "linear"))
+        self.span = self.warmup_steps
         super().__init__(optimizer, last_batch_iteration)
 
     def height(self, t: int) -> float:
         """Where between the lowest (0) and the highest rate (1) the schedule is after ``t`` steps."""
-        return self.warm_up.at(t)
+        n = self.warmup_steps - (self.warmup_type == "log")  # DeepSpeed's log curve arrives one step earlier
+        return CURVES[self.warmup_type](0.0, 1.0, min(max(t - 1, 0), n), n)
 
     def rate(self, t: int, group: int) -> float:
         low, high = self.min_lrs[group], self.max_lrs[group]
@@ -210,17 +191,19 @@ class WarmupDecayLR(WarmupLR):
     def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_lr: Rates = 0.0,
                  warmup_max_lr: Rates | None = 0.001, warmup_num_steps: int = 1000, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
-        self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
+        # DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be.
+        least = _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)
+        self.total_num_steps = _number("total_num_steps", total_num_steps, low=least)
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
         self.span = self.total_num_steps
 
     def height(self, t: int) -> float:
-        if self.warm_up.lasts(t):
-            return self.warm_up.at(t)
-        return max(0.0, (self.total_num_steps - (t - 1)) / max(1, self.total_num_steps - self.warm_up.steps))
+        if t - 1 < self.warmup_steps:
+            return super().height(t)
+        return max(0.0, (self.total_num_steps - (t - 1)) / max(1, self.total_num_steps - self.warmup_steps))
 
 
-class WarmupCosineLR(Schedule):
+class WarmupCosineLR(WarmupDecayLR):
     """Warm-up, then half a cosine wave down, in multiples of each param group's own rate.
 
     From ``warmup_min_ratio`` to 1 in ``warmup_num_steps`` steps, then to ``cos_min_ratio`` at step ``total_num_steps``,
@@ -230,19 +213,18 @@ class WarmupCosineLR(Schedule):
     def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_ratio: float = 0.0,
                  warmup_num_steps: int = 1000, cos_min_ratio: float = 0.0001, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
-        self.total_num_steps = self.span = _total_steps(total_num_steps, warmup_num_steps)
         self.warmup_min_ratio = _number("warmup_min_ratio", warmup_min_ratio, high=1.0)
         self.cos_min_ratio = _number("cos_min_ratio", cos_min_ratio, high=1.0)
-        self.warm_up = _WarmUp(warmup_num_steps, warmup_type)
-        super().__init__(optimizer, last_batch_iteration)
+        super().__init__(optimizer, total_num_steps, 0.0, None, warmup_num_steps, warmup_type, last_batch_iteration)
+
+    def height(self, t: int) -> float:
+        start, end = self.warmup_steps, self.total_num_steps
+        if t - 1 < start:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * super().height(t) if t else 0.0
+        return CURVES["cosine"](1.0, self.cos_min_ratio, t - start, end - start) if t < end else self.cos_min_ratio
 
     def rate(self, t: int, group: int) -> float:
-        start, end = self.warm_up.steps, self.total_num_steps
-        if self.warm_up.lasts(t):
-            ratio = self.warmup_min_ratio + (1 - self.warmup_min_ratio) * self.warm_up.at(t) if t else 0.0
-        else:
-            ratio = CURVES["cosine"](1.0, self.cos_min_ratio, t - start, end - start) if t < end else self.cos_min_ratio
-        return self.base_lrs[group] * ratio
+        return self.base_lrs[group] * self.height(t)
 
 
 class OneCycle(Schedule):
@@ -442,30 +424,27 @@ class StepDecayLR(MultiPhaseLR):
 # --- By name, and without training ------------------------------------------------------------------------------------
 
 
-SCHEDULES: dict[str, type[LRScheduler]] = {c.__name__: c for c in (
-    WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, LinearDecayLR, CosineDecayLR, StepDecayLR,
-    MultiPhaseLR)}
 NOT_BY_NAME = {  # these have to be made by hand
     "ReduceLROnPlateau": "it wants a metric at every step", "LRScheduler": "it is only a base class",
     "SequentialLR": "it is made of other schedulers; MultiPhaseLR joins phases",
     "ChainedScheduler": "it is made of other schedulers; MultiPhaseLR joins phases"}
+SCHEDULES: dict[str, type[LRScheduler]] = {
+    name: cls for name, cls in vars(torch.optim.lr_scheduler).items()
+    if inspect.isclass(cls) and issubclass(cls, LRScheduler) and name not in NOT_BY_NAME and name[0] != "_"} | {
+    cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, LinearDecayLR,
+                                  CosineDecayLR, StepDecayLR, MultiPhaseLR)}
 
 
 def named(name: str) -> type[LRScheduler]:
-    """The schedule ``name``, of SCHEDULES, or a class of ``torch.optim.lr_scheduler``."""
+    """The schedule ``name``: one of this file's, or a class of ``torch.optim.lr_scheduler``."""
     if isinstance(name, str) and name in NOT_BY_NAME:
         raise ValueError(f"scheduler type {name!r} can't be named: {NOT_BY_NAME[name]}. Pass an object instead")
-    known = SCHEDULES | {n: c for n, c in vars(torch.optim.lr_scheduler).items() if n not in SCHEDULES
-                         and n not in NOT_BY_NAME and inspect.isclass(c) and issubclass(c, LRScheduler) and n[0] != "_"}
-    return known[_one_of("scheduler type", name, tuple(known))]
+    return SCHEDULES[_one_of("scheduler type", name, tuple(SCHEDULES))]
 
 
 def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None) -> LRScheduler:
     """The schedule ``name`` with ``params``."""
-    cls = named(name)
-    params = {} if params is None else params
-    if not isinstance(params, dict):
-        raise ValueError(f"{name}: params is {params!r}; allowed: an object")
+    cls, params = named(name), params or {}
     for key in params:
         _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
     try:

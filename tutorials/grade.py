@@ -111,7 +111,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "As in DeepSpeed the way up begins one step late: at t = 0 and t = 1 the rate is the lowest. So use "
          "k = max(t - 1, 0). linear: k / n. log: log(k + 1) / log(n), which is 1 at k = n - 1. An n of 1 counts as 2.",
          "_range(optimizer, \"warmup_min_lr\", low, \"warmup_max_lr\", high) gives two lists, the lowest and the "
-         "highest rate per group, and _WarmUp(n, type).at(t) the fraction between them. For warmup_max_lr None high is "
+         "highest rate per group; CURVES has both ways up (log takes n - 1 steps). For warmup_max_lr None high is "
          "a list: each group's initial_lr, or its lr where it has none. Set what rate() needs before "
          "super().__init__(optimizer, last_batch_iteration), which already asks for it and keeps the position.")),
     Exercise(
