@@ -43,7 +43,7 @@ from programs import Program
 
 CHAPTERS = sorted(path for path in (ROOT / "tutorials").glob("*.md")
                   if path.name != "coming_from_deepspeed.md")  # names what is absent; test_dropin.py reads it
-MODULES = "engine zero amp checkpointing optimizers schedulers launch".split()
+MODULES = "engine zero amp checkpointing schedulers launch".split()
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)^```[ ]*$\n*", re.MULTILINE)
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 TIMED = re.compile(r" (?:ms|microseconds|GB/s)\b")
