@@ -28,12 +28,13 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +74,23 @@ MARGIN = 0.2  # inches of white around it
 
 
 def on_ranks(function: Callable, ranks: int, *args: Any) -> list[Any]:
-    """``function(*args)`` in ``ranks`` new processes with a gloo group: what each returned. Raises RuntimeError."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        ends = [context.Pipe(duplex=False) for _ in range(ranks)]
-        processes = [context.Process(target=_rank, args=(rank, ranks, f"{folder}/store", ends[rank][1], function, args),
-                                     daemon=True) for rank in range(ranks)]
-        for process, (_, theirs) in zip(processes, ends):
-            process.start()
-            theirs.close()
-        try:
-            answers = [ours.recv() for ours, _ in ends]
-        except EOFError:
-            answers = [(False, "a rank died without a word")]
-        for process in processes:
-            process.join(5.0)
-            process.kill()
-    for fine, text in answers:
-        if not fine:
-            raise RuntimeError(f"a rank failed:\n{text}")
-    return [result for _, result in answers]
+    """``function(*args)`` in ``ranks`` new processes with a gloo group: what each returned."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, spawn) as pool:
+        tasks = [pool.submit(_rank, rank, ranks, f"{folder}/store", function, args) for rank in range(ranks)]
+        return [task.result() for task in tasks]
 
 
-def _rank(rank: int, ranks: int, store: str, connection: Any, function: Callable, args: tuple) -> None:
+def _rank(rank: int, ranks: int, store: str, function: Callable, args: tuple) -> Any:
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-        answer = True, function(*args)
-    except Exception:
-        answer = False, traceback.format_exc()
-    connection.send(answer)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
+                            timeout=timedelta(minutes=2))  # where another rank has failed, this one ends too
+    return function(*args)
+
+
+def at_all_stages(function: Callable[[int], Any]) -> list[Any]:
+    """``function(stage)`` for each stage."""
+    return [function(stage) for stage in range(4)]
 
 
 def text_windows(step: int, batch: int, length: int) -> Tensor:
@@ -254,6 +242,19 @@ def legend(figure: Figure, colours: dict[str, str], columns: int) -> None:
                   columnspacing=1.4, handletextpad=0.5)
 
 
+def name_rows(axis: Axes, names: Sequence[str], middles: Sequence[float]) -> None:
+    """A picture of rows: their names on the left at these heights, without axis or ticks."""
+    axis.set_yticks(middles, names)
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+
+
+def draw_phases(axis: Axes, ends: Sequence[float]) -> None:
+    """A dotted line where each phase of a step ends."""
+    for end in ends:
+        axis.axvline(end, color=BLACK, linewidth=1.0, linestyle=":")
+
+
 def schedules() -> Figure:
     """Every schedule's learning rate over 1000 steps."""
     figure = new_figure(6.4)
@@ -288,14 +289,9 @@ def pieces_held(stage: int) -> tuple[list[tuple[str, int, int, int]], int]:
     return rows, count
 
 
-def all_pieces() -> list[Any]:
-    """``pieces_held`` at each stage."""
-    return [pieces_held(stage) for stage in range(4)]
-
-
 def holdings() -> Figure:
     """Four ranks at each stage: the whole model state as pale columns, and in colour what each rank holds of it."""
-    ranks = on_ranks(all_pieces, 4)
+    ranks = on_ranks(at_all_stages, 4, pieces_held)
     figure = new_figure(5.4)
     axes = figure.subplots(1, 4, sharey=True)
     for stage, axis in enumerate(axes):
@@ -367,10 +363,9 @@ def collectives() -> Figure:
         draw_numbers(axis, 5.2, [after for _, _, after in rows])
         axis.annotate("", (5.1, 2.0), (4.0, 2.0), arrowprops={"arrowstyle": "-|>", "color": BLACK, "linewidth": 2.0})
         axis.set_title(rows[0][0], loc="left", fontsize=15, pad=2)
-        axis.set(xlim=(0, 9.2), ylim=(0, 3.9), xticks=[], yticks=[3.43, 2.43, 1.43, 0.43])
-        axis.set_yticklabels([f"rank {rank}" for rank in range(4)])
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
+        axis.set(xlim=(0, 9.2), ylim=(0, 3.9), xticks=[])
+        name_rows(axis, [f"rank {rank}" for rank in range(4)], [3.43, 2.43, 1.43, 0.43])
+        axis.spines["bottom"].set_visible(False)
     legend(figure, {"rank 0's": SKY, "rank 1's": ORANGE, "rank 2's": YELLOW, "rank 3's": PURPLE, "the sum": GREEN}, 5)
     return figure
 
@@ -400,8 +395,8 @@ def bucket() -> Figure:
         axis.add_patch(Rectangle((begin + 2, 0), end - begin - 4, 0.6, facecolor=PALE))
         axis.text((begin + end) / 2, 0.3, f"rank {rank}", ha="center", va="center", fontsize=14)
         axis.axvline(end, 0, 1.95 / 3.2, color=RED, linestyle="--", linewidth=1.5)
-    axis.set(xlim=(0, bounds[-1] + 2), ylim=(0, 3.2), yticks=[], xticks=bounds, xlabel="element of the flat tensor")
-    axis.spines["left"].set_visible(False)
+    axis.set(xlim=(0, bounds[-1] + 2), ylim=(0, 3.2), xticks=bounds, xlabel="element of the flat tensor")
+    name_rows(axis, [], [])
     return figure
 
 
@@ -436,18 +431,22 @@ class Recorder:
         self.events.append((what, began, time.perf_counter()))
 
     def watch(self) -> None:
-        """From now on note every collective of this process, and every time that it waits for one."""
+        """From now on note this process's collectives, its waits for them, and what becomes of its units."""
         for name in ("all_gather", "reduce_scatter", "all_reduce"):
             original = getattr(zero.Communicator, name)
             setattr(zero.Communicator, name, self._collective(name.replace("_", "-"), original))
-        wait = zero.Handle.wait
+        for name in ("start_gather", "finish_gather", "free"):
+            setattr(zero.Unit, name, self._timed(lambda unit, name=name: f"{name} {unit.name or '(root)'}",
+                                                 getattr(zero.Unit, name)))
+        zero.Handle.wait = self._timed(lambda handle: "waiting", zero.Handle.wait)
 
-        def waiting(handle: zero.Handle) -> None:
+    def _timed(self, what: Callable[[Any], str], original: Callable) -> Callable:
+        def call(owner: Any) -> None:
             began = time.perf_counter()
-            wait(handle)
-            self.note("waiting", began)
+            original(owner)
+            self.note(what(owner), began)
 
-        zero.Handle.wait = waiting
+        return call
 
     def _collective(self, kind: str, original: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> zero.Handle:
@@ -546,15 +545,12 @@ def timeline() -> Figure:
         for kind, colour in NETWORK.items():
             axis.broken_barh(bars(kind), (0 if kind == "all-gather" else 1, 0.8), facecolor=colour, edgecolor="white",
                              linewidth=0.3 if name == "naive loop" else 0.8)
-        axis.set(yticks=[2.45, 1.4, 0.4], ylim=(-0.4, 2.9))
-        axis.set_yticklabels(["computes", "reduces", "gathers"])
+        name_rows(axis, ["computes", "reduces", "gathers"], [2.45, 1.4, 0.4])
+        axis.set_ylim(-0.4, 2.9)
         axis.set_title(name, loc="left", fontsize=15, pad=2)
-        axis.spines["left"].set_visible(False)
         axis.spines["bottom"].set_visible(axis is axes[-1])
         axis.tick_params(axis="x", length=4 if axis is axes[-1] else 0)
-        axis.tick_params(axis="y", length=0)
-    axes[-1].set_xlabel("milliseconds")
-    axes[-1].set_xlim(0, None)
+    axes[-1].set(xlabel="milliseconds", xlim=(0, None))
     legend(figure, COMPUTE | {"waits": "#D0D0D0"} | NETWORK, 4)
     return figure
 
@@ -562,57 +558,35 @@ def timeline() -> Figure:
 # The life of units.
 
 
-def quickest_lives(rounds: int) -> list[tuple[str, str, float]]:
-    """(unit, what happens to it, when) in the quickest of ``rounds`` steps at stage 3, and where its phases end."""
-    events: list[tuple[str, str, float]] = []
-
-    def note(name: str) -> None:
-        original = getattr(zero.Unit, name)
-
-        def call(unit: zero.Unit) -> None:
-            if name != "finish_gather":
-                events.append((unit.name or "(root)", name, time.perf_counter()))
-            original(unit)
-            if name == "finish_gather":
-                events.append((unit.name or "(root)", name, time.perf_counter()))
-
-        setattr(zero.Unit, name, call)
-
-    for name in ("start_gather", "finish_gather", "free"):
-        note(name)
-    engine, recorder = gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}), Recorder()
-
-    def step(number: int) -> list[tuple[str, str, float]]:
-        events.clear()
-        phases = recorded_step(engine, recorder, number)
-        began = time.perf_counter() - phases[-1][2]
-        return [*((unit, what, at - began) for unit, what, at in events), *(("", what, end) for what, _, end in phases)]
-
-    return quickest_of(rounds, [step])[0]
+def quickest_life(rounds: int) -> list[tuple[str, float, float]]:
+    """The events of the quickest of ``rounds`` steps at stage 3."""
+    recorder = Recorder()
+    recorder.watch()
+    engine = gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}})
+    return quickest_of(rounds, [partial(recorded_step, engine, recorder)])[0]
 
 
 def unit_life() -> Figure:
     """A row for each unit, coloured while its gather is under way and while it is whole."""
-    events = on_ranks(quickest_lives, 2, 30)[0]
-    phases = {what: 1e3 * at for unit, what, at in events if not unit}
-    units = sorted({unit for unit, *_ in events if unit})
+    events = on_ranks(quickest_life, 2, 30)[0]
+    phases = {what: 1e3 * end for what, _, end in events if what in COMPUTE}
+    moments = defaultdict(list)  # by unit: (when, the colour from then on)
+    for what, begin, end in events:
+        kind, _, unit = what.partition(" ")
+        if unit:
+            colour = {"start_gather": PURPLE, "finish_gather": BLUE, "free": PALE}[kind]
+            moments[unit].append((1e3 * (end if kind == "finish_gather" else begin), colour))
     figure = new_figure(4.8)
     axis = figure.subplots()
-    for row, unit in enumerate(reversed(units)):
-        moments = [(what, 1e3 * at) for name, what, at in events if name == unit]
-        axis.add_patch(Rectangle((0, row + 0.1), phases["update"], 0.8, color=PALE, linewidth=0))
-        for (what, begin), end in zip(moments, [*(at for _, at in moments[1:]), phases["update"]]):
-            if what != "free":
-                colour = PURPLE if what == "start_gather" else BLUE
-                axis.add_patch(Rectangle((begin, row + 0.1), end - begin, 0.8, color=colour, linewidth=0))
-    for begin, (what, end) in zip((0.0, *phases.values()), phases.items()):
-        axis.axvline(end, color=BLACK, linewidth=1.0, linestyle=":")
-        axis.text(begin + phases["update"] / 100, len(units) + 0.1, what, fontsize=14)
-    axis.set(xlim=(0, phases["update"]), ylim=(0, len(units) + 0.5), yticks=[row + 0.5 for row in range(len(units))],
-             xlabel="milliseconds")
-    axis.set_yticklabels(list(reversed(units)))
-    axis.tick_params(axis="y", length=0)
-    axis.spines["left"].set_visible(False)
+    for row, unit in enumerate(sorted(moments, reverse=True)):
+        changes = [(0.0, PALE), *moments[unit], (phases["update"], PALE)]
+        for (begin, colour), (end, _) in pairwise(changes):
+            axis.broken_barh([(begin, end - begin)], (row + 0.1, 0.8), facecolor=colour)
+    draw_phases(axis, list(phases.values()))
+    for begin, name in zip((0.0, *phases.values()), phases):
+        axis.text(begin + phases["update"] / 100, len(moments) + 0.1, name, fontsize=14)
+    axis.set(xlim=(0, phases["update"]), ylim=(0, len(moments) + 0.5), xlabel="milliseconds")
+    name_rows(axis, sorted(moments, reverse=True), [row + 0.5 for row in range(len(moments))])
     legend(figure, {"sharded": PALE, "being gathered": PURPLE, "whole": BLUE}, 3)
     return figure
 
@@ -640,11 +614,6 @@ def memory_of_a_step(stage: int) -> tuple[list[dict[str, int]], list[int]]:
     return live.samples, marks
 
 
-def memory_at_all_stages() -> list[Any]:
-    """``memory_of_a_step`` at each stage."""
-    return [memory_of_a_step(stage) for stage in range(4)]
-
-
 def stretched(samples: list[dict[str, int]], marks: list[int]) -> list[float]:
     """A place on the horizontal axis for each sample: forward from 0 to 1, backward to 3, update to 4."""
     ends = [0, *marks, len(samples)]
@@ -664,7 +633,7 @@ def thinned(places: list[float], samples: list[dict[str, int]], count: int) -> l
 
 def step_memory() -> Figure:
     """Stages 0 to 3: what is alive on one of 4 ranks, from the begin of forward to the end of the update."""
-    stages = on_ranks(memory_at_all_stages, 4)[0]
+    stages = on_ranks(at_all_stages, 4, memory_of_a_step)[0]
     figure = new_figure(6.4)
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for stage, (axis, (samples, marks)) in enumerate(zip(axes.flat, stages)):
@@ -676,8 +645,7 @@ def step_memory() -> Figure:
             axis.fill(*zip((0, 0), (0, line[0][1]), *corners, (4, 0)), color=COLOURS[KINDS[upto - 1]], linewidth=0)
         most = max(sum(sample.values()) for sample in samples) / 2**20
         axis.set_title(f"stage {stage}: at most {most:.1f} MiB", fontsize=15)
-        for place in (1, 3):
-            axis.axvline(place, color=BLACK, linewidth=1.0, linestyle=":")
+        draw_phases(axis, (1, 3))
         axis.set(xlim=(0, 4), ylim=(0, None), xticks=[0.5, 2, 3.5])
         axis.set_xticklabels(["forward", "backward", "update"])
         axis.tick_params(axis="x", length=0)
@@ -764,7 +732,8 @@ def recompute() -> Figure:
     axis.annotate("all 12, in regions\nof several blocks", larger[-1], xytext=(30, 16), textcoords="offset points",
                   ha="right", color=RED)
     axis.annotate("selective\nmode", selective, xytext=(-4, -50), textcoords="offset points", color=GREEN)
-    axis.set(xlabel="matrix products computed twice, % of those in forward", ylabel="activations, MiB", xlim=(-3, 100), ylim=(0, None))
+    axis.set(xlabel="matrix products computed twice, % of those in forward", ylabel="activations, MiB", xlim=(-3, 100),
+             ylim=(0, None))
     axis.grid(axis="y", color=PALE)
     return figure
 
