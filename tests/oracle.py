@@ -1,15 +1,17 @@
 """One oracle: a model in plain PyTorch on the rows of all ranks, and the same through the engine on each rank's own.
 
 Both are in fp64, so that equal means equal. ``Pair`` has the parts, for tests that write a loop of their own; ``train``
-is the usual loop.
+is the usual loop. ``draws`` gives models, optimizers and configs; ``plain`` and ``sharded`` train them.
 """
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import engine as deepspeed
@@ -180,3 +182,202 @@ def train(case: Case, stage: int) -> None:
     pair.check()
     for (buffer, a), b in zip(pair.model.named_buffers(), reference.buffers(), strict=True):
         assert_close(a, b, f"the buffer {buffer}")
+
+
+# --- Drawn models, which are awkward in all ways ----------------------------------------------------------------------
+
+
+BATCH, SIZE = 12, 6  # rows, divisible by every ranks * accumulation that is drawn; width
+
+
+@dataclass
+class Answer:
+    """A model's output that no container of PyTorch's knows."""
+    value: Tensor
+    extra: dict
+
+
+class Block(nn.Module):
+    """Two layers and a residual, with an odd parameter or two."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(SIZE), nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+        if odd:
+            self.turned = nn.Parameter(torch.randn(3, SIZE).t())  # not contiguous
+            self.gain = nn.Parameter(torch.ones(()))              # one element, no dimension
+            self.nothing = nn.Parameter(torch.ones(0, SIZE))      # no element at all
+            self.side = nn.Linear(SIZE, SIZE)                     # used in some steps, on some ranks
+        self.odd = odd
+
+    def forward(self, x: Tensor, side: bool) -> Tensor:
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        if self.odd:
+            x = x * self.gain + (x @ self.turned).mean() + (x @ self.nothing.t()).sum()
+        return x + self.side(x) if self.odd and side else x
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head; what ``draw`` names is in it."""
+
+    def __init__(self, draw: dict, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.token, self.head = nn.Embedding(7, SIZE), nn.Linear(SIZE, 7, bias=False)
+            self.blocks = nn.ModuleList(Block(draw["odd"]) for _ in range(draw["layers"]))
+            self.never = nn.Linear(2, 2)
+        if draw["tied"]:
+            self.head.weight = self.token.weight
+        if draw["frozen"]:
+            self.blocks[0].requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.draw = draw
+        self.to(draw["dtype"])
+        if draw["mixed"]:
+            self.never.to(torch.float16)
+
+    def forward(self, ids: Tensor, side: bool = False) -> Any:
+        self.seen += 1
+        x = self.token(ids)
+        for block in [*self.blocks, *self.blocks[:self.draw["twice"]]]:
+            x = block(x, side)
+        logits = self.head(x)
+        return {"tensor": logits, "tuple": (x, logits), "dict": {"a": {"logits": logits}},
+                "dataclass": Answer(logits, {"x": x})}[self.draw["output"]]
+
+
+def drawn_loss(model: nn.Module, draw: dict, step: int, part: int, rank: int, ranks: int) -> Tensor:
+    """Of one micro-batch of a rank."""
+    generator = torch.Generator().manual_seed(step)
+    ids, targets = (torch.randint(0, 7, (BATCH, 4), generator=generator).chunk(ranks)[rank].chunk(
+        draw["accumulation"])[part] for _ in range(2))
+    side = step % 2 == 1 and (rank == 0 or not draw["uneven"])  # in which steps, for whose rows the layer is used
+    output = model(ids, side=side)
+    while not isinstance(output, Tensor):
+        output = output[-1] if isinstance(output, tuple) else output.value if isinstance(output, Answer) else \
+            next(iter(output.values()))
+    return nn.functional.cross_entropy(output.flatten(0, 1).double(), targets.flatten())
+
+
+def drawn_optimizer(draw: dict, model: nn.Module) -> torch.optim.Optimizer:
+    """One of PyTorch's; of two param groups with their own rate and decay, or one."""
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() < 2], "lr": 0.003},
+              {"params": [p for p in parameters if p.dim() >= 2]}] if draw["groups"] else parameters
+    return getattr(torch.optim, draw["optimizer"])(groups, **draw["params"])
+
+
+def plain(draw: dict, ranks: int, optimizer_of: Callable = drawn_optimizer, steps: int = 5) -> tuple[list, dict, dict]:
+    """Plain PyTorch on whole batches: the norms, the weights and the optimizer's state, by name."""
+    model, norms = Net(draw), []
+    optimizer = optimizer_of(draw, model)
+    for step in range(steps):
+        for rank in range(ranks):
+            for part in range(draw["accumulation"]):
+                loss = drawn_loss(model, draw, step, part, rank, ranks)
+                (loss / draw["accumulation"] / ranks).backward()
+        used = [p for p in model.parameters() if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in used]))))
+        for p in used if draw["clip"] else ():
+            p.grad.mul_(min(1.0, draw["clip"] / (norms[-1] + 1e-6)))
+        optimizer.step()
+        model.zero_grad()
+    state = {name: {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(p, {}).items()
+                    if key in draw["state"] and p.requires_grad}
+             for name, p in model.named_parameters()} if draw["state"] else {}
+    return norms, {name: p.detach().clone() for name, p in model.named_parameters()}, state
+
+
+def start_drawn(draw: dict, stage: int, optimizer_of: Callable = drawn_optimizer) -> deepspeed.Engine:
+    """Ranks start from different weights: rank 0's must win. An ``optimizer_of`` that is a dict is the config's."""
+    model, by_name = Net(draw, seed=dist.get_rank()), isinstance(optimizer_of, dict)
+    return deepspeed.initialize(model=model, optimizer=None if by_name else optimizer_of(draw, model), config={
+        "train_batch_size": BATCH, "gradient_accumulation_steps": draw["accumulation"],
+        "gradient_clipping": draw["clip"], **({"optimizer": optimizer_of} if by_name else {}), **draw.get("more", {}),
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": draw["bucket"], "overlap_comm": draw["overlap"],
+                              "stage3_param_persistence_threshold": draw["threshold"], **draw.get("offload", {})}})[0]
+
+
+def train_drawn(engine: deepspeed.Engine, draw: dict, steps: int = 5) -> list[float]:
+    """The norm of each step."""
+    norms = []
+    for step in range(steps):
+        for part in range(draw["accumulation"]):
+            loss = drawn_loss(engine, draw, step, part, dist.get_rank(), dist.get_world_size())
+            if draw["split_loss"]:  # several backward calls per micro-batch
+                engine.backward(0.25 * loss, retain_graph=True)
+                loss = 0.75 * loss
+            engine.backward(loss)
+            engine.step()
+        norms.append(engine.get_global_grad_norm())
+    return norms
+
+
+def read_drawn(engine: deepspeed.Engine, draw: dict) -> tuple[dict, dict]:
+    """Weights, and of every third parameter the optimizer's state: reading takes longer than training."""
+    state: dict = {}
+    for name, p in list(engine.module.named_parameters())[::3] if draw["state"] else ():
+        state[name] = {}
+        for key in draw["state"] if p.requires_grad else ():
+            try:
+                state[name][key] = zero.safe_get_full_optimizer_state(p, key)
+            except ValueError as error:  # never used, so it has no state
+                assert "has no optimizer state" in str(error)
+    return whole(engine.module), state
+
+
+def sharded(draw: dict, stage: int, optimizer_of: Callable = drawn_optimizer, steps: int = 5) -> tuple:
+    """What ``plain`` gives, through the engine."""
+    engine = start_drawn(draw, stage, optimizer_of)
+    found = train_drawn(engine, draw, steps), *read_drawn(engine, draw)
+    engine.destroy()
+    return found
+
+
+def assert_equal(mine: tuple, reference: tuple, tolerance: float, what: str) -> None:
+    """Norms, weights and state, by step and by name."""
+    (norms, weights, state), (their_norms, their_weights, their_state) = mine, reference
+    for step, (a, b) in enumerate(zip(norms, their_norms, strict=True)):
+        assert abs(a - b) <= tolerance * max(1.0, b), f"{what}, step {step}: norm {a!r}, plain PyTorch {b!r}"
+    pairs = [(name, weights[name], value) for name, value in their_weights.items()]
+    for name in state:
+        if their_weights[name].numel():
+            assert state[name].keys() == their_state[name].keys(), f"{what}: the optimizer's state for {name}"
+            pairs += [(f"{key} of {name}", value, their_state[name][key]) for key, value in state[name].items()]
+    for name, a, b in pairs:
+        assert_close(a, b, f"{what}: {name}", tolerance * max(1.0, float(b.abs().max())) if b.numel() else 0.0)
+
+
+PLAIN = {"layers": 3, "odd": False, "tied": False, "frozen": False, "mixed": False, "twice": False, "uneven": False,
+         "split_loss": False, "output": "tensor", "groups": False, "accumulation": 1, "clip": 1.0, "bucket": 200,
+         "overlap": True, "threshold": 0, "dtype": torch.float32, "optimizer": "AdamW",
+         "params": {"lr": 0.01, "fused": True}, "state": ["exp_avg"]}
+# Where an optimizer divides by a gradient's size, eps keeps it from blowing rounding errors of tiny gradients up.
+OPTIMIZERS = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9}, ["momentum_buffer"]), ("SGD", {"lr": 0.1, "fused": True}, []),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "eps": 1e-3}, ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}, ["exp_avg", "exp_avg_sq", "step"]),
+    ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3, "fused": True}, ["exp_avg", "exp_avg_sq", "step"]),
+    ("Adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1}, ["sum", "step"]),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.5, "centered": True, "eps": 0.01},
+     ["square_avg", "grad_avg", "momentum_buffer", "step"]),
+    ("Adadelta", {"lr": 0.5}, ["square_avg", "acc_delta"]), ("NAdam", {"lr": 0.01, "eps": 1e-3}, ["exp_avg"]),
+    ("ASGD", {"lr": 0.01}, ["ax", "eta"])]
+
+
+@st.composite
+def draws(draw: Callable) -> dict:
+    """A model, an optimizer, and how they are trained."""
+    name, params, state = draw(st.sampled_from(OPTIMIZERS))
+    chosen = {key: draw(st.booleans()) for key, value in PLAIN.items() if isinstance(value, bool)}
+    return chosen | {"optimizer": name, "params": params, "state": state, **draw(st.fixed_dictionaries({
+        "layers": st.integers(1, 3), "output": st.sampled_from(["tensor", "tuple", "dict", "dataclass"]),
+        "accumulation": st.sampled_from([1, 1, 2, 3]), "clip": st.sampled_from([0.0, 0.1, 1.0]),
+        "bucket": st.sampled_from(["auto", 1, 100, 500]), "threshold": st.sampled_from([0, 0, 20]),
+        "dtype": st.sampled_from([torch.float64, torch.float32])}))}
+
+
+def fitting(draw: dict, ranks: int) -> dict:
+    """The draw, with as many micro-batches as so many ranks can have."""
+    return draw | {"accumulation": 1 if BATCH % (ranks * draw["accumulation"]) else draw["accumulation"]}

@@ -4,12 +4,13 @@
     .venv/bin/python -m pytest -q tests/test_offload.py --long     with hundreds of drawn runs
 """
 
-import copy
 import ctypes
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,61 +21,15 @@ from torch import nn
 
 import engine as deepspeed
 import zero
-from conftest import memory
+from conftest import memory, on_ranks
+from oracle import Mlp, Pair, assert_equal, draws, fitting, read_drawn, start, start_drawn, train_drawn
 
-WIDTH, ROWS = 8, 3
-
-
-class Net(nn.Module):
-    """Blocks, a tied embedding and a layer that is used in some steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.token, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
-        self.head.weight = self.token.weight
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
-                                    for _ in range(3))
-        self.side = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, ids, side):
-        x = self.token(ids)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x + self.side(x) if side else x)
+BF16 = {"bf16": {"enabled": True}, "communication_data_type": "bf16"}
 
 
-def trained(draw: dict, offload: dict, folder: str, steps: int = 4) -> dict:
-    """Norms, and bit for bit the weights, masters and optimizer state after some steps."""
-    torch.manual_seed(0)
-    model = Net()
-    engine, optimizer, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": draw["accumulation"],
-        "gradient_clipping": draw["clip"], "optimizer": {"type": draw["optimizer"], "params": draw["params"]},
-        "bf16": {"enabled": draw["bf16"]}, "communication_data_type": "bf16" if draw["bf16"] else None,
-        "zero_optimization": {"stage": draw["stage"], "reduce_bucket_size": draw["bucket"], **placed(offload, folder)}})
-    norms = []
-    for step in range(steps):
-        for part in range(draw["accumulation"]):
-            generator = torch.Generator().manual_seed(100 * step + 10 * part + dist.get_rank())
-            ids = torch.randint(0, 11, (ROWS, 5), generator=generator)
-            logits = engine(ids, side=step == 2)
-            engine.backward(nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()))
-            engine.step()
-        norms.append(engine.get_global_grad_norm())
-    found = {"norm": torch.tensor(norms)}
-    for name, p in model.named_parameters():
-        found[name] = zero.safe_get_full_fp32_param(p)
-        for key in draw["state"]:
-            found[f"{key} of {name}"] = zero.safe_get_full_optimizer_state(p, key)
-    if "nvme" in {section["device"] for section in offload.values()} and draw.get("all", True):
-        check_places(engine.zero, offload)
-    engine.destroy()
-    assert not os.listdir(folder), f"left in the folder: {os.listdir(folder)}"
-    return found
-
-
-def placed(offload: dict, folder: str) -> dict:
-    return {key: {**section, "nvme_path": folder} for key, section in offload.items()}
+def placed(offload: dict, folder: Path | str) -> dict:
+    """The sections of ``offload``, each with a folder for files."""
+    return {key: {**section, "nvme_path": str(folder)} for key, section in offload.items()}
 
 
 def check_places(state: zero.Zero, offload: dict) -> None:
@@ -89,161 +44,110 @@ def check_places(state: zero.Zero, offload: dict) -> None:
             assert bucket.shard.untyped_storage().filename, f"{bucket.slots[0].name}: the shard is in memory"
 
 
-OPTIMIZERS = {"AdamW": ({"lr": 0.01, "weight_decay": 0.1}, ["exp_avg", "exp_avg_sq"]),
-              "SGD": ({"lr": 0.1, "momentum": 0.9}, ["momentum_buffer"]), "Adagrad": ({"lr": 0.1}, ["sum"]),
-              "RMSprop": ({"lr": 0.01}, ["square_avg"])}
+# --- The same numbers -------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def draws(draw):
-    optimizer = draw(st.sampled_from(sorted(OPTIMIZERS)))
-    stage = draw(st.sampled_from([3, 0, 1, 2, 3]))
-    offload = {"offload_optimizer": {"device": draw(st.sampled_from(["nvme", "cpu"])),
-                                     "ratio": draw(st.sampled_from([1.0, 0.5]))}}
-    if stage == 3:
-        offload["offload_param"] = {"device": draw(st.sampled_from(["nvme", "cpu", "none"]))}
-        if draw(st.booleans()):
-            offload["offload_optimizer"]["device"] = draw(st.sampled_from(["none", "cpu", "nvme"]))
-    return {"optimizer": optimizer, "params": OPTIMIZERS[optimizer][0], "state": OPTIMIZERS[optimizer][1],
-            "stage": stage, "accumulation": draw(st.sampled_from([1, 3])), "clip": draw(st.sampled_from([0.0, 0.3])),
-            "bf16": draw(st.booleans()), "bucket": draw(st.sampled_from([100, 10**6])),
-            "world_size": draw(st.sampled_from([2, 1, 3]))}, offload
-
-
-def same_with_and_without(draw: dict, offload: dict, folder: str) -> None:
-    expected, found = trained(draw, {}, folder), trained(draw, offload, folder)
-    # One process has units only with offloaded parameters; the norm is then added up unit by unit, in another order.
-    regrouped = draw["world_size"] == 1 and offload.get("offload_param", {"device": "none"})["device"] != "none"
-    for name, value in expected.items():
-        difference = (found[name].double() - value.double()).abs().max()
-        assert difference <= (2e-6 * value.abs().max() if regrouped else 0), (
-            f"{draw} with {offload}: {name} differs by up to {difference:.3g}")
-
-
-def test_offload_changes_no_number(run_ranks, tmp_path, request):
-    is_long = request.config.getoption("--long")
-
-    @settings(max_examples=300 if is_long else 10, deadline=None, database=None, derandomize=not is_long,
-              phases=[Phase.generate])
-    @given(draws())
-    def check(drawn):
-        draw, offload = drawn
-        run_ranks(same_with_and_without, draw["world_size"], draw, offload, str(tmp_path))
-
-    check()
-
-
-def saved_and_resumed(stage: int, folder: str) -> None:
-    """Two steps, save, two more; the same from the file with another offload, or none."""
-    draw = {"optimizer": "AdamW", "params": {"lr": 0.01}, "state": ["exp_avg"], "stage": stage, "accumulation": 1,
-            "clip": 0.0, "bf16": False, "bucket": 100}
-    scratch = os.path.join(folder, f"scratch_{dist.get_rank()}")
-    os.makedirs(scratch, exist_ok=True)
-    ends = []
-    for offload in ({"offload_optimizer": {"device": "nvme"}}, {}, {"offload_optimizer": {"device": "cpu"}}):
-        torch.manual_seed(len(ends))
-        model = Net()
-        engine, *_ = deepspeed.initialize(model=model, config={
-            "train_micro_batch_size_per_gpu": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 100, **placed(offload, scratch)}})
-        if ends:
-            engine.load_checkpoint(folder)
-        for step in range(2 if ends else 0, 4):
-            ids = torch.randint(0, 11, (ROWS, 5), generator=torch.Generator().manual_seed(step + dist.get_rank()))
-            engine.backward(nn.functional.cross_entropy(engine(ids, side=True).flatten(0, 1), ids.flatten()))
-            engine.step()
-            if not ends and step == 1:
-                engine.save_checkpoint(folder)
-        if offload:
-            check_places(engine.zero, offload)
-        ends.append({name: zero.safe_get_full_fp32_param(p) for name, p in model.named_parameters()})
+def same_with_and_without(draw: dict, stage: int, offload: dict, folder: Path) -> None:
+    """Norms, weights and optimizer state, bit for bit; nothing is left in the folder."""
+    results = []
+    for sections in ({}, offload):
+        engine = start_drawn(draw | {"offload": placed(sections, folder)}, stage)
+        results.append((train_drawn(engine, draw, 3), *read_drawn(engine, draw)))
+        check_places(engine.zero, sections)
         engine.destroy()
-    for end in ends[1:]:
-        for name, value in ends[0].items():
-            assert torch.equal(end[name], value), f"stage {draw['stage']}: {name} after resuming differs"
+        assert not os.listdir(folder), f"left in the folder: {os.listdir(folder)}"
+    # One process has units only with offloaded parameters; the norm is then added up unit by unit, in another order.
+    regrouped = dist.get_world_size() == 1 and offload.get("offload_param", {"device": "none"})["device"] != "none"
+    assert_equal(results[1], results[0], 2e-6 if regrouped else 0, f"{draw} with {offload}")
 
 
-def test_a_checkpoint_goes_from_offload_to_none_and_back(run_ranks, tmp_path):
-    for stage in (1, 3):
-        run_ranks(saved_and_resumed, 2, stage, str(tmp_path / str(stage)))
+DEVICES = st.sampled_from(["nvme", "cpu", "none"])
+OFFLOADS = st.tuples(st.sampled_from([3, 0, 1, 2, 3]), DEVICES, st.sampled_from([1.0, 0.5]), DEVICES)
+
+
+@given(draws(), OFFLOADS, st.booleans(), st.sampled_from([2, 1, 3]))
+@settings(max_examples=max(10, settings().max_examples // 3), phases=[Phase.generate])
+def test_offload_changes_no_number(run_ranks, tmp_path_factory, draw, offload, bf16, ranks):
+    stage, device, ratio, of_parameters = offload
+    sections = {"offload_optimizer": {"device": device, "ratio": ratio}} | (
+        {"offload_param": {"device": of_parameters}} if stage == 3 else {})
+    draw |= {"dtype": torch.float32, "mixed": False, "more": BF16} if bf16 else {}
+    run_ranks(same_with_and_without, ranks, fitting(draw, ranks), stage, sections, tmp_path_factory.mktemp("files"))
+
+
+@on_ranks(2, stage=[1, 3])
+def test_a_checkpoint_goes_from_offload_to_none_and_back(stage, tmp_path):
+    """Two steps, save, two more; the same from the checkpoint with another offload, or none."""
+    reference, scratch = None, tmp_path / f"scratch_{dist.get_rank()}"
+    scratch.mkdir()
+    for device in ("nvme", "none", "cpu"):
+        offload = {"offload_optimizer": {"device": device}}
+        pair = Pair(Mlp, stage, partial(torch.optim.AdamW, lr=0.01), zero_options=placed(offload, scratch))
+        if reference:
+            pair.engine.load_checkpoint(tmp_path / "saved")
+        for step in range(2 if reference else 0, 4):
+            pair.backward(step)
+            pair.engine.step()
+            if not reference:
+                pair.plain(step)
+            if not reference and step == 1:
+                pair.engine.save_checkpoint(tmp_path / "saved")
+        reference = reference or pair.reference
+        pair.reference = reference
+        pair.check(device)
+        check_places(pair.engine.zero, offload)
+        pair.engine.destroy()
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
-def refusal(section: dict, stage: int, free: int | None) -> str:
+def refusal(section: dict, stage: int, free: int | None = None) -> str:
     """The error that initialize() gives on this rank; ``free`` is how much room the disk says it has."""
-    usage = shutil.disk_usage
-    if free is not None:
-        shutil.disk_usage = lambda path: usage(path)._replace(free=free)
-    try:
-        deepspeed.initialize(model=Net(), config={
-            "train_micro_batch_size_per_gpu": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-            "zero_optimization": {"stage": stage, **section}})
-    except ValueError as error:
-        return str(error)
-    finally:
-        shutil.disk_usage = usage
+    room = shutil.disk_usage(".")
+    with mock.patch.object(shutil, "disk_usage", lambda path: room if free is None else room._replace(free=free)):
+        try:
+            start(Mlp().float(), stage, None, section, optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+        except ValueError as error:
+            return str(error)
     return "no error"
 
 
-def test_a_missing_folder_is_refused_with_the_bytes_it_needs(run_ranks):
-    parameters = sum(p.numel() for p in Net().parameters())
-    section = {"offload_optimizer": {"device": "nvme", "nvme_path": "/no/such/folder"}}
-    for stage, needed in ((0, 12 * parameters), (2, 6 * parameters)):  # fp32 masters and Adam's two moments
-        for told in run_ranks(refusal, 2, section, stage, None):
-            assert "offload_optimizer.nvme_path is '/no/such/folder'; needed: a folder" in told
-            assert f"with {needed:,} bytes free for each rank" in told
-
-
-def test_a_full_disk_is_refused_with_the_bytes_that_all_ranks_need(run_ranks, tmp_path):
-    parameters = sum(p.numel() for p in Net().parameters())
+@on_ranks(2)
+def test_a_folder_that_is_missing_or_full_is_refused_with_the_bytes_it_needs(tmp_path):
+    count = sum(p.numel() for p in Mlp().parameters())
+    place = {"device": "nvme", "nvme_path": "/no/such/folder"}
+    for stage, needed in ((0, 12 * count), (2, 6 * count)):  # fp32 masters and Adam's two moments
+        told = refusal({"offload_optimizer": place}, stage)
+        assert "offload_optimizer.nvme_path is '/no/such/folder'" in told and f"{needed:,} bytes" in told, told
     place = {"device": "nvme", "nvme_path": str(tmp_path)}
-    sections = {"offload_optimizer": place, "offload_param": place}
-    needed = 2 * (6 * parameters) + 2 * (2 * parameters)  # 2 ranks: each half of masters and moments, and of weights
-    for told in run_ranks(refusal, 2, sections, 3, needed - 1):
-        assert f"where {needed - 1:,} bytes are free; needed: {needed:,} for all ranks" in told
-    assert set(run_ranks(refusal, 2, sections, 3, needed)) == {"no error"}
+    needed = 2 * (6 * count) + 2 * (2 * count)  # 2 ranks: each half of masters and moments, and of weights
+    told = refusal({"offload_optimizer": place, "offload_param": place}, 3, needed - 1)
+    assert f"{needed - 1:,} bytes" in told and f"{needed:,} for all ranks" in told, told
+    assert refusal({"offload_optimizer": place, "offload_param": place}, 3, needed) == "no error"
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def alone_at_stage_3(folder: str) -> list[int]:
-    """Bytes of whole parameters outside of forward, and in it, of one process with offloaded parameters."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32)) for _ in range(8)))
-    reference = copy.deepcopy(model)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0,
-        "optimizer": {"type": "SGD", "params": {"lr": 1}},
-        "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": folder}}})
+@on_ranks(1)
+def test_one_process_keeps_two_blocks_at_a_time_with_offloaded_parameters(tmp_path):
+    pair = Pair(partial(Mlp, 8), 3, zero_options=placed({"offload_param": {"device": "nvme"}}, tmp_path))
     live = []
 
-    def look(*_) -> None:
-        live.append(sum(b.flat.untyped_storage().nbytes() for b in engine.zero.buckets))
+    def look(*_: object) -> None:
+        live.append(sum(b.flat.untyped_storage().nbytes() for b in pair.engine.zero.buckets))
 
     look()
-    with torch.no_grad():  # from now on the order of the blocks is known, and the next is gathered ahead
-        engine(torch.ones(1, 32))
-    for block in model:
+    pair.train(0)  # from now on the order of the blocks is known, and the next is gathered ahead
+    for block in pair.model.blocks:
         block[0].register_forward_hook(look)
-    loss = engine(torch.ones(1, 32)).square().sum()
-    engine.backward(loss)
-    engine.step()
+    pair.train(1)
     look()
-    reference(torch.ones(1, 32)).square().sum().backward()
-    for p, q in zip(model.parameters(), reference.parameters()):
-        assert torch.equal(zero.safe_get_full_fp32_param(p), q.detach() - q.grad)
-    engine.destroy()
-    return live
-
-
-def test_one_process_keeps_two_blocks_at_a_time_with_offloaded_parameters(run_ranks, tmp_path):
-    [live] = run_ranks(alone_at_stage_3, 1, str(tmp_path))
-    block = 4 * zero._round_up(32 * 32 + 32, zero.ALIGN)
-    assert live[0] == live[-1] == 0
-    assert max(live) == 2 * block, f"bytes of whole parameters: {live}"
+    pair.check()
+    block, *_ = {8 * unit.numel for unit in pair.engine.zero.units if unit.buckets}
+    assert live[0] == live[-1] == 0 and max(live) == 2 * block, f"bytes of whole parameters: {live}"
+    pair.engine.destroy()
 
 
 def limited(device: str, folder: str) -> str:
@@ -268,12 +172,9 @@ def limited(device: str, folder: str) -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory by Linux's RLIMIT_DATA")
-def test_state_larger_than_the_memory_limit_trains_from_files_and_not_without(run_ranks, tmp_path):
+def test_state_larger_than_the_memory_limit_trains_from_files_and_not_without(fresh_ranks, tmp_path):
     """RLIMIT_DATA bounds what a process holds in memory of its own; pages of files are the system's to evict."""
-    def run(device: str) -> str:
-        run_ranks.stop()  # a new process, which holds no memory that other tests have freed
-        return run_ranks(limited, 1, device, str(tmp_path))[0]
-
-    assert run("nvme") == "trained 3"
-    assert re.search("can't allocate memory|MemoryError|not enough memory", without := run("cpu")), without
-    run_ranks.stop()
+    assert fresh_ranks(limited, 1, "nvme", str(tmp_path)) == ["trained 3"]
+    fresh_ranks.stop()
+    (without,) = fresh_ranks(limited, 1, "cpu", str(tmp_path))
+    assert re.search("can't allocate memory|MemoryError|not enough memory", without), without

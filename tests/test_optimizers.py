@@ -1,50 +1,27 @@
-"""Optimizers by name, and those that look at whole parameters: plain PyTorch's numbers at any stage.
+"""Optimizers that look at whole parameters, and those of this project: plain PyTorch's numbers at any stage.
 
     .venv/bin/python -m pytest -q tests/test_optimizers.py
     .venv/bin/python -m pytest -q tests/test_optimizers.py --long     many more draws
+
+How they are named in a config is in test_config.py.
 """
 
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import engine as deepspeed
 import zero
-
-ROWS = 12  # of a whole batch: 1 to 4 ranks, and 1 or 2 micro-batches for 1, 2 and 3 of them
-
-
-class Net(nn.Module):
-    """Embedding, hidden matrices and head, biases, a convolution, what is unused, frozen or empty."""
-
-    def __init__(self):
-        super().__init__()
-        self.token, self.conv = nn.Embedding(7, 6), nn.Conv1d(2, 2, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 7, bias=False)
-        self.blocks[1][0].bias.requires_grad_(False)
-        self.never, self.empty = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(0, 6))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.token(ids)
-        for block in self.blocks:
-            x = x + block(x)
-        x = self.conv(x.view(-1, 2, 3)).view(-1, 6)
-        return self.head(self.norm(x) + (x @ self.empty.t()).sum())
-
-
-def net(kind: str = "") -> Net:
-    torch.manual_seed(0)
-    model = Net().double()
-    model.empty.requires_grad_(kind != "Adafactor")  # PyTorch's divides by the number of elements
-    return model
-
+from conftest import on_ranks
+from oracle import PLAIN, Mlp, Pair, assert_equal, draws, fitting, plain, read_drawn, start, start_drawn, train_drawn
+from test_zero import collectives
 
 # --- The optimizers, as plainly as the papers have them ---------------------------------------------------------------
 
@@ -88,34 +65,27 @@ class PlainLamb(torch.optim.Optimizer):
 
 
 class PlainMuon:
-    """Two optimizers of PyTorch's, over parameters that are named here one by one."""
+    """Two optimizers of PyTorch's: for the matrices between embedding and head, and for the rest."""
 
-    def __init__(self, model: nn.Module):
-        hidden = {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in (0, 2)} | {"never", "empty"}
-        named = dict(model.named_parameters())
-        assert hidden <= named.keys()
-        self.parts = [
-            torch.optim.Muon([named[name] for name in sorted(hidden)], lr=0.05, weight_decay=0.1, momentum=0.9),
-            torch.optim.AdamW([p for name, p in named.items() if name not in hidden], lr=0.01, weight_decay=0.1,
-                              betas=(0.9, 0.95), eps=1e-10)]
+    def __init__(self, model: nn.Module) -> None:
+        hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith(("blocks", "never"))]
+        rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
+        self.parts = [torch.optim.Muon(hidden, lr=0.05, weight_decay=0.1, momentum=0.9),
+                      torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-10)]
 
-    def step(self):
+    def step(self) -> None:
         for part in self.parts:
             part.step()
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad()
 
 
 class Lars(torch.optim.Optimizer):
     """A client's optimizer, about which nothing is known: its rate goes by the norms of a whole parameter."""
 
-    def __init__(self, params, lr: float = 0.1):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -124,204 +94,129 @@ class Lars(torch.optim.Optimizer):
                     p.sub_(momentum, alpha=group["lr"] * float(p.norm() / (momentum.norm() + 1e-3)))
 
 
+def lars(draw: dict, model: nn.Module) -> Lars:
+    return Lars(model.parameters())
+
+
+def muon(draw: dict, model: nn.Module) -> torch.optim.Muon:
+    return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.05)
+
+
 LION, LAMB = {"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.1, "max_coeff": 3.0}
-# By kind: the config's section, or a client's class; and the same in plain PyTorch.
-KINDS: dict[str, tuple[Any, Any]] = {
-    "Lion": ({"type": "Lion", "params": LION}, lambda model: PlainLion(model.parameters(), **LION)),
+# By kind: the config's section, or what makes a client's; and the same in plain PyTorch.
+KINDS: dict[str, tuple[Any, Callable]] = {
+    "Lion": ({"type": "Lion", "params": LION}, lambda draw, model: PlainLion(model.parameters(), **LION)),
     "Lamb": ({"type": "Lamb", "params": LAMB},
-             lambda model: PlainLamb(model.parameters(), lr=0.02, weight_decay=0.1, most=3.0)),
+             lambda draw, model: PlainLamb(model.parameters(), lr=0.02, weight_decay=0.1, most=3.0)),
     "FusedLamb": ({"type": "FusedLamb", "params": {"lr": 0.02, "eps_inside_sqrt": True, "bias_correction": False}},
-                  lambda model: PlainLamb(model.parameters(), lr=0.02, inside=True, corrects=False)),
+                  lambda draw, model: PlainLamb(model.parameters(), lr=0.02, inside=True, corrects=False)),
     "Muon": ({"type": "Muon", "params": {"muon_lr": 0.05, "adam_lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}},
-             PlainMuon),
+             lambda draw, model: PlainMuon(model)),
     "Adafactor": ({"type": "Adafactor", "params": {"lr": 0.05}},
-                  lambda model: torch.optim.Adafactor(model.parameters(), lr=0.05)),
-    "a client's LARS": (Lars, lambda model: Lars(model.parameters())),
-    "a client's Muon": (torch.optim.Muon, torch.optim.Muon)}
+                  lambda draw, model: torch.optim.Adafactor(model.parameters(), lr=0.05)),
+    "a client's LARS": (lars, lars), "a client's Muon": (muon, muon)}
 TENSORS = {"Lion": 1, "Lamb": 2, "FusedLamb": 2, "a client's LARS": 1, "a client's Muon": 1}  # of a parameter's size
 
 
-def matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.dim() == 2]
-
-
-def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, 7, (ROWS,), generator=generator), torch.randint(0, 7, (ROWS,), generator=generator)
-
-
-def plain(kind: str, steps: int) -> dict[str, Tensor]:
-    """The weights after each step of plain PyTorch's loop on the whole batch."""
-    model = net(kind)
-    optimizer = torch.optim.Muon(matrices(model), lr=0.05) if kind == "a client's Muon" else KINDS[kind][1](model)
-    for step in range(steps):
-        ids, targets = batch_of(step)
-        nn.functional.cross_entropy(model(ids), targets).backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad and (
-            kind != "a client's Muon" or p.dim() == 2)], 1.0)
-        optimizer.step(), model.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def without_exchange(prepare: Any) -> Any:
-    """Make a communicator use PyTorch's collectives, as with NCCL, in place of the exchange between gloo ranks."""
-    return lambda self, rank, world_size, device, direct: prepare(self, rank, world_size, device, direct=False)
-
-
-def start(kind: str, stage: int, how: dict[str, Any]):
-    with pytest.MonkeyPatch.context() as patch:
-        if how["native"]:
-            patch.setattr(zero.Communicator, "_prepare", without_exchange(zero.Communicator._prepare))
-        return started(kind, stage, how)
-
-
-def started(kind: str, stage: int, how: dict[str, Any]):
-    model, choice = net(kind), KINDS[kind][0]
-    config = {"train_batch_size": ROWS, "gradient_accumulation_steps": how["micro_batches"], "zero_optimization": {
-        "stage": stage, "reduce_bucket_size": how["bucket"],
-        "offload_optimizer": {"device": "cpu" if how["offload"] else "none"}}}
-    if isinstance(choice, dict):
-        return deepspeed.initialize(model=model, config=config | {"optimizer": choice})[0]
-    optimizer = Lars(model.parameters()) if choice is Lars else choice(matrices(model), lr=0.05)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def train(engine: Any, steps: range, micro_batches: int) -> dict[str, Tensor]:
-    rows = ROWS // dist.get_world_size()
-    mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
-    for step in steps:
-        ids, targets = batch_of(step)
-        for part in zip(ids[mine].chunk(micro_batches), targets[mine].chunk(micro_batches)):
-            engine.backward(nn.functional.cross_entropy(engine(part[0]), part[1]))
-            engine.step()
-    return weights_of(engine)
-
-
-def weights_of(engine: Any) -> dict[str, Tensor]:
-    return {name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
-
-
-def assert_close(mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str, tolerance: float = 1e-10) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        difference = float((mine[name] - value).abs().max()) if value.numel() else 0.0
-        assert difference <= tolerance, f"{what}: {name} differs by {difference:.3g}"
-
-
-# --- Equal to plain PyTorch, sharded, and saved -----------------------------------------------------------------------
-
-
-def trained(kind: str, stage: int, how: dict[str, Any]) -> tuple[dict[str, Tensor], int, int, int]:
-    """Weights after training; elements of the optimizer's state here, as they should be; parameters' elements here."""
-    engine = start(kind, stage, how)
-    weights = train(engine, range(3), how["micro_batches"])
-    state, groups, buckets = engine.optimizer.state, engine.optimizer.param_groups, engine.zero.trained
-    for index in engine.zero.whole:
-        shapes = {slot.shape for bucket in buckets if bucket.group == index for slot in bucket.slots}
-        assert all(p.shape in shapes for p in groups[index]["params"]), f"{kind}: group {index} has pieces of matrices"
-    held = sum(v.numel() for s in state.values() for v in s.values() if isinstance(v, Tensor) and v.dim())
-    expected = elements = 0
-    for bucket in buckets:
-        tensors = TENSORS.get(kind, 2 - groups[bucket.group].get("use_muon", 0))
-        for slot in bucket.slots:
-            here = max(0, min(bucket.own.stop, slot.end) - max(bucket.own.start, slot.offset))
-            elements += here
-            expected += tensors * here * (slot.name != "never")  # which never had a gradient
-    engine.destroy()
-    return weights, held, expected, elements
-
-
-HOW = st.fixed_dictionaries({
-    "micro_batches": st.sampled_from([1, 1, 2]), "bucket": st.sampled_from([1, 100, 300, "auto"]),
-    "offload": st.sampled_from([False, False, True]), "native": st.booleans()})
-
-
-def fitting(how: dict[str, Any], ranks: int) -> dict[str, Any]:
-    return how | {"micro_batches": how["micro_batches"] if ranks < 4 else 1}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(st.integers(0, 3), st.integers(1, 4), HOW)
-@settings(phases=[Phase.generate], max_examples=settings().max_examples // 4)  # shrinking would restart processes
-def test_an_optimizer_has_plain_pytorchs_numbers_at_any_stage(run_ranks, kind, stage, ranks, how):
-    results, expected = run_ranks(trained, ranks, kind, stage, fitting(how, ranks)), plain(kind, 3)
-    case = f"{kind}, stage {stage}, {ranks} ranks, {how}"
-    for weights, held, expected_state, _ in results:
-        assert_close(weights, expected, case)
-        assert kind == "Adafactor" or held == expected_state, f"{case}: the state is that of the rank's own pieces"
-    listed = matrices(net()) if kind == "a client's Muon" else net().parameters()
-    total = sum(p.numel() for p in listed if p.requires_grad)
-    assert sum(elements for *_, elements in results) == total * (1 if stage else ranks), f"{case}: one owner each"
-    assert not stage or ranks == 1 or max(elements for *_, elements in results) < total, f"{case}: nobody has all"
-
-
-def save(folder: str, kind: str, stage: int, how: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    engine = start(kind, stage, how)
-    saved = train(engine, range(2), how["micro_batches"])
-    engine.save_checkpoint(folder)
-    after = train(engine, range(2, 4), how["micro_batches"])
-    engine.destroy()
-    return saved, after
-
-
-def resume(folder: str, kind: str, stage: int, how: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    engine = start(kind, stage, how)
-    train(engine, range(7, 8), how["micro_batches"])  # what was there before must not matter
-    engine.load_checkpoint(folder)
-    loaded = weights_of(engine)
-    after = train(engine, range(2, 4), how["micro_batches"])
-    engine.destroy()
-    return loaded, after
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), HOW)
-@settings(phases=[Phase.generate], max_examples=settings().max_examples // 6)
-def test_it_resumes_at_another_stage_and_number_of_ranks(run_ranks, kind, stage, ranks, then, others, how):
-    """To the bit where the sums are taken in the same order; else as close as they are."""
-    with tempfile.TemporaryDirectory() as folder:
-        (saved, after), *_ = run_ranks(save, ranks, folder, kind, stage, fitting(how, ranks))
-        for loaded, their_after in run_ranks(resume, others, folder, kind, then, fitting(how, others)):
-            case = f"{kind}, from stage {stage} of {ranks} to stage {then} of {others}, {how}"
-            assert_close(loaded, saved, f"{case}, loaded", 0)
-            assert_close(their_after, after, f"{case}, trained on", 0 if (stage, ranks) == (then, others) else 1e-10)
-
-
-def full_to_the_last_element(folder: str) -> tuple[float, float, bool]:
-    """The norm, and plain PyTorch's, of a matrix whose elements three ranks do not divide; and whether it comes back."""
-    model = nn.Linear(16, 8, bias=False).double()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=Lars(model.parameters()), config={
-        "train_micro_batch_size_per_gpu": 1})
-    engine.backward(engine(torch.ones(1, 16, dtype=torch.float64)).square().sum())
-    row = 2 * model.weight.detach().sum(1)  # the gradient of each element of a row
-    norm = float((16 * row.square().sum()).sqrt())
-    engine.step()
-    engine.save_checkpoint(folder)
-    saved = weights_of(engine)
-    model.weight.data.fill_(7.0)
-    engine.load_checkpoint(folder)
-    return engine.get_global_grad_norm(), norm, torch.equal(weights_of(engine)["weight"], saved["weight"])
-
-
-def test_at_stage_0_the_last_elements_count_and_are_saved(run_ranks, tmp_path):
-    for mine, plain_norm, came_back in run_ranks(full_to_the_last_element, 3, str(tmp_path)):
-        assert abs(mine - plain_norm) < 1e-12 and came_back
-
-
-def untested_but_allowed() -> list[bool]:
-    found = []
-    for make in (Lars, deepspeed.Lamb):
-        model = nn.Linear(8, 4)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=make(model.parameters(), lr=0.1), config={
-            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 2}})
-        found.append(not engine.zero.whole)
+def trained(kind: str, draw: dict, stage: int) -> tuple:
+    """Norms, weights and no state; elements of the optimizer's state here, as they should be; parameters' here."""
+    with collectives(late=False) if draw["native"] else nullcontext():
+        engine = start_drawn(draw, stage, KINDS[kind][0])
+        norms = train_drawn(engine, draw)
+        state, groups, buckets = engine.optimizer.state, engine.optimizer.param_groups, engine.zero.trained
+        for index in engine.zero.whole:
+            shapes = {slot.shape for bucket in buckets if bucket.group == index for slot in bucket.slots}
+            assert all(p.shape in shapes for p in groups[index]["params"]), f"{kind}: group {index} has pieces"
+        held = sum(v.numel() for s in state.values() for k, v in s.items() if isinstance(v, Tensor) and k != "step")
+        expected = elements = 0
+        for bucket in buckets:
+            tensors = TENSORS.get(kind, 2 - groups[bucket.group].get("use_muon", 0))
+            for slot in bucket.slots:
+                here = max(0, min(bucket.own.stop, slot.end) - max(bucket.own.start, slot.offset))
+                elements += here
+                if "never" not in slot.name:  # which never had a gradient
+                    expected += tensors * here
+        weights, _ = read_drawn(engine, draw)
         engine.destroy()
-    return found
+    return norms, weights, held, expected, elements
 
 
-def test_an_unknown_optimizer_may_be_vouched_for_and_a_known_one_knows_better(run_ranks):
-    assert run_ranks(untested_but_allowed, 2) == [[True, False]] * 2
+def drawn(kind: str) -> st.SearchStrategy:
+    """fp64 without param groups, since what is drawn is the optimizer's own."""
+    offload = [{}, {}, {"offload_optimizer": {"device": "cpu"}}]
+    return st.tuples(draws(), st.sampled_from(offload), st.booleans()).map(lambda all_: all_[0] | {
+        "offload": all_[1], "native": all_[2], "dtype": torch.float64, "state": [], "mixed": False, "frozen": False,
+        "odd": all_[0]["odd"] and kind != "Adafactor",  # PyTorch's divides by the number of elements
+        "clip": all_[0]["clip"] if kind != "a client's Muon" else 0.0})
 
 
-# --- By name ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(0, 3), st.integers(1, 4), st.data())
+@settings(phases=[Phase.generate], max_examples=settings().max_examples // 4)  # shrinking would restart processes
+def test_an_optimizer_has_plain_pytorchs_numbers_at_any_stage(run_ranks, kind, stage, ranks, data):
+    draw = fitting(data.draw(drawn(kind)), ranks)
+    reference, results = plain(draw, ranks, KINDS[kind][1]), run_ranks(trained, ranks, kind, draw, stage)
+    case = f"{kind}, stage {stage}, {ranks} ranks"
+    for norms, weights, held, expected, _ in results:
+        norms = reference[0] if kind == "a client's Muon" else norms  # plain PyTorch's has all parameters
+        assert_equal((norms, weights, {}), reference, 1e-10, case)
+        assert kind == "Adafactor" or held == expected, f"{case}: the state is that of the rank's own pieces"
+    whole = max(elements for *_, elements in results)
+    total = sum(elements for *_, elements in results) // (1 if stage else ranks)
+    assert total == sum(w.numel() for w in reference[1].values() if kind != "a client's Muon" or w.dim() == 2), case
+    assert whole < total if stage and ranks > 1 else whole == total, f"{case}: nobody has all"
+
+
+def saved(folder: str, kind: str, draw: dict, stage: int) -> tuple[dict, dict]:
+    """Weights when they were saved, and after more steps."""
+    engine = start_drawn(draw, stage, KINDS[kind][0])
+    train_drawn(engine, draw, 2)
+    engine.save_checkpoint(folder)
+    weights, _ = read_drawn(engine, draw)
+    train_drawn(engine, draw, 2)
+    return weights, read_drawn(engine, draw)[0]
+
+
+def resumed(folder: str, kind: str, draw: dict, stage: int) -> tuple[dict, dict]:
+    engine = start_drawn(draw, stage, KINDS[kind][0])
+    train_drawn(engine, draw, 1)  # what was there before must not matter
+    engine.load_checkpoint(folder)
+    weights, _ = read_drawn(engine, draw)
+    train_drawn(engine, draw, 2)
+    return weights, read_drawn(engine, draw)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.data())
+@settings(phases=[Phase.generate], max_examples=settings().max_examples // 6)
+def test_it_resumes_at_another_stage_and_number_of_ranks(run_ranks, kind, stage, ranks, then, others, data):
+    """To the bit where the sums are taken in the same order; else as close as they are."""
+    draw = data.draw(drawn(kind))
+    draw |= {"odd": draw["odd"] and ranks == others}  # an odd block's mean is over a rank's rows
+    with tempfile.TemporaryDirectory() as folder:
+        (weights, after), *_ = run_ranks(saved, ranks, folder, kind, fitting(draw, ranks), stage)
+        for loaded, then_after in run_ranks(resumed, others, folder, kind, fitting(draw, others), then):
+            case = f"{kind}, from stage {stage} of {ranks} to stage {then} of {others}"
+            assert_equal(([], loaded, {}), ([], weights, {}), 0, f"{case}, loaded")
+            tolerance = 0 if (stage, ranks) == (then, others) else 1e-10
+            assert_equal(([], then_after, {}), ([], after, {}), tolerance, f"{case}, trained on")
+
+
+@on_ranks(3)
+def test_at_stage_0_the_last_elements_count_and_are_saved(tmp_path):
+    """Of a matrix whose elements three ranks do not divide."""
+    pair = Pair(lambda: nn.Linear(8, 8, bias=False), 0, Lars, gradient_clipping=1.0)
+    pair.train(0)
+    assert abs(pair.engine.get_global_grad_norm() - pair.norm) < 1e-12
+    pair.engine.save_checkpoint(tmp_path)
+    pair.model.weight.data.fill_(7.0)
+    pair.engine.load_checkpoint(tmp_path)
+    pair.check()
+
+
+@on_ranks(2)
+def test_an_unknown_optimizer_may_be_vouched_for_and_a_known_one_knows_better():
+    for make, known in ((Lars, False), (deepspeed.Lamb, True)):
+        engine = start(Mlp(), 2, make)  # which says zero_allow_untested_optimizer
+        assert bool(engine.zero.whole) == known
+        engine.destroy()
