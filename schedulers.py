@@ -266,31 +266,29 @@ class OneCycle(Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def height(self, t: int) -> float:
-        """0 at both ends of the cycle, 1 at its top; in integers as long as possible, so that no stair wobbles."""
+        """0 at both ends of the cycle and after it, 1 at its top; in integers while possible, so that no stair wobbles.
+        """
         rising = t <= self.first_size
-        k, n = (t, self.first_size) if rising else (self.first_size + self.second_size - t, self.second_size)
+        k, n = (t, self.first_size) if rising else (max(0, self.first_size + self.second_size - t), self.second_size)
         stairs = self.first_stairs if rising else self.second_stairs
         return (k * stairs // n) / stairs if stairs else k / n
 
-    def decay(self, t: int) -> float | None:
-        """How many decay intervals lie behind ``t``; None as long as the cycle lasts."""
-        k = t - self.first_size - self.second_size
-        return None if k <= 0 else k / self.decay_step_size if self.decay_step_size else 0.0
+    def decays(self, t: int) -> float:
+        """How many decay intervals have passed since the cycle's end."""
+        return max(0, t - self.first_size - self.second_size) / self.decay_step_size if self.decay_step_size else 0.0
 
     def rate(self, t: int, group: int) -> float:
-        low, high, decay = self.min_lrs[group], self.max_lrs[group], self.decay(t)
-        return low + (high - low) * self.height(t) if decay is None else low / (1 + self.decay_lr_rate * decay)
+        low, high = self.min_lrs[group], self.max_lrs[group]
+        return (low + (high - low) * self.height(t)) / (1 + self.decay_lr_rate * self.decays(t))
 
     def momentum(self, t: int, group: int) -> float:
         """High where the rate is low; an error once ``decay_mom_rate`` has raised it to 1, where nothing converges."""
-        low, high, decay = self.min_moms[group], self.max_moms[group], self.decay(t)
-        if decay is None:
-            return high - (high - low) * self.height(t) if t else low
-        return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},",
-                       high * (1 + self.decay_mom_rate * decay), high=BELOW_ONE)
+        low, high = self.min_moms[group], self.max_moms[group]
+        value = (high - (high - low) * self.height(t)) * (1 + self.decay_mom_rate * self.decays(t)) if t else low
+        return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},", value, high=BELOW_ONE)
 
     def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
-        """As above; puts the momenta in force too."""
+        """As Schedule's; puts the momenta in force too."""
         super().step(last_batch_iteration, batch_iteration)
         for index in self.moved:
             group, momentum = self.optimizer.param_groups[index], self.momentum(self.last_epoch, index)
