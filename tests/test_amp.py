@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -41,15 +42,16 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def trained(precision: dict, stage: int, micro_batches: int, steps: int = 5, **more):
+def began(model: nn.Module, stage: int = 0, **config) -> deepspeed.Engine:
+    """An engine with AdamW, if ``config`` names no other optimizer."""
+    return start(model, stage, None, **({"optimizer": ADAM} | config))
+
+
+def trained(precision: dict, stage: int, micro_batches: int, steps: int = 5):
     """Weights after training on ``micro_batches`` per step: divided among the ranks, the rest accumulated."""
     torch.manual_seed(0)
     model = Net()
-    config = {"train_batch_size": 4 * micro_batches,
-              "gradient_accumulation_steps": micro_batches // dist.get_world_size(),
-              "gradient_clipping": 0.0, "optimizer": ADAM,
-              "zero_optimization": {"stage": stage, "reduce_bucket_size": 500}} | precision | more
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine = began(model, stage, gradient_accumulation_steps=micro_batches // dist.get_world_size(), **precision)
     generator, scales = torch.Generator().manual_seed(1), []
     for _ in range(steps):
         x, y = (torch.randn(micro_batches, 4, n, generator=generator) for n in (16, 4))
@@ -88,166 +90,87 @@ def test_half_precision_follows_fp32(run_ranks, name):
     assert 0 < worst < {"fp16": 0.05, "bf16": 0.15}[name]
 
 
-def masters_at_start(precision: dict, stage: int):
-    torch.manual_seed(0)
-    model = Net()
-    given = [p.detach().clone() for p in model.parameters()]
-    deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
-                                              "zero_optimization": {"stage": stage}} | precision)
-    rounded = []
-    for p in model.parameters():
-        with zero.GatheredParameters(p):
-            rounded.append(p.detach().clone())
-    return (all(torch.equal(zero.safe_get_full_fp32_param(p), g) for p, g in zip(model.parameters(), given)),
-            all(torch.equal(r, g.to(r.dtype)) for r, g in zip(rounded, given)))
-
-
-@pytest.mark.parametrize("name", ["fp16", "bf16"])
-def test_masters_are_the_weights_as_they_were_before_rounding(run_ranks, name):
-    for stage in range(4):
-        assert run_ranks(masters_at_start, 2, HALF[name], stage) == [(True, True)] * 2, f"stage {stage}"
+@on_ranks(2, name=HALF)
+def test_masters_are_the_weights_as_they_were_before_rounding(name):
+    for stage in STAGES:
+        torch.manual_seed(0)
+        model = Net()
+        given = [p.detach().clone() for p in model.parameters()]
+        began(model, stage, **HALF[name])
+        for p, value in zip(model.parameters(), given):
+            assert torch.equal(zero.safe_get_full_fp32_param(p), value), f"stage {stage}"
+            with zero.GatheredParameters(p):
+                assert p.dtype == amp.NAMES[name] and torch.equal(p, value.to(p.dtype)), f"stage {stage}"
 
 
 # --- Accumulation -----------------------------------------------------------------------------------------------------
 
 
-def tiny_sums(data_types: dict, stage: int):
-    """The gradient of a weight after 1 and 256 times 1/256."""
-    model = nn.Linear(1, 1, bias=False)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1024, "optimizer": ADAM,
-        "bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types,
-        "zero_optimization": {"stage": stage}})
-    for i in range(257):
-        engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 256), scale_wrt_gas=False)
-        engine.step()
-    return float(zero.safe_get_full_grad(model.weight))
+@on_ranks(2)
+def test_many_small_bf16_gradients_add_up_to_their_fp32_sum():
+    """The gradient of a weight after 1 and 256 times 1/256, which in bf16 stands still."""
+    for stage, dtype, expected in (*((stage, None, 2.0) for stage in STAGES), (1, "bf16", 1.0)):
+        model = nn.Linear(1, 1, bias=False)
+        engine = began(model, stage, gradient_accumulation_steps=1024, data_types={"grad_accum_dtype": dtype},
+                       **HALF["bf16"])
+        for i in range(257):
+            engine.backward(engine(torch.ones(1, 1)).sum() * (1.0 if i == 0 else 1 / 256), scale_wrt_gas=False)
+            engine.step()
+        assert float(zero.safe_get_full_grad(model.weight)) == expected, f"stage {stage}, sums in {dtype or 'fp32'}"
 
 
-def test_many_small_bf16_gradients_add_up_to_their_fp32_sum(run_ranks):
-    for stage in range(4):
-        assert run_ranks(tiny_sums, 2, {}, stage) == [2.0, 2.0], f"stage {stage}"
-    assert run_ranks(tiny_sums, 2, {"grad_accum_dtype": "bf16"}, 1) == [1.0, 1.0], "as it stands still in bf16"
-
-
-def half_bytes(stage: int, data_types: dict):
-    engine = train_wide(stage, precision={"bf16": {"enabled": True, "auto_cast": True}, "data_types": data_types})
-    count = sum(b.numel for b in engine.zero.buckets)
-    own = sum(piece.numel() for bucket in engine.zero.buckets for piece in bucket.pieces)
-    padding = count // (engine.world_size if stage else 1) - own
-    return (model_state_bytes(engine) + 8 * padding) / count  # padding has no optimizer state
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bytes_per_rank_are_those_of_the_table_in_bf16(run_ranks, stage, world_size):
-    n = world_size
+@on_ranks(ranks=[1, 2, 4], stage=STAGES)
+def test_bytes_per_rank_are_those_of_the_table_in_bf16(ranks, stage):
+    n = ranks
     table = {0: (16, 18), 1: (4 + 12 / n, 6 + 12 / n), 2: (2 + 14 / n, 2 + 16 / n), 3: (14 / n, 16 / n)}[stage]
     if n == 1:
         table = (16, 18)  # the masters are kept beside the weights that the model reads
     for dtype, expected in zip(("bf16", "fp32"), table):
-        for held in run_ranks(half_bytes, n, stage, {"grad_accum_dtype": dtype}):
-            assert held == pytest.approx(expected, abs=1e-9), f"gradients accumulated in {dtype}"
+        engine = train_wide(stage, precision={**HALF["bf16"], "data_types": {"grad_accum_dtype": dtype}})
+        count = sum(b.numel for b in engine.zero.buckets)
+        own = sum(piece.numel() for bucket in engine.zero.buckets for piece in bucket.pieces)
+        padding = count // (n if stage else 1) - own  # which has no optimizer state
+        held = (model_state_bytes(engine) + 8 * padding) / count
+        assert held == pytest.approx(expected, abs=1e-9), f"gradients accumulated in {dtype}"
 
 
-def reductions(precision: dict):
-    """Bytes per element sent by reductions, the gradient, its norm, and what was divided by before the sum."""
-    torch.manual_seed(0)
-    model = Net()
-    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
-                                                           "zero_optimization": {"stage": 2}} | precision)
-    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
-    engine.backward(engine(x).float().square().mean())
-    sent = engine.zero.communicator.traffic["reduce-scatter"]
-    gradient = zero.safe_get_full_grad(model.head.weight)
-    engine.step()
-    return sent.bytes / sent.elements, gradient, engine.get_global_grad_norm(), engine.zero.reducer.every[0].predivide
+# What the config says, bytes per element that a reduction sends, and what gradients are divided by before the sum.
+REDUCTIONS = [
+    ({}, 4, 1), ({"communication_data_type": "bf16"}, 2, 1), ({"communication_data_type": "fp16"}, 2, 2),
+    ({"prescale_gradients": True}, 4, 2), ({"gradient_predivide_factor": 4.0}, 4, 4),
+    ({"gradient_predivide_factor": 0.7, "communication_data_type": "fp16"}, 2, 0.7),
+    ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4, 2), (HALF["bf16"], 4, 1)]
 
 
-def test_gradients_are_sent_in_the_dtype_that_the_config_says(run_ranks):
-    (_, exact, norm, _), *_ = run_ranks(reductions, 2, {})
-    for precision, size, divided in (
-            ({}, 4, 1), ({"communication_data_type": "bf16"}, 2, 1), ({"communication_data_type": "fp16"}, 2, 2),
-            ({"prescale_gradients": True}, 4, 2), ({"gradient_predivide_factor": 4.0}, 4, 4),
-            ({"gradient_predivide_factor": 0.7, "communication_data_type": "fp16"}, 2, 0.7),
-            ({"prescale_gradients": True, "gradient_predivide_factor": 4.0}, 4, 2),
-            ({"bf16": {"enabled": True, "auto_cast": True}}, 4, 1)):
-        for per_element, gradient, their_norm, predivide in run_ranks(reductions, 2, precision):
-            assert (per_element, predivide) == (size, divided), precision
-            assert torch.allclose(gradient, exact, atol=0.02 * float(exact.abs().max())), precision
-            assert their_norm == pytest.approx(norm, rel=0.01), precision
+@on_ranks(2)
+def test_gradients_are_sent_in_the_dtype_that_the_config_says():
+    exact = None
+    for config, size, predivide in REDUCTIONS:
+        torch.manual_seed(0)
+        model = Net()
+        engine = began(model, 2, **config)
+        x = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+        engine.backward(engine(x).float().square().mean())
+        sent, gradient = engine.zero.communicator.traffic["reduce-scatter"], zero.safe_get_full_grad(model.head.weight)
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        exact, exact_norm = (gradient, norm) if exact is None else (exact, exact_norm)
+        assert (sent.bytes / sent.elements, engine.zero.reducer.every[0].predivide) == (size, predivide), config
+        assert torch.allclose(gradient, exact, atol=0.02 * float(exact.abs().max())), config
+        assert norm == pytest.approx(exact_norm, rel=0.01), config
 
 
-def sum_or_mean(op: str):
-    model = nn.Linear(2, 1, bias=False)
-    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM,
-                                                           "gradient_allreduce_op": op})
+@on_ranks(2, op=["sum", "mean"])
+def test_gradients_may_be_summed_over_ranks(op):
+    model, value = nn.Linear(2, 1, bias=False), {"sum": 2.0, "mean": 1.0}[op]
+    engine = began(model, gradient_allreduce_op=op)
     engine.backward(engine(torch.ones(1, 2)).sum())
-    gradient = zero.safe_get_full_grad(model.weight).tolist()
+    assert zero.safe_get_full_grad(model.weight).tolist() == [[value, value]]
     engine.step()
-    return gradient, engine.get_global_grad_norm()
-
-
-def test_gradients_may_be_summed_over_ranks(run_ranks):
-    assert run_ranks(sum_or_mean, 2, "sum")[0] == ([[2.0, 2.0]], pytest.approx(8 ** 0.5))
-    assert run_ranks(sum_or_mean, 2, "mean")[0] == ([[1.0, 1.0]], pytest.approx(2 ** 0.5))
+    assert engine.get_global_grad_norm() == pytest.approx(value * 2 ** 0.5)
 
 
 # --- Overflow ---------------------------------------------------------------------------------------------------------
-
-
-def overflowing(precision: dict, stage: int):
-    """Two steps, of which the first has an infinite gradient on rank 1 alone."""
-    torch.manual_seed(0)
-    model = Net()
-    model.blocks[0][0].weight.requires_grad_(False)
-    engine, optimizer, _, schedule = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage},
-        "scheduler": {"type": "StepLR", "params": {"step_size": 1}}} | precision)
-    before = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
-    seen = []
-    for step in range(2):
-        loss = engine(torch.ones(1, 16)).float().mean()
-        engine.backward(loss * float("inf") if step == 0 and dist.get_rank() == 1 else loss)
-        model.blocks[0][0].weight.grad = None if stage == 3 else torch.full((16, 16), float("nan"),
-                                                                            dtype=model.head.weight.dtype)
-        engine.step()
-        after = [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
-        seen.append((all(map(torch.equal, before, after)), engine.skipped_steps, engine.global_steps, engine.get_lr(),
-                     engine.loss_scale(), optimizer.loss_scale == optimizer.cur_scale == engine.loss_scale()))
-    return seen
-
-
-@pytest.mark.parametrize("name", ["fp16", "bf16"])
-def test_an_infinite_gradient_on_one_rank_skips_the_step_and_the_schedule_on_all(run_ranks, name):
-    precision = copy.deepcopy(HALF[name])
-    if name == "fp16":
-        precision["fp16"]["hysteresis"] = 1
-    second = 128.0 if name == "fp16" else 1.0
-    for stage in range(4):
-        assert run_ranks(overflowing, 2, precision, stage) == [[
-            (True, 1, 0, [0.01], second, True),
-            (False, 1, 1, [pytest.approx(0.001)], second, True)]] * 2, f"stage {stage}"
-
-
-def at_the_minimum():
-    torch.manual_seed(0)
-    model = Net()
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": 2},
-        "fp16": {"enabled": True, "auto_cast": True, "initial_scale_power": 0, "hysteresis": 1}})
-    engine.module.blocks[1].register_full_backward_hook(lambda *_: (torch.full((1, 16), torch.inf).half(),))
-    engine.backward(engine(torch.ones(1, 16)).float().mean())
-    try:
-        engine.step()
-    except amp.MinimumLossScaleError as error:
-        return str(error), engine.skipped_steps
-    return None
-
-
-def test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16(run_ranks):
-    for told, skipped in run_ranks(at_the_minimum, 2):
-        assert "the gradient of blocks.0.0.weight is not finite" in told and "Use bf16" in told and skipped == 1
 
 
 def fp16(hysteresis: int) -> dict:
@@ -255,71 +178,91 @@ def fp16(hysteresis: int) -> dict:
 
 
 NORMAL = ": normal at the start, until it has come down far enough"
-OVERFLOWS = {"fp32": ({}, ""), "bf16": (HALF["bf16"], ""), "fp16": (fp16(1), "; loss scale 16, now 8" + NORMAL),
-             "fp16, forgiving": (fp16(2), "; forgiven, the loss scale stays 16" + NORMAL)}
+# The config, the loss scale after an overflow, and what is said of it.
+OVERFLOWS = {"fp32": ({}, 1, ""), "bf16": (HALF["bf16"], 1, ""),
+             "fp16": (fp16(1), 8, "; loss scale 16, now 8" + NORMAL),
+             "fp16, forgiving": (fp16(2), 16, "; forgiven, the loss scale stays 16" + NORMAL)}
+
+
+def step(engine: deepspeed.Engine, factor: float) -> None:
+    """A step in which rank 1 alone has a loss times ``factor``."""
+    loss = engine(torch.ones(1, 16)).float().mean()
+    engine.backward(loss * (factor if dist.get_rank() == 1 else 1.0))
+    frozen = engine.module.blocks[0][0].weight
+    if not frozen.requires_grad and engine.zero_optimization_stage() < 3:
+        frozen.grad = torch.full_like(frozen, torch.nan)  # which is nobody's business
+    engine.step()
 
 
 @on_ranks(2, stage=STAGES, precision=OVERFLOWS)
 def test_an_overflow_changes_nothing_is_counted_and_is_told_once_in_every_precision(stage, precision):
     """An infinite gradient on rank 1 alone; the step after it is taken."""
-    config, outcome = OVERFLOWS[precision]
+    config, scale, outcome = OVERFLOWS[precision]
     torch.manual_seed(0)
-    engine = start(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)), stage, **config)
-    before, told, handler = whole(engine.module), [], logging.Handler(logging.WARNING)
+    model = Net()
+    model.blocks[0][0].weight.requires_grad_(False)
+    engine = began(model, stage, scheduler={"type": "StepLR", "params": {"step_size": 1}}, **config)
+    before, told, handler = whole(model), [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("engine").addHandler(handler)
-    for factor in (float("inf") if dist.get_rank() == 1 else 1.0, 1.0):
-        loss = engine(torch.ones(2, 6)).float().mean()
-        engine.backward(loss * factor)
-        engine.step()
-        if engine.global_steps == 0:
-            assert all(torch.equal(value, before[name]) for name, value in whole(engine.module).items())
+    for steps, factor, rate in ((0, torch.inf, 0.01), (1, 1.0, pytest.approx(0.001))):
+        step(engine, factor)
+        assert all(torch.equal(value, before[name]) for name, value in whole(model).items()) == (steps == 0)
+        assert (engine.skipped_steps, engine.global_steps, engine.get_lr()) == (1, steps, [rate])
+        assert engine.loss_scale() == engine.optimizer.loss_scale == engine.optimizer.cur_scale == scale
     logging.getLogger("engine").removeHandler(handler)
-    assert (engine.skipped_steps, engine.global_steps) == (1, 1)
-    warning = f"step skipped, nothing was changed: the gradient of 0.weight is not finite{outcome} (1 skipped so far)"
+    warning = ("step skipped, nothing was changed: the gradient of blocks.0.0.bias is not finite"
+               f"{outcome} (1 skipped so far)")
     assert told == ([warning] if dist.get_rank() == 0 else [])
 
 
-def test_bf16_takes_such_a_step_when_told_to(run_ranks):
-    precision = {"bf16": {"enabled": True, "auto_cast": True, "check_grad_overflow": False}}
-    ((same, skipped, *_), _), _ = run_ranks(overflowing, 2, precision, 1)
-    assert (same, skipped) == (False, 0)
+@on_ranks(2)
+def test_bf16_takes_such_a_step_when_told_to():
+    engine = began(Net(), 1, bf16={"enabled": True, "auto_cast": True, "check_grad_overflow": False})
+    before = whole(engine.module)
+    step(engine, torch.inf)
+    assert engine.skipped_steps == 0
+    assert not all(torch.equal(value, before[name]) for name, value in whole(engine.module).items())
 
 
-def steps_with(scale: float, stage: int, optimizer: dict, precision: dict):
-    """Whether a step is taken whose gradients are ``scale``, its norm, and what clipping at 1.0 made of the weights."""
+@on_ranks(2)
+def test_at_the_minimum_scale_the_error_names_the_parameter_and_suggests_bf16():
+    engine = began(Net(), 2, fp16={"enabled": True, "auto_cast": True, "initial_scale_power": 0, "hysteresis": 1})
+    engine.module.blocks[1].register_full_backward_hook(lambda *_: (torch.full((1, 16), torch.inf).half(),))
+    with pytest.raises(amp.MinimumLossScaleError, match="the gradient of blocks.0.0.weight is not finite.*Use bf16"):
+        step(engine, 1.0)
+    assert engine.skipped_steps == 1
+
+
+def clipped_step(stage: int, scale: float, optimizer: dict, **config) -> tuple:
+    """The norm of a step whose gradients are ``scale``, and what clipping at 1.0 made of weights that were 0."""
     model = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(model.weight)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": stage},
-        **precision})
+    engine = began(model, stage, gradient_clipping=1.0, optimizer=optimizer, **config)
     engine.backward(engine(torch.full((1, 4), scale, dtype=model.weight.dtype)).sum())
     engine.step()
-    return engine.was_step_applied(), engine.get_global_grad_norm(), zero.safe_get_full_fp32_param(model.weight)
+    assert engine.was_step_applied(), f"stage {stage}, {scale}"
+    return engine.get_global_grad_norm(), zero.safe_get_full_fp32_param(model.weight)
 
 
-@pytest.mark.parametrize("kind", [{"type": "SGD", "params": {"lr": 0.1}}, {"type": "SGD", "params": {
-    "lr": 0.1, "momentum": 0.9}}])
-def test_a_finite_gradient_is_no_overflow_however_large_its_square_is(run_ranks, kind):
-    for stage in (0, 1, 3):
-        for scale in (3e19, 1.6e38):  # the sum of the last has a norm that float32 does not hold
-            for applied, norm, weight in run_ranks(steps_with, 2, scale, stage, kind, {}):
-                assert applied and norm == pytest.approx(2 * scale, rel=1e-6), f"stage {stage}, {scale}: norm {norm}"
-                assert torch.allclose(weight, torch.full((1, 4), -0.05), rtol=1e-3), f"stage {stage}, {scale}: {weight}"
+@on_ranks(2, momentum=[0.0, 0.9], stage=(0, 1, 3))
+def test_a_finite_gradient_is_no_overflow_however_large_its_square_is(momentum, stage):
+    for scale in (3e19, 1.6e38):  # the sum of the last has a norm that float32 does not hold
+        norm, weight = clipped_step(stage, scale, {"type": "SGD", "params": {"lr": 0.1, "momentum": momentum}})
+        assert norm == pytest.approx(2 * scale, rel=1e-6), scale
+        assert torch.allclose(weight, torch.full((1, 4), -0.05), rtol=1e-3), f"{scale}: {weight}"
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop"])
-def test_an_infinite_norm_is_clipped_as_by_pytorch_where_such_a_step_is_taken(run_ranks, kind):
+@on_ranks(2, kind=["AdamW", "SGD", "Adagrad", "RMSprop"], stage=(0, 3))
+def test_an_infinite_norm_is_clipped_as_by_pytorch_where_such_a_step_is_taken(kind, stage):
     weight = nn.Parameter(torch.zeros(1, 4))
     optimizer = getattr(torch.optim, kind)([weight], lr=0.1)
     weight.grad = torch.full((1, 4), torch.inf)
     nn.utils.clip_grad_norm_([weight], 1.0)
     optimizer.step()
-    precision = {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    for stage in (0, 3):
-        for applied, norm, ours in run_ranks(steps_with, 2, torch.inf, stage, {"type": kind, "params": {"lr": 0.1}},
-                                             precision):
-            assert applied and norm == torch.inf and torch.equal(ours.isnan(), weight.isnan()), f"stage {stage}: {ours}"
+    norm, ours = clipped_step(stage, torch.inf, {"type": kind, "params": {"lr": 0.1}},
+                              bf16={"enabled": True, "check_grad_overflow": False})
+    assert norm == torch.inf and torch.equal(ours.isnan(), weight.isnan()), ours
 
 
 # --- The dynamic loss scale -------------------------------------------------------------------------------------------
@@ -383,73 +326,50 @@ def test_a_fixed_scale_stays():
 # --- Casting, autocast, and the caller's own backward -----------------------------------------------------------------
 
 
-def autocast_losses(ours: bool):
+@on_ranks(1)
+def test_autocast_is_pytorchs():
     torch.manual_seed(0)
-    model, losses = Net(), []
-    if ours:
-        engine, *_ = deepspeed.initialize(model=model, config={
-            "train_batch_size": 2, "optimizer": ADAM, "torch_autocast": {
-                "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["Linear"]}})
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAM["params"]) if not ours else None
+    model = Net()
+    plain = copy.deepcopy(model)
+    engine = began(model, gradient_clipping=1.0, torch_autocast={
+        "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["Linear"]})
+    optimizer = torch.optim.AdamW(plain.parameters(), fused=True, **ADAM["params"])
     for step in range(4):
         x = torch.randn(2, 16, generator=torch.Generator().manual_seed(step))
-        if ours:
-            loss = engine(x).float().square().mean()
-            engine.backward(loss)
-            engine.step()
-        else:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(x).float().square().mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        ours = engine(x).float().square().mean()
+        engine.backward(ours)
+        engine.step()
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = plain(x).float().square().mean()
+        theirs.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5), f"step {step}"
 
 
-def test_autocast_is_pytorchs(run_ranks):
-    (ours,), (plain,) = run_ranks(autocast_losses, 1, True), run_ranks(autocast_losses, 1, False)
-    assert ours == pytest.approx(plain, rel=1e-5)
-
-
-def kept_in_fp32(name: str):
-    model = Net()
-    inside = []
-    model.blocks[0][1].register_forward_hook(lambda _, args, out: inside.append((args[0].dtype, out.dtype)))
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_batch_size": 2, "optimizer": ADAM, **copy.deepcopy(HALF[name]),
-        name: HALF[name][name] | {"keep_fp32": ["LayerNorm", "head"]}})
+@on_ranks(1, name=HALF)
+def test_chosen_modules_stay_in_fp32(name):
+    model, inside, half = Net(), [], amp.NAMES[name]
+    model.blocks[0][1].register_forward_hook(lambda _, args, out: inside.append(args[0].dtype))
+    engine = began(model, **{name: HALF[name][name] | {"keep_fp32": ["LayerNorm", "head"]}})
     out = engine(torch.ones(2, 16))
     engine.backward(out.float().mean())
     engine.step()
-    return str(inside[0][0]), [str(p.dtype) for p in model.blocks[0].parameters()], str(model.head.weight.dtype), \
-        str(out.dtype), engine.skipped_steps
+    assert inside == [torch.float32] and out.dtype == half and engine.skipped_steps == 0
+    assert [p.dtype for p in model.blocks[0].parameters()] == [half] * 2 + [torch.float32] * 2
+    assert model.head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name, dtype", [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
-def test_chosen_modules_stay_in_fp32(run_ranks, name, dtype):
-    (inside, block, head, out, skipped), = run_ranks(kept_in_fp32, 1, name)
-    assert inside == "torch.float32" and block == [dtype] * 2 + ["torch.float32"] * 2 and head == "torch.float32"
-    assert out == dtype and skipped == 0
-
-
-def kept_twice(stage: int):
+@on_ranks(2, stage=(0, 3))
+def test_a_module_kept_in_fp32_inside_of_another_meets_fp32(stage):
     """What leaves a block and the norm in it, where a pattern names both."""
     model, dtypes = Net(), []
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 2, "optimizer": ADAM, "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": True, "keep_fp32": ["blocks.*"]}})
+    engine = began(model, stage, bf16={"enabled": True, "keep_fp32": ["blocks.*"]})
     for module in (model.blocks[1][1], model.blocks[1]):
         module.register_forward_hook(lambda _, args, out: dtypes.append(out.dtype))
     engine.backward(engine(torch.ones(2, 16, dtype=torch.bfloat16)).float().mean())
     engine.step()
-    return dtypes, engine.was_step_applied()
-
-
-def test_a_module_kept_in_fp32_inside_of_another_meets_fp32(run_ranks):
-    for stage in (0, 3):
-        for dtypes, applied in run_ranks(kept_twice, 2, stage):
-            assert dtypes == [torch.float32, torch.bfloat16] and applied, f"stage {stage}"
+    assert dtypes == [torch.float32, torch.bfloat16] and engine.was_step_applied()
 
 
 class Timed(nn.Module):
@@ -465,68 +385,47 @@ class Timed(nn.Module):
         return self.linear(x.to(self.linear.weight.dtype))
 
 
-def seen_by_the_model(precision: dict):
-    model = Timed()
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM, **precision})
-    engine(torch.full((3, 4), 1 / 3), times=torch.tensor([999.0, 257.0, 501.0]))
-    seen, engine.module.seen = model.seen, None
-    estimate = deepspeed.estimate(Timed(), {key: precision.get(key, {}) for key in ("fp16", "bf16", "data_types")})
-    return seen, model.linear.weight.dtype, sum(b.nbytes for b in model.buffers()) - estimate.bytes("buffers")
+@on_ranks(1, name=HALF)
+def test_inputs_and_buffers_are_left_alone_unless_the_config_says_otherwise(name):
+    given = (torch.full((3, 4), 1 / 3), torch.tensor([999.0, 257.0, 501.0]), torch.tensor([1 / 3, 1.001, 999.0]))
+    half, full = amp.NAMES[name], torch.float32
+    for auto_cast, data_types, inputs, buffers in (
+            (False, {}, full, full), (True, {}, half, full),
+            (False, {"buffer_dtype": name, "param_dtype": name}, full, half)):
+        config, model = {name: {"enabled": True, "auto_cast": auto_cast}, "data_types": data_types}, Timed()
+        began(model, **config)(given[0].clone(), times=given[1].clone())
+        assert model.linear.weight.dtype == half
+        for got, value, dtype in zip(model.seen, given, (inputs, inputs, buffers), strict=True):
+            assert got.dtype == dtype and torch.equal(got, value.to(dtype)), f"{config}: {got} for {value}"
+        estimate = deepspeed.estimate(Timed(), {"fp16": {}, "bf16": {}} | config)
+        assert sum(b.nbytes for b in model.buffers()) == estimate.bytes("buffers"), config
 
 
-@pytest.mark.parametrize("name", ["fp16", "bf16"])
-def test_inputs_and_buffers_are_left_alone_unless_the_config_says_otherwise(run_ranks, name):
-    plain = (torch.full((3, 4), 1 / 3), torch.tensor([999.0, 257.0, 501.0]), torch.tensor([1 / 3, 1.001, 999.0]))
-    half = amp.NAMES[name]
-    for more, inputs, buffers in (({}, torch.float32, torch.float32), ({"auto_cast": True}, half, torch.float32),
-                                  ({"data_types": {"buffer_dtype": name, "param_dtype": name}}, torch.float32, half)):
-        precision = {name: {"enabled": True, "auto_cast": more.get("auto_cast", False)},
-                     "data_types": more.get("data_types", {})}
-        (seen, compute, off), = run_ranks(seen_by_the_model, 1, precision)
-        assert compute == half and off == 0, f"the estimate of buffers is off by {off} bytes with {more}"
-        for got, given, dtype in zip(seen, plain, (inputs, inputs, buffers), strict=True):
-            assert got.dtype == dtype and torch.equal(got, given.to(dtype)), f"{more}: {got} for {given}"
-
-
-def mixed_up(name: str, module: str):
-    """What PyTorch says when fp32 inputs meet 16-bit weights, or 16-bit inputs an fp32 buffer."""
-    model = {"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "conv": nn.Conv1d(2, 4, 1), "rnn": nn.RNN(4, 4),
-             "batchnorm": nn.BatchNorm1d(4)}[module]
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 2, "optimizer": ADAM, name: {"enabled": True}})
-    x = torch.ones((2, 2, 4) if module in ("conv", "rnn") else (2, 4))
-    try:
-        engine(x.to(amp.NAMES[name]) if module == "batchnorm" else x)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("name", ["fp16", "bf16"])
-def test_where_two_dtypes_meet_the_error_says_what_to_do(run_ranks, name):
-    for module in ("linear", "norm", "conv", "rnn", "batchnorm"):
-        (said,) = run_ranks(mixed_up, 1, name, module)
+@on_ranks(1, name=HALF)
+def test_where_two_dtypes_meet_the_error_says_what_to_do(name):
+    """fp32 inputs meet 16-bit weights, or 16-bit inputs an fp32 buffer."""
+    for kind in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 4, 1), nn.RNN(4, 4), nn.BatchNorm1d(4)):
+        engine = began(kind, **{name: {"enabled": True}})
+        x = torch.ones((2, 2, 4) if isinstance(kind, (nn.Conv1d, nn.RNN)) else (2, 4))
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            engine(x.to(amp.NAMES[name]) if isinstance(kind, nn.BatchNorm1d) else x)
         for way_out in (f"{name}.auto_cast", "data_types.buffer_dtype", f"{name}.keep_fp32"):
-            assert way_out in said, f"{module}: {said}"
+            assert way_out in str(error.value), f"{kind}: {error.value}"
 
 
-def own_backward(stage: int, own: bool):
-    torch.manual_seed(0)
-    model = Net()
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "optimizer": ADAM,
-        "zero_optimization": {"stage": stage}, **HALF["fp16"]})
-    for step in range(4):
-        loss = engine(torch.full((2, 16), 1.0 + step)).float().square().mean()
-        engine.scale(loss).backward() if own else engine.backward(loss)
-        engine.step()
-    return [zero.safe_get_full_fp32_param(p) for p in model.parameters()]
-
-
-def test_a_caller_may_run_backward_on_the_scaled_loss(run_ranks):
-    for stage in range(4):
-        a, b = (run_ranks(own_backward, 2, stage, own)[0] for own in (False, True))
-        assert all(map(torch.equal, a, b)), f"stage {stage}"
+@on_ranks(2, stage=STAGES)
+def test_a_caller_may_run_backward_on_the_scaled_loss(stage):
+    weights = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        engine = began(Net(), stage, gradient_accumulation_steps=2, **HALF["fp16"])
+        for step in range(4):
+            loss = engine(torch.full((2, 16), 1.0 + step)).float().square().mean()
+            engine.scale(loss).backward() if own else engine.backward(loss)
+            engine.step()
+        weights.append(whole(engine.module))
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 def test_the_precision_in_force_is_told_in_a_table():
@@ -547,38 +446,30 @@ def test_casting_reaches_into_containers_and_leaves_whole_numbers():
     assert floats.dtype == nested["a"][0].dtype == torch.bfloat16 and nested["b"].dtype == torch.int64
 
 
-def kept_for_backward_under_autocast(stage: int):
-    """Gradients after backward twice, and bytes of weights, 16-bit copies included, that the graph keeps meanwhile."""
-    torch.manual_seed(0)
-    model, kept, pack = Net(), {}, zero._pack
-    config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-              "torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": stage}}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-
-    def counting(tensor):
-        saved = pack(tensor)
-        if not isinstance(saved, zero.SavedWeight) and tensor.shape in [(16, 16), (4, 16)]:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return saved
-
-    zero._pack = counting
-    try:
-        loss = engine(torch.ones(8, 16)).float().square().mean()
-    finally:
-        zero._pack = pack
-    engine.backward(loss, retain_graph=True)
-    engine.backward(loss)
-    return sum(kept.values()), [zero.safe_get_full_grad(p) for p in model.parameters()]
-
-
-def test_stage_3_keeps_no_16_bit_copies_of_weights_for_backward(run_ranks):
+@on_ranks(2)
+def test_stage_3_keeps_no_16_bit_copies_of_weights_for_backward():
+    """Bytes of weights, 16-bit copies included, that the graph keeps until backward, which is run twice."""
+    pack, gradients = zero._pack, {}
     for stage in (2, 3):
-        results = run_ranks(kept_for_backward_under_autocast, 2, stage)
-        whole = results[0][1] if stage == 2 else whole
-        for kept, gradients in results:
-            assert kept == 0, f"stage {stage}: {kept} bytes of weights"
-            for index, (mine, theirs) in enumerate(zip(gradients, whole)):
-                assert torch.equal(mine, theirs), f"stage {stage}: the gradient of parameter {index}"
+        torch.manual_seed(0)
+        model, kept, cached = Net(), {}, []
+        model.head.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+        engine = began(model, stage, torch_autocast={"enabled": True, "dtype": "bfloat16"})
+
+        def counting(tensor):
+            saved = pack(tensor)
+            if not isinstance(saved, zero.SavedWeight) and tensor.shape in [(16, 16), (4, 16)]:
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return saved
+
+        with mock.patch.object(zero, "_pack", counting):
+            loss = engine(torch.ones(8, 16)).float().square().mean()
+        engine.backward(loss, retain_graph=True)
+        engine.backward(loss)
+        assert not kept and cached == [stage == 2], f"stage {stage}: {kept} bytes of weights"
+        gradients[stage] = [zero.safe_get_full_grad(p) for p in model.parameters()]
+    for index, (mine, theirs) in enumerate(zip(gradients[3], gradients[2])):
+        assert torch.equal(mine, theirs), f"the gradient of parameter {index}"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
