@@ -177,11 +177,8 @@ def fp16(hysteresis: int) -> dict:
     return {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": hysteresis, "auto_cast": True}}
 
 
-NORMAL = ": normal at the start, until it has come down far enough"
-# The config, the loss scale after an overflow, and what is said of it.
-OVERFLOWS = {"fp32": ({}, 1, ""), "bf16": (HALF["bf16"], 1, ""),
-             "fp16": (fp16(1), 8, "; loss scale 16, now 8" + NORMAL),
-             "fp16, forgiving": (fp16(2), 16, "; forgiven, the loss scale stays 16" + NORMAL)}
+# The config, and the loss scale after an overflow.
+OVERFLOWS = {"fp32": ({}, 1), "bf16": (HALF["bf16"], 1), "fp16": (fp16(1), 8), "fp16, forgiving": (fp16(2), 16)}
 
 
 def step(engine: deepspeed.Engine, factor: float) -> None:
@@ -197,12 +194,12 @@ def step(engine: deepspeed.Engine, factor: float) -> None:
 @on_ranks(2, stage=STAGES, precision=OVERFLOWS)
 def test_an_overflow_changes_nothing_is_counted_and_is_told_once_in_every_precision(stage, precision):
     """An infinite gradient on rank 1 alone; the step after it is taken."""
-    config, scale, outcome = OVERFLOWS[precision]
+    config, scale = OVERFLOWS[precision]
     torch.manual_seed(0)
     model = Net()
     model.blocks[0][0].weight.requires_grad_(False)
     engine = began(model, stage, scheduler={"type": "StepLR", "params": {"step_size": 1}}, **config)
-    before, told, handler = whole(model), [], logging.Handler(logging.WARNING)
+    before, scale_before, told, handler = whole(model), engine.loss_scale(), [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("engine").addHandler(handler)
     for steps, factor, rate in ((0, torch.inf, 0.01), (1, 1.0, pytest.approx(0.001))):
@@ -212,7 +209,7 @@ def test_an_overflow_changes_nothing_is_counted_and_is_told_once_in_every_precis
         assert engine.loss_scale() == engine.optimizer.loss_scale == engine.optimizer.cur_scale == scale
     logging.getLogger("engine").removeHandler(handler)
     warning = ("step skipped, nothing was changed: the gradient of blocks.0.0.bias is not finite"
-               f"{outcome} (1 skipped so far)")
+               f"{engine.scaler.outcome(scale_before)} (1 skipped so far)")
     assert told == ([warning] if dist.get_rank() == 0 else [])
 
 
@@ -320,7 +317,14 @@ def test_the_scale_follows_the_rule_also_when_it_is_resumed(overflows, power, wi
 def test_a_fixed_scale_stays():
     scaler = scaler_of({"loss_scale": 128.0})
     scaler.update(True), scaler.update(False)
-    assert scaler.scale == 128.0 and str(scaler) == "128"
+    assert scaler.scale == 128.0 and str(scaler) == "128" and scaler.outcome(128.0) == ""
+
+
+def test_an_overflow_of_a_dynamic_scale_is_said_to_be_normal_at_the_start():
+    scaler = scaler_of({"initial_scale_power": 4, "hysteresis": 2})
+    for what in ("forgiven, the loss scale stays 16", "loss scale 16, now 8"):
+        scaler.update(True)
+        assert scaler.outcome(16.0) == f"; {what}: normal at the start, until it has come down far enough"
 
 
 # --- Casting, autocast, and the caller's own backward -----------------------------------------------------------------
