@@ -125,7 +125,7 @@ class PrecisionConfig:
     bf16: BF16Config = field(default_factory=BF16Config)
     torch_autocast: AutocastConfig = field(default_factory=AutocastConfig)
     data_types: DataTypesConfig = field(default_factory=DataTypesConfig)
-    communication_data_type: torch.dtype | None = None
+    communication_data_type: torch.dtype | None = _key(None, choices=NAMES)  # what ranks sum gradients in
 
     def __post_init__(self) -> None:
         if self.fp16.enabled and self.bf16.enabled:

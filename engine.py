@@ -132,8 +132,8 @@ MAX_TIMEOUT = 10**9  # seconds, 31 years: the clocks of PyTorch's process groups
 
 
 @dataclass
-class Config:
-    """A whole config, with DeepSpeed's keys and defaults. Sizes are in samples."""
+class Config(amp.PrecisionConfig):
+    """A whole config, with DeepSpeed's keys and defaults, those of precision included. Sizes are in samples."""
     train_batch_size: int | None = _key(None, least=1)  # per optimizer step, over all ranks and micro-batches
     train_micro_batch_size_per_gpu: int | None = _key(None, least=1)  # per rank and backward pass
     gradient_accumulation_steps: int | None = _key(None, least=1)  # micro-batches per optimizer step; 1 unless the
@@ -146,11 +146,6 @@ class Config:
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
     zero_optimization: zero.ZeroConfig = field(default_factory=zero.ZeroConfig)
-    fp16: amp.FP16Config = field(default_factory=amp.FP16Config)
-    bf16: amp.BF16Config = field(default_factory=amp.BF16Config)
-    torch_autocast: amp.AutocastConfig = field(default_factory=amp.AutocastConfig)
-    data_types: amp.DataTypesConfig = field(default_factory=amp.DataTypesConfig)
-    communication_data_type: torch.dtype | None = _key(None, choices=amp.NAMES)  # what ranks sum gradients in
     gradient_allreduce_op: str = _key("mean", choices=("mean", "sum"))  # over ranks
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
     activation_checkpointing: recompute.CheckpointingConfig | None = None  # there: recompute, see _says_off
@@ -179,17 +174,12 @@ class Config:
                         "no log is written; the script can log what engine.get_lr() and the loss tell")}
 
     def __post_init__(self) -> None:
-        self.precision()  # which refuses what contradicts itself
+        super().__post_init__()
         params = self.optimizer.params if self.optimizer else {}
         norm = params.pop("max_grad_norm", self.gradient_clipping)
         if norm != self.gradient_clipping or isinstance(norm, bool):
             raise ValueError(f"optimizer.params.max_grad_norm is {norm!r}, but gradient_clipping is "
                              f"{self.gradient_clipping}; write gradient_clipping: {norm!r} instead")
-
-    def precision(self) -> amp.PrecisionConfig:
-        """What the config says of dtypes."""
-        return amp.PrecisionConfig(self.fp16, self.bf16, self.torch_autocast, self.data_types,
-                                   self.communication_data_type)
 
     def collective_timeout(self) -> timedelta | None:
         """How long a collective may take; None: as long as PyTorch lets it."""
@@ -520,8 +510,8 @@ def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
 #
-# Lion, Lamb and Muon, which PyTorch lacks or has for matrices alone, are optimizers for any training loop. What each means
-# for ZeRO, which gives every rank a piece of the parameters to update, is_elementwise(group) says:
+# Lion, Lamb and Muon, which PyTorch lacks or has for matrices alone, are optimizers for any training loop. What each
+# means for ZeRO, which gives every rank a piece of the parameters to update, is_elementwise(group) says:
 #
 #     Lion    works element by element, so parameters may be cut anywhere
 #     Lamb    needs the norm of each whole parameter, so none may be cut
@@ -631,26 +621,22 @@ class Lamb(_Named):
             raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        (beta1, beta2), eps = group["betas"], group["eps"]
         for p in params:
-            direction = self._direction(p, group).add_(p, alpha=group["weight_decay"])
-            norm, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            state["exp_avg"].lerp_(p.grad, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            left = [1 - beta ** state["step"].item() if group["bias_correction"] else 1.0 for beta in (beta1, beta2)]
+            root = state["exp_avg_sq"] / left[1]
+            root = root.add_(eps).sqrt_() if group["eps_inside_sqrt"] else root.sqrt_().add_(eps)
+            r = torch.div(state["exp_avg"], root, out=root).div_(left[0]).add_(p, alpha=group["weight_decay"])
+            norm, length = torch.linalg.vector_norm(p), torch.linalg.vector_norm(r)
             ratio = (norm / length).clamp(group["min_coeff"], group["max_coeff"])
             ratio = torch.where((norm > 0) & (length > 0), ratio, 1.0)  # without waiting for a GPU
-            p.sub_(direction.mul_(ratio * group["lr"]))
-
-    def _direction(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """Adam's step for a parameter, without rate and decay."""
-        state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        taken = state["step"].item()
-        left = [1 - beta ** taken if group["bias_correction"] else 1.0 for beta in (beta1, beta2)]
-        square = state["exp_avg_sq"] / left[1]
-        root = square.add_(eps).sqrt_() if group["eps_inside_sqrt"] else square.sqrt_().add_(eps)
-        return torch.div(state["exp_avg"], root, out=root).div_(left[0])
+            p.sub_(r.mul_(ratio * group["lr"]))
 
 
 class Muon(_Named):
@@ -713,9 +699,9 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     parameters   tensors, or param groups
     model        theirs, which knows the names; None: all have none
     """
-    modules = list(model.modules()) if model is not None else []
-    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    embeddings = {id(p) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    model = model or nn.Module()
+    names = {id(p): name for name, p in model.named_parameters()}
+    embeddings = {id(p) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
                   for p in module.parameters()}
 
     def use_muon(p: Tensor) -> bool:
@@ -727,12 +713,11 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
                              "for a matrix, False for any")
         return chosen
 
-    listed, found = list(parameters), []
-    for group in listed if listed and isinstance(listed[0], dict) else [{"params": listed}]:
-        parts: dict[bool, list[Tensor]] = {True: [], False: []}
-        for p in group["params"]:
-            p = p[1] if isinstance(p, tuple) else p  # from named_parameters()
-            parts[group["use_muon"] if "use_muon" in group else use_muon(p)].append(p)
+    given, found = list(parameters), []
+    for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # tuples: from named_parameters()
+        parts = {group["use_muon"]: params} if "use_muon" in group else {
+            choice: [p for p in params if use_muon(p) is choice] for choice in (True, False)}
         found += [{**group, "params": part, "use_muon": choice} for choice, part in parts.items() if part]
     return found
 
@@ -856,15 +841,6 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check_path(name: str, value: Any) -> None:
-    _check(name, value, isinstance(value, (str, os.PathLike)), "the path of a folder")
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        _check(name, value, isinstance(value, bool), "True or False")
-
-
 def _check_start(port: Any, required: Any) -> None:
     _check("dist_init_required", required, isinstance(required, bool | None), "True, False or None")
     _check("distributed_port", port, isinstance(port, int) and 0 < port < 2**16, "a whole number from 1 to 65535")
@@ -921,17 +897,17 @@ class ShardedLoader:
         """A new epoch's micro-batches; after load_state_dict(), also inside the loop, what is left of that one."""
         if not (self.moved and self.samples):
             self.epoch, self.samples = self.epoch + 1, 0
-        again = True
-        while again:
-            self.moved = again = False
+        while True:
+            self.moved = False
             for batch in self._loader():
                 self.samples += self.batch_size * self.world_size
                 yield _to_device(batch, self.device)
                 if self.moved:
-                    again = self.samples > 0
                     break
             else:
                 self.samples = 0
+            if not (self.moved and self.samples):
+                return
 
     def _batches(self, samples: int) -> int:
         """Micro-batches that each rank gets of so many samples."""
@@ -965,6 +941,9 @@ class ShardedLoader:
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 
+CHECKED = {bool: "True or False", str | os.PathLike: "the path of a folder"}  # types that a call's arguments must have
+
+
 def _by_all_ranks(*own: str) -> Callable:
     """A call that every rank must make with the same arguments, except for ``own``: else all ranks raise."""
     def decorate(method: Callable) -> Callable:
@@ -972,13 +951,17 @@ def _by_all_ranks(*own: str) -> Callable:
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(self, *args, **kwargs)
-            given.apply_defaults()
-            said = [f"{name}, where {key} is {os.fspath(value) if isinstance(value, os.PathLike) else value!r}"
-                    for key, value in given.arguments.items() if key not in ("self", *own)]
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value
+                     for key, value in bound.arguments.items() if key not in ("self", *own)}
             if self.world_size > 1:
                 zero.meet(name, self.config.collective_timeout())
+                said = [f"{name}, where {key} is {value!r}" for key, value in given.items()]
                 zero.agree(lambda: [name, *said], same=True)
+            for key, value in given.items():
+                kind = signature.parameters[key].annotation
+                _check(key, value, kind not in CHECKED or isinstance(value, kind), CHECKED.get(kind, ""))
             return method(self, *args, **kwargs)
 
         return call
@@ -1099,7 +1082,7 @@ class Engine(nn.Module):
 
         To be called before its ``backward()``. What is divided by stays ``gradient_accumulation_steps``.
         """
-        _check_flags(is_boundary=is_boundary)
+        _check("is_boundary", is_boundary, isinstance(is_boundary, bool), "True or False")
         if not self.config.managed_gradient_accumulation:
             raise ValueError("set_gradient_accumulation_boundary() with managed_gradient_accumulation false: there "
                              "every step() updates")
@@ -1378,8 +1361,6 @@ class Engine(nn.Module):
         the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
         ``async`` where it is waited for; the log has it at once); what was there before stays.
         """
-        _check_path("save_dir", save_dir)
-        _check_flags(save_latest=save_latest, exclude_frozen_parameters=exclude_frozen_parameters)
         folder = Path(save_dir) / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
         self.wait_for_save()
         if self._inside_window() and self.global_rank == 0:
@@ -1420,9 +1401,6 @@ class Engine(nn.Module):
         optimizer or schedule. The next accumulation window begins without gradients. A loop over the engine's loader
         goes on at the loaded place; without one, the next loop does.
         """
-        _check_path("load_dir", load_dir)
-        _check_flags(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
-                     load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only)
         tag = None if tag is None else _folder_name(tag)
         self.wait_for_save()
         nothing_there = tag is None and not (Path(load_dir) / "latest").exists()
@@ -1438,10 +1416,7 @@ class Engine(nn.Module):
             seen = _agreed(lambda: _check_fits(self, reader, load_module_strict, with_optimizer, with_schedule))
             if len(set(seen)) > 1:
                 raise CheckpointError(f"{folder} was saved anew while it was read; load it again")
-            _take_over(self, reader, with_optimizer)
-        self.zero_grad()
-        if not load_module_only:
-            _restore(self, reader.index, with_optimizer, with_schedule)
+            _restore(self, reader, with_optimizer, with_schedule, not load_module_only)
         self._show_scale()
         self._tell_boundary()
         return str(folder), reader.index["client_state"]
@@ -1464,8 +1439,6 @@ class Engine(nn.Module):
     def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin",
                          exclude_frozen_parameters: bool = False) -> bool:
         """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
-        _check_path("save_dir", save_dir)
-        _check_flags(exclude_frozen_parameters=exclude_frozen_parameters)
         _check("save_filename", save_filename, isinstance(save_filename, str) and save_filename, "the name of a file")
         whole, path = self._whole_state_dict(None, not exclude_frozen_parameters), Path(save_dir) / save_filename
 
@@ -1518,8 +1491,7 @@ class _Progress:
     def __init__(self, engine: Engine):
         self.engine, self.every = engine, engine.config.steps_per_print
         self.loss_sum: Tensor | float = 0.0
-        self.losses = 0
-        self.since = time.perf_counter()
+        self.losses, self.since = 0, time.perf_counter()
 
     def add_loss(self, loss: Tensor) -> None:
         """Take note of one micro-batch's loss."""
@@ -1529,24 +1501,23 @@ class _Progress:
     def after_step(self) -> None:
         """Print what is due. Every rank must call it, as the loss is averaged over them."""
         if self.engine.config.wall_clock_breakdown:
-            self._print_times()
+            self._print(self._times())
         if self.every and self.engine.global_steps % self.every == 0:
-            self._print_line()
+            self._print(self._line())
+            self.print_traffic()
 
-    def _print_line(self) -> None:
-        """Step, mean loss of what backward() has had, rate, and samples/s, since the last line."""
-        engine = self.engine
+    def _line(self) -> str:
+        """Mean loss of what backward() has had, rate, and samples/s, since the last line."""
+        engine, now = self.engine, time.perf_counter()
         mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)
         if engine.world_size > 1:
             dist.all_reduce(mean)
-        now = time.perf_counter()
         loss = f"loss {float(mean) / engine.world_size:.4f}, " if self.losses else ""
-        self._print(f"step {engine.global_steps}: {loss}lr {', '.join(f'{rate:.4g}' for rate in engine.get_lr())}, "
-                    f"{self.every * engine.train_batch_size() / (now - self.since):.1f} samples/s")
-        self.print_traffic()
+        rates, speed = engine.get_lr(), self.every * engine.train_batch_size() / (now - self.since)
         self.loss_sum, self.losses, self.since = 0.0, 0, now
+        return f"{loss}lr {', '.join(f'{rate:.4g}' for rate in rates)}, {speed:.1f} samples/s"
 
-    def _print_times(self) -> None:
+    def _times(self) -> str:
         """What an optimizer step's time went into; on a GPU the host waits for it here.
 
         Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the
@@ -1555,16 +1526,16 @@ class _Progress:
         spent = self.engine.communicator.clock.read()  # begins anew
         offloads = self.engine.config.zero_optimization.offload_optimizer.device != "none"
         phases = ("forward", "backward", "communication", *(["offload"] if offloads else []), "update")
-        self._print(f"step {self.engine.global_steps}: {', '.join(f'{name} {spent[name]:.1f} ms' for name in phases)}")
-
-    def print_traffic(self) -> None:
-        """The table that ``comms_logger`` asks for."""
-        if self.engine.config.comms_logger.enabled:
-            self._print(zero.traffic_table(self.engine.communicator.traffic))
+        return ", ".join(f"{name} {spent[name]:.1f} ms" for name in phases)
 
     def _print(self, text: str) -> None:
         if self.engine.global_rank == 0:
-            print(text, flush=True)
+            print(f"step {self.engine.global_steps}: {text}", flush=True)
+
+    def print_traffic(self) -> None:
+        """The table that ``comms_logger`` asks for."""
+        if self.engine.config.comms_logger.enabled and self.engine.global_rank == 0:
+            print(zero.traffic_table(self.engine.communicator.traffic), flush=True)
 
 
 # --- Save and resume --------------------------------------------------------------------------------------------------
@@ -1985,17 +1956,6 @@ def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: b
     return index["id"]
 
 
-def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
-    """Take over weights, buffers and the optimizer's state."""
-    strides = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}
-    zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
-              reader.optimizer_state() if with_optimizer else None)
-    saved = _own_buffers(engine, reader.index)
-    for name, buffer in _persistent_buffers(engine.module).items():
-        if name in saved:
-            buffer.copy_(saved[name])
-
-
 def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
     """One plain state dict of a checkpoint folder, which ``model.load_state_dict`` takes; tied weights stay tied.
 
@@ -2025,8 +1985,8 @@ def _state_of(engine: Engine) -> dict[str, Any]:
         return (value.item(), value.dtype) if is_number else (value, None)
 
     scheduler = engine.lr_scheduler
-    return {"training": {key: getattr(engine, key) for key in COUNTERS},
-            "optimizer": type(engine.optimizer).__name__, "scaler": engine.scaler.state_dict(),
+    return {**{key: getattr(engine, key) for key in COUNTERS}, "optimizer": type(engine.optimizer).__name__,
+            "scaler": engine.scaler.state_dict(),
             "groups": [{key: value for key, value in group.items() if key != "params"}
                        for group in (engine.optimizer.param_groups if engine.optimizer else ())],
             "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
@@ -2037,21 +1997,31 @@ def _state_of(engine: Engine) -> dict[str, Any]:
                                 for name, kept in zero.scalars(engine.zero).items()}}
 
 
-def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
-    """Put back counters, rates, schedule, loss scale, random state, and the place in the data."""
-    for key, value in state["training"].items():
-        setattr(engine, key, value)
+def _restore(engine: Engine, reader: _Reader, with_optimizer: bool, with_schedule: bool, with_rest: bool) -> None:
+    """Fill weights, buffers and the optimizer's state; put back what else the index has, ``with_rest``."""
+    strides, index = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}, reader.index
+    zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
+              reader.optimizer_state() if with_optimizer else None)
+    saved = _own_buffers(engine, index)
+    for name, buffer in _persistent_buffers(engine.module).items():
+        if name in saved:
+            buffer.copy_(saved[name])
+    engine.zero_grad()
     if with_optimizer:
-        for group, saved in zip(engine.optimizer.param_groups, state["groups"], strict=True):
-            group.update(saved)
-    if with_schedule and state["schedule"] is not None:
-        engine.lr_scheduler.load_state_dict(state["schedule"])
-    if state["scaler"].keys() == engine.scaler.state_dict().keys():
-        engine.scaler.load_state_dict(state["scaler"])
-    if len(state["random"]) == engine.world_size:
-        _set_random_state(state["random"][engine.global_rank])
-    if engine.loader is not None and state["data"] is not None:
-        engine.loader.load_state_dict(state["data"])
+        for group, options in zip(engine.optimizer.param_groups, index["groups"], strict=True):
+            group.update(options)
+    if with_schedule and index["schedule"] is not None:
+        engine.lr_scheduler.load_state_dict(index["schedule"])
+    if not with_rest:
+        return
+    for key in COUNTERS:
+        setattr(engine, key, index[key])
+    if index["scaler"].keys() == engine.scaler.state_dict().keys():
+        engine.scaler.load_state_dict(index["scaler"])
+    if len(index["random"]) == engine.world_size:
+        _set_random_state(index["random"][engine.global_rank])
+    if engine.loader is not None and index["data"] is not None:
+        engine.loader.load_state_dict(index["data"])
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -2268,14 +2238,14 @@ def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str,
 
 def _precision(settings: Config, model: nn.Module, device: torch.device) -> amp.Precision:
     """What the config says of precision, with the modules that it names."""
-    kept = {key: section.keep_fp32 for key, section in (("fp16", settings.fp16), ("bf16", settings.bf16))
-            if section.enabled and section.keep_fp32}
-    kept = {name: module for key, names in kept.items() for name, module in
-            find_modules(model, names, f"{key}.keep_fp32").items()}
-    autocast = settings.torch_autocast
-    safe = find_modules(model, autocast.lower_precision_safe_modules or (),
-                        "torch_autocast.lower_precision_safe_modules") if autocast.enabled else {}
-    return amp.Precision(settings.precision(), device, kept.values(), safe.values())
+    kept, safe, autocast = {}, {}, settings.torch_autocast
+    for key in ("fp16", "bf16"):
+        if getattr(settings, key).enabled:
+            kept = find_modules(model, getattr(settings, key).keep_fp32 or (), f"{key}.keep_fp32")
+    if autocast.enabled:
+        safe = find_modules(model, autocast.lower_precision_safe_modules or (),
+                            "torch_autocast.lower_precision_safe_modules")
+    return amp.Precision(settings, device, kept.values(), safe.values())
 
 
 def _recomputed(settings: Config, model: nn.Module) -> dict[str, nn.Module] | None:
@@ -2460,7 +2430,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: Mapping
     settings = config if isinstance(config, Config) else load_config(config)
     device, is_model = torch.device("meta"), isinstance(model_or_counts, nn.Module)
     precision = (_precision(settings, model_or_counts, device) if is_model  # else there are no modules to be named
-                 else amp.Precision(settings.precision(), device))
+                 else amp.Precision(settings, device))
     said = {"dtypes": precision.path, "buffer_dtype": settings.data_types.buffer_dtype,
             "micro_batches": settings.accumulation_steps(world_size)}
     return zero.estimate(model_or_counts, settings.zero_optimization, world_size, **{**said, **options})
@@ -2488,7 +2458,7 @@ def _compare(options: argparse.Namespace) -> str:
             rows[-1].append(estimate(counts, settings, ranks))
     if options.plot:
         _draw(rows, options.plot)
-    dtypes = amp.Precision(settings.precision(), torch.device("meta")).path(nn.Parameter(torch.empty(0)))
+    dtypes = amp.Precision(settings, torch.device("meta")).path(nn.Parameter(torch.empty(0)))
     return _comparison(rows, counts[0], dtypes, knows_units=counts[1] > 0)
 
 
