@@ -90,6 +90,29 @@ class Mlp(nn.Module):
         return self.blocks(x)
 
 
+class Model(nn.Module):
+    """Parts by name (a list of them is a ModuleList, a tensor a buffer), and what forward does with them."""
+
+    def __init__(self, body: Callable, **parts: Any) -> None:
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, nn.ModuleList(part) if isinstance(part, list) else part)
+
+    def forward(self, *args: Any) -> Any:
+        return self.body(self, *args)
+
+
+def chain(model: nn.Module, x: Any) -> Any:
+    """Through all blocks, one after another."""
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
 def inside(model: nn.Module) -> nn.Module:
     """The model itself, of an engine too."""
     return model.module if isinstance(model, deepspeed.Engine) else model

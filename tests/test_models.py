@@ -14,6 +14,7 @@ import pickle
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,97 +26,92 @@ from torch.utils.checkpoint import checkpoint
 
 import zero
 from conftest import on_ranks
-from oracle import LENGTH, STAGES, WIDTH, Case, Mlp, Pair, assert_close, assert_same, batches, inside, mine, \
-    plain_backward, sgd, square, start, train, twins
+from oracle import LENGTH, STAGES, WIDTH, Case, Mlp, Model, Pair, assert_close, assert_same, batches, chain, inside, \
+    mine, plain_backward, sgd, square, start, train, twins
+
+
+def linear(outs: int = WIDTH, ins: int = WIDTH) -> nn.Linear:
+    return nn.Linear(ins, outs)
+
+
+def random(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) / 4)
 
 
 # --- Modules of PyTorch's ---------------------------------------------------------------------------------------------
 
 
-class Transformer(nn.Module):
+def transformer() -> Model:
     """Encoder and decoder as PyTorch has them, with masks of both kinds."""
-
-    def __init__(self):
-        super().__init__()
-        layers = {"dim_feedforward": 2 * WIDTH, "dropout": 0.0, "batch_first": True}
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, **layers), 2, nn.LayerNorm(WIDTH))
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, 2, **layers), 2)
-
-    def forward(self, x):
+    def forward(m, x):
         padding = torch.zeros(x.shape[:2], dtype=torch.bool)
         padding[0, -1] = True  # in evaluation the encoder packs such rows into a nested tensor
         causal = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=x.dtype)
-        memory = self.encoder(x, src_key_padding_mask=padding)
-        return self.decoder(x, memory[:, :LENGTH - 1], tgt_mask=causal, tgt_is_causal=True)
+        memory = m.encoder(x, src_key_padding_mask=padding)
+        return m.decoder(x, memory[:, :LENGTH - 1], tgt_mask=causal, tgt_is_causal=True)
+
+    layers = {"dim_feedforward": 2 * WIDTH, "dropout": 0.0, "batch_first": True}
+    return Model(forward, encoder=nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, 2, **layers), 2, nn.LayerNorm(WIDTH)),
+        decoder=nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, 2, **layers), 2))
 
 
-class CrossAttention(nn.Module):
+def encoder_layers() -> nn.Sequential:
+    """In evaluation without gradients one takes another path, which reads its children's weights itself."""
+    return nn.Sequential(*(nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
+                           for _ in range(2)))
+
+
+def cross_attention() -> Model:
     """Queries, keys and values of different widths, which have a weight each, with biases that are parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, 2, kdim=3, vdim=5, add_bias_kv=True, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x[..., :3], x[..., 3:], need_weights=False)[0]
+    return Model(lambda m, x: m.attention(x, x[..., :3], x[..., 3:], need_weights=False)[0],
+                 attention=nn.MultiheadAttention(WIDTH, 2, kdim=3, vdim=5, add_bias_kv=True, batch_first=True))
 
 
-class Recurrent(nn.Module):
-    """Recurrent layers keep a list of their weights as attributes, and pass it on as a whole."""
-
-    def __init__(self):
-        super().__init__()
-        self.gru = nn.GRU(WIDTH, 5, 2, batch_first=True, bidirectional=True)
-        self.lstm = nn.LSTM(10, WIDTH, batch_first=True, proj_size=3)
-        self.cell = nn.GRUCell(3, WIDTH)
-
-    def forward(self, x):
-        packed = rnn.pack_padded_sequence(x, torch.tensor([LENGTH] + [2] * (len(x) - 1)), batch_first=True)
-        self.gru.flatten_parameters()
-        x, _ = rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        x, state = self.lstm(x)[0], None
-        for step in range(LENGTH):
-            state = self.cell(x[:, step], state)
-        return state
-
-
-class SparseEmbeddings(nn.Module):
-    """Gradients that autograd gives as sparse tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.bag = nn.EmbeddingBag(9, WIDTH, mode="sum", sparse=True, padding_idx=0)
-        self.token = nn.Embedding(9, WIDTH, sparse=True, scale_grad_by_freq=False)
-
-    def forward(self, x):
-        ids = (4 + 2 * x).long().clamp(0, 8)[..., :3]
-        return self.token(ids[..., 0]) + self.bag(ids.flatten(0, 1)).view(*ids.shape[:2], WIDTH)
-
-
-class Convolutions(nn.Module):
-    """Weights whose elements lie channel by channel in memory, and of every kind of convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2),
-            nn.ConvTranspose2d(4, 2, 2, stride=2)).to(memory_format=torch.channels_last)
-
-    def forward(self, x):
-        assert self.convolutions[0].weight.is_contiguous(memory_format=torch.channels_last)
-        x = x[..., :6].reshape(len(x), 2, LENGTH, LENGTH).to(memory_format=torch.channels_last)
-        return self.convolutions(x)
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.MultiheadAttention(WIDTH, 2, batch_first=True) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
+def self_attention() -> Model:
+    def forward(m, x):
+        for block in m.blocks:
             x = x + block(x, x, x)[0]
         return x
+
+    return Model(forward, blocks=[nn.MultiheadAttention(WIDTH, 2, batch_first=True) for _ in range(2)])
+
+
+def recurrent() -> Model:
+    """Recurrent layers keep a list of their weights as attributes, and pass it on as a whole."""
+    def forward(m, x):
+        packed = rnn.pack_padded_sequence(x, torch.tensor([LENGTH] + [2] * (len(x) - 1)), batch_first=True)
+        m.gru.flatten_parameters()
+        x, _ = rnn.pad_packed_sequence(m.gru(packed)[0], batch_first=True)
+        x, state = m.lstm(x)[0], None
+        for step in range(LENGTH):
+            state = m.cell(x[:, step], state)
+        return state
+
+    return Model(forward, gru=nn.GRU(WIDTH, 5, 2, batch_first=True, bidirectional=True),
+                 lstm=nn.LSTM(10, WIDTH, batch_first=True, proj_size=3), cell=nn.GRUCell(3, WIDTH))
+
+
+def sparse_embeddings() -> Model:
+    """Gradients that autograd gives as sparse tensors."""
+    def forward(m, x):
+        ids = (4 + 2 * x).long().clamp(0, 8)[..., :3]
+        return m.token(ids[..., 0]) + m.bag(ids.flatten(0, 1)).view(*ids.shape[:2], WIDTH)
+
+    return Model(forward, bag=nn.EmbeddingBag(9, WIDTH, mode="sum", sparse=True, padding_idx=0),
+                 token=nn.Embedding(9, WIDTH, sparse=True))
+
+
+def convolutions() -> Model:
+    """Weights whose elements lie channel by channel in memory, and of every kind of convolution."""
+    def forward(m, x):
+        assert m.layers[0].weight.is_contiguous(memory_format=torch.channels_last)
+        x = x[..., :6].reshape(len(x), 2, LENGTH, LENGTH).to(memory_format=torch.channels_last)
+        return m.layers(x)
+
+    return Model(forward, layers=nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.ConvTranspose2d(4, 2, 2, stride=2)).to(memory_format=torch.channels_last))
 
 
 # --- Weights that are computed, listed or changed ---------------------------------------------------------------------
@@ -131,280 +127,73 @@ class Symmetric(nn.Module):
         return weight.triu()
 
 
-class Parametrized(nn.Module):
+def parametrized() -> Model:
     """Weights computed from parameters, which are used once and, cached, twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.symmetric = nn.Linear(WIDTH, WIDTH)
-        parametrize.register_parametrization(self.symmetric, "weight", Symmetric())
-        self.normed = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
-        self.turning = parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH), orthogonal_map="cayley")
-        self.blocks = nn.ModuleList(nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh())
-                                    for _ in range(2))
-
-    def forward(self, x):
-        x = self.normed(torch.tanh(self.turning(self.symmetric(x))))
+    def forward(m, x):
+        x = m.normed(torch.tanh(m.turning(m.symmetric(x))))
         with parametrize.cached():
-            for block in self.blocks:
+            for block in m.blocks:
                 x = block(block(x))
         return x
 
+    symmetric = linear()
+    parametrize.register_parametrization(symmetric, "weight", Symmetric())
+    return Model(forward, symmetric=symmetric, normed=parametrizations.weight_norm(linear()),
+                 turning=parametrizations.orthogonal(linear(), orthogonal_map="cayley"),
+                 blocks=[nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh()) for _ in range(2)])
 
-class Spectral(nn.Module):
+
+def spectral() -> Model:
     """Weights over their largest singular value, which each forward in training estimates better in buffers."""
-
-    def __init__(self):
-        super().__init__()
-        self.new = parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
-        self.old = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x):
-        return self.old(torch.tanh(self.new(x)))
+    return Model(lambda m, x: m.old(torch.tanh(m.new(x))), new=parametrizations.spectral_norm(linear()),
+                 old=nn.utils.spectral_norm(linear()))
 
 
-class Listed(nn.Module):
+def listed() -> Model:
     """Parameters in lists and dictionaries, which have no forward of their own."""
+    def forward(m, x):
+        for weight in m.weights:
+            x = torch.tanh(x @ weight) * m.gains["first"]
+        return x + m.gains["second"]
 
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(WIDTH, WIDTH) / 4) for _ in range(3)])
-        self.gains = nn.ParameterDict({name: torch.rand(WIDTH) for name in ("first", "second", "unused")})
-
-    def forward(self, x):
-        for weight in self.weights:
-            x = torch.tanh(x @ weight) * self.gains["first"]
-        return x + self.gains["second"]
+    return Model(forward, weights=nn.ParameterList([random(WIDTH, WIDTH) for _ in range(3)]),
+                 gains=nn.ParameterDict({name: torch.rand(WIDTH) for name in ("first", "second", "unused")}))
 
 
-class Complex(nn.Module):
-    """Complex parameters beside real ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
-        self.filters = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex128) / 4)
-        self.phases = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex128))
-
-    def forward(self, x):
-        return (torch.fft.fft(self.layer(x)) @ self.filters * self.phases).abs()
+def complex_parameters() -> Model:
+    """Beside real ones."""
+    return Model(lambda m, x: (torch.fft.fft(m.layer(x)) @ m.filters * m.phases).abs(), layer=linear(),
+                 filters=nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex128) / 4),
+                 phases=nn.Parameter(torch.randn(WIDTH, dtype=torch.complex128)))
 
 
-class Adapted(nn.Module):
+def adapters() -> Model:
     """A frozen model with small trained parts beside its layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.base = Mlp().requires_grad_(False).blocks
-        self.down = nn.ModuleList(nn.Linear(WIDTH, 2, bias=False) for _ in self.base)
-        self.up = nn.ModuleList(nn.Linear(2, WIDTH, bias=False) for _ in self.base)
-
-    def forward(self, x):
-        for block, down, up in zip(self.base, self.down, self.up):
+    def forward(m, x):
+        for block, down, up in zip(m.base, m.down, m.up):
             x = block(x) + up(down(x))
         return x
 
-
-# --- What a model gives back ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Inner:
-    hidden: torch.Tensor
-    rest: list
+    return Model(forward, base=Mlp().requires_grad_(False).blocks, down=[linear(2) for _ in range(4)],
+                 up=[linear(WIDTH, 2) for _ in range(4)])
 
 
-@dataclass
-class Outer:
-    inner: Inner
-    note: str
+def reader() -> Model:
+    """A parent that reads a child's weight without calling the child, as tied heads are often written."""
+    def forward(m, x):
+        x = m.token((x > 0).sum(-1))
+        return m.mix(x, x, x)[0] * m.scale.weight.sum() @ m.token.weight.t()
+
+    return Model(forward, token=nn.Embedding(9, WIDTH), mix=nn.MultiheadAttention(WIDTH, 2, batch_first=True),
+                 scale=linear())
 
 
-class Nested(Mlp):
-    """Gives and takes dataclasses within dataclasses."""
-
-    def __init__(self):
-        super().__init__(2)
-        self.head = Head()
-
-    def forward(self, x):
-        return self.head(Outer(Inner(self.blocks[0](x), [self.blocks[1](x)]), "text")).inner.rest[0]["loss"]
-
-
-class Head(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, given: Outer) -> Outer:
-        out = self.layer(given.inner.hidden) + given.inner.rest[0]
-        return Outer(Inner(out.detach(), [{"loss": out.square().mean()}]), given.note)
-
-
-class Plain:
-    """An object that nothing is known of."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-class GivesObjects(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(GivesObject() for _ in range(3))
-
-    def forward(self, x):
-        x = Plain(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class GivesObject(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return Plain(torch.tanh(self.layer(x.value)) * x.value)
-
-
-class GivesNothing(Mlp):
-    """Keeps its loss, and returns None."""
-
-    def forward(self, x):
-        self.loss = self.blocks(x).square().mean()
-
-
-class GivesLoss(Mlp):
-    def forward(self, x):
-        return {"loss": self.blocks(x).square().mean()}
-
-
-class Loop(list):
-    """Contains itself."""
-
-
-@dataclass
-class Unset:
-    out: torch.Tensor
-    rest: Loop = field(init=False)  # never set
-
-
-class GivesCycles(Mlp):
-    def forward(self, x):
-        loop = Loop([Unset(self.blocks(x))])
-        loop.append(loop)
-        return loop
-
-
-class InPlaceResidual(Mlp):
-    """A linear layer's output is a view where its input has three dimensions; it's added to in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in range(4))
-
-    def forward(self, x):
-        for block in self.blocks:
-            y = block(x)
-            y += x
-            x = y
-        return x
-
-
-class Router(nn.Module):
-    """A block that keeps a side output as an attribute, as mixtures of experts keep their balance loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.router = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        self.side = self.router(x).square().mean()
-        return x + self.layer(torch.tanh(x))
-
-
-class SideOutput(nn.Module):
-    """Adds the side outputs up, and keeps the sum as an attribute itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Router() for _ in range(3))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        self.side = sum(block.side for block in self.blocks)
-        return x
-
-
-class Table(nn.Module):
-    """A block with an input-independent part, whose backward comes after that of the input."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(LENGTH, WIDTH))
-        self.inner, self.outer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return self.inner(self.table) + self.outer(x)
-
-
-class Tables(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Table() for _ in range(3))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-# --- Memory of weights that goes further than the module that has them ------------------------------------------------
-
-VIEWS = {
-    "slice": lambda m, n: m.table[:n], "view": lambda m, n: m.table.view(-1)[8:8 + n * WIDTH].view(n, WIDTH),
-    "transpose": lambda m, n: m.table.t()[:n], "narrow": lambda m, n: m.table.narrow(0, 2, n),
-    "expand": lambda m, n: m.table[:1].expand(n, WIDTH), "unbind": lambda m, n: m.table.unbind(0)[1][None],
-    "detach": lambda m, n: m.table.detach()[:n], "data": lambda m, n: m.table.data[:n],
-    "tuple": lambda m, n: (m.table[:n], m.table), "dict": lambda m, n: {"a": [m.table[1:n + 1]]},
-    "numpy": lambda m, n: torch.from_numpy(m.table.detach().numpy())[:n],
-    "state dict": lambda m, n: m.state_dict()["table"][:n], "kept": lambda m, n: setattr(m, "kept", m.table[:n]),
-    "kept for ever": lambda m, n: m.__dict__.setdefault("cached", m.table.t()[:n]), "whole": lambda m, n: m.table,
-}
-
-
-class View(nn.Module):
-    def __init__(self, form: str):
-        super().__init__()
-        self.table, self.form = nn.Parameter(torch.randn(WIDTH, WIDTH)), form
-
-    def forward(self, length: int):
-        return VIEWS[self.form](self, length)
-
-
-class Views(nn.Module):
-    """Every module but the last gives a view of its weight, which its parent uses."""
-
-    def __init__(self, recompute: bool = False):
-        super().__init__()
-        self.views = nn.ModuleDict({form: View(form) for form in VIEWS})
-        self.last, self.recompute = nn.Linear(WIDTH, WIDTH, bias=False), recompute
-
-    def forward(self, x):
-        for view in self.views.values():
-            if self.recompute and view.form != "kept":
-                given = checkpoint(view, x.shape[1], use_reentrant=False)
-            else:
-                given = view(x.shape[1])
-            if view.form == "kept":
-                given = view.__dict__.pop("kept")
-            elif isinstance(given, (tuple, dict)):
-                given = given[0] + given[1][1:x.shape[1] + 1] if isinstance(given, tuple) else given["a"][0]
-            x = x + torch.tanh(given[:x.shape[1]]) if view.form != "whole" else x @ given
-        return self.last(x)
+def tables() -> Model:
+    """Blocks with an input-independent part, whose backward comes after that of the input."""
+    def block() -> Model:
+        return Model(lambda m, x: m.inner(m.table) + m.outer(x), table=nn.Parameter(torch.randn(LENGTH, WIDTH)),
+                     inner=nn.Sequential(linear(), nn.Tanh()), outer=linear())
+    return Model(chain, blocks=[block() for _ in range(3)])
 
 
 class WritesData(Mlp):
@@ -422,6 +211,123 @@ class WritesData(Mlp):
         return self.blocks(x * self.scale)
 
 
+# --- What a model gives back ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inner:
+    hidden: torch.Tensor
+    rest: list
+
+
+@dataclass
+class Outer:
+    inner: Inner
+    note: str
+
+
+def nested() -> Model:
+    """Gives and takes dataclasses within dataclasses."""
+    def forward(m, x):
+        return m.head(Outer(Inner(m.blocks[0](x), [m.blocks[1](x)]), "text")).inner.rest[0]["loss"]
+
+    def head(m, given):
+        out = m.layer(given.inner.hidden) + given.inner.rest[0]
+        return Outer(Inner(out.detach(), [{"loss": out.square().mean()}]), given.note)
+
+    return Model(forward, blocks=Mlp(2).blocks, head=Model(head, layer=linear()))
+
+
+def gives_objects() -> Model:
+    """Of a class that nothing is known of."""
+    def block() -> Model:
+        return Model(lambda m, x: SimpleNamespace(value=torch.tanh(m.layer(x.value)) * x.value), layer=linear())
+    return Model(lambda m, x: chain(m, SimpleNamespace(value=x)), blocks=[block() for _ in range(3)])
+
+
+class GivesNothing(Mlp):
+    """Keeps its loss, and returns None."""
+
+    def forward(self, x):
+        self.loss = self.blocks(x).square().mean()
+
+
+class Loop(list):
+    """Contains itself."""
+
+
+@dataclass
+class Unset:
+    out: torch.Tensor
+    rest: Loop = field(init=False)  # never set
+
+
+def gives_cycles(m, x):
+    loop = Loop([Unset(m.blocks(x))])
+    loop.append(loop)
+    return loop
+
+
+def added_in_place() -> Model:
+    """A linear layer's output is a view where its input has three dimensions; it's added to in place."""
+    def forward(m, x):
+        for block in m.blocks:
+            y = block(x)
+            y += x
+            x = y
+        return x
+
+    return Model(forward, blocks=[nn.Sequential(linear()) for _ in range(4)])
+
+
+def side_outputs() -> Model:
+    """Blocks keep a side output as an attribute, as mixtures of experts their balance loss; the model keeps the sum."""
+    def block(m, x):
+        m.side = m.router(x).square().mean()
+        return x + m.layer(torch.tanh(x))
+
+    def forward(m, x):
+        x = chain(m, x)
+        m.side = sum(block.side for block in m.blocks)
+        return x
+
+    return Model(forward, blocks=[Model(block, layer=linear(), router=linear()) for _ in range(3)])
+
+
+# --- Memory of weights that goes further than the module that has them ------------------------------------------------
+
+
+VIEWS = {
+    "slice": lambda m, n: m.table[:n], "view": lambda m, n: m.table.view(-1)[8:8 + n * WIDTH].view(n, WIDTH),
+    "transpose": lambda m, n: m.table.t()[:n], "narrow": lambda m, n: m.table.narrow(0, 2, n),
+    "expand": lambda m, n: m.table[:1].expand(n, WIDTH), "unbind": lambda m, n: m.table.unbind(0)[1][None],
+    "detach": lambda m, n: m.table.detach()[:n], "data": lambda m, n: m.table.data[:n],
+    "tuple": lambda m, n: (m.table[:n], m.table), "dict": lambda m, n: {"a": [m.table[1:n + 1]]},
+    "numpy": lambda m, n: torch.from_numpy(m.table.detach().numpy())[:n],
+    "state dict": lambda m, n: m.state_dict()["table"][:n], "kept": lambda m, n: setattr(m, "kept", m.table[:n]),
+    "kept for ever": lambda m, n: m.__dict__.setdefault("cached", m.table.t()[:n]), "whole": lambda m, n: m.table,
+}
+
+
+def views(recompute: bool = False) -> Model:
+    """Every module but the last gives a view of its weight, which its parent uses."""
+    def forward(m, x):
+        for form, view in m.views.items():
+            if recompute and form != "kept":
+                given = checkpoint(view, x.shape[1], use_reentrant=False)
+            else:
+                given = view(x.shape[1])
+            if form == "kept":
+                given = view.__dict__.pop("kept")
+            elif isinstance(given, (tuple, dict)):
+                given = given[0] + given[1][1:x.shape[1] + 1] if isinstance(given, tuple) else given["a"][0]
+            x = x + torch.tanh(given[:x.shape[1]]) if form != "whole" else x @ given
+        return m.last(x)
+
+    return Model(forward, last=nn.Linear(WIDTH, WIDTH, bias=False), views=nn.ModuleDict(
+        {form: Model(view, table=nn.Parameter(torch.randn(WIDTH, WIDTH))) for form, view in VIEWS.items()}))
+
+
 # --- Other ways through a model than its forward ----------------------------------------------------------------------
 
 
@@ -429,13 +335,10 @@ class Methods(Mlp):
     def __init__(self):
         super().__init__(2)
         self.scale, self.table = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.randn(2 * LENGTH, WIDTH))
-        self.head = nn.Linear(WIDTH, WIDTH)
+        self.head = linear()
 
     def encode(self, x):
         return self.head(self.blocks(x * self.scale + self.table[:x.shape[1]])) @ self.head.weight
-
-    def forward(self, x):
-        return self.blocks(x)
 
 
 class Weighted(torch.autograd.Function):
@@ -479,87 +382,26 @@ class Coupling(torch.autograd.Function):
         return torch.cat([da, db + b.grad], -1), None
 
 
-class Reversible(nn.Module):
+class Reversible(Model):
     def __init__(self):
-        super().__init__()
-        self.f, self.g = nn.Linear(WIDTH // 2, WIDTH // 2), nn.Linear(WIDTH // 2, WIDTH // 2)
+        half = WIDTH // 2
+        super().__init__(self.go, first=linear(), last=linear(), blocks=[
+            Model(lambda m, x: Coupling.apply(x, m), f=linear(half, half), g=linear(half, half)) for _ in range(3)])
 
-    def forward(self, x):
-        return Coupling.apply(x, self)
-
-
-class Reversibles(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Reversible() for _ in range(3))
-        self.last = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        x = self.first(x)
-        for layer in self.layers:
-            x = layer(x)
-        return Weighted.apply(x, self.last.weight, self.last) + self.last.bias
+    @staticmethod
+    def go(m, x):
+        return Weighted.apply(chain(m, m.first(x)), m.last.weight, m.last) + m.last.bias
 
     def run(self, x):
         return self.forward(x)
 
 
-def encoded(model, x):
-    """By a method of the engine, by one of the model, and by parts of it."""
-    return (model.encode(x) + inside(model).encode(-x) + inside(model).head(model(x))).square().mean()
-
-
-def penalized(model, x):
-    """With penalties on gathered weights, the backward of which comes after the context."""
-    loss = square(model, x)
-    with zero.GatheredParameters(model.parameters()):
-        loss = loss + sum(p.square().sum() + (p.t() @ p).square().mean() for p in model.parameters())
-    with torch.enable_grad(), zero.GatheredParameters(p := inside(model).blocks[0][0].weight):
-        grad, = torch.autograd.grad(p.pow(3).sum(), p, create_graph=True)
-    return loss + grad.square().mean()
-
-
-def hooked_by_the_caller(model, x):
-    def to_16_bits(tensor):
-        return tensor.to(torch.bfloat16)
-
-    loss = 0
-    for hooks in (save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t),
-                  saved_tensors_hooks(to_16_bits, torch.Tensor.double)):
-        with hooks:
-            loss = loss + square(model, x)
-    return loss
-
-
-class Reader(nn.Module):
-    """A parent that reads a child's weight without calling the child, as tied heads are often written."""
-
-    def __init__(self):
-        super().__init__()
-        self.token, self.mix = nn.Embedding(9, WIDTH), nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-        self.scale = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        x = self.token((x > 0).sum(-1))
-        return self.mix(x, x, x)[0] * self.scale.weight.sum() @ self.token.weight.t()
-
-
 # --- Losses -----------------------------------------------------------------------------------------------------------
-
-
-def with_side(model, x):
-    """With the side output that the model keeps."""
-    return square(model, x) + inside(model).side
 
 
 def kept_loss(model, x):
     assert model(x) is None
     return inside(model).loss
-
-
-def twice(model, x):
-    """Two forward passes, each of which one backward goes through."""
-    return (model(x) - model(-x)).square().mean()
 
 
 def unrolled(model, x):
@@ -596,12 +438,9 @@ def gradient_penalized(model, x):
 
 
 def hooked_by_the_caller(model, x):
-    def to_16_bits(tensor):
-        return tensor.to(torch.bfloat16)
-
     loss = 0
     for hooks in (save_on_cpu(), saved_tensors_hooks(lambda t: t, lambda t: t),
-                  saved_tensors_hooks(to_16_bits, torch.Tensor.double)):
+                  saved_tensors_hooks(lambda t: t.to(torch.bfloat16), torch.Tensor.double)):
         with hooks:
             loss = loss + square(model, x)
     return loss
@@ -610,30 +449,28 @@ def hooked_by_the_caller(model, x):
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def encoder_layer():
-    """In evaluation without gradients it takes another path, which reads its children's weights itself."""
-    return nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
-
-
 CASES = {
-    "transformer": Case(Transformer), "cross attention": Case(CrossAttention), "self-attention": Case(Attention),
-    "encoder layers": Case(lambda: nn.Sequential(encoder_layer(), encoder_layer())),
-    "recurrent": Case(Recurrent), "sparse embeddings": Case(SparseEmbeddings),
-    "channels_last convolutions": Case(Convolutions), "parametrized": Case(Parametrized),
-    "spectral norm": Case(Spectral, whole=True), "parameter lists": Case(Listed), "complex parameters": Case(Complex),
-    "adapters": Case(Adapted), "a child's weight, read": Case(Reader), "a residual, added in place": Case(
-        InPlaceResidual), "a parameter with a path of its own": Case(Tables), "side outputs": Case(SideOutput, with_side),
-    "dataclasses": Case(Nested, lambda model, x: model(x)),
-    "objects": Case(GivesObjects, lambda model, x: model(x).value.square().mean()),
-    "nothing returned": Case(GivesNothing, kept_loss), "a loss returned": Case(GivesLoss, lambda m, x: m(x)["loss"]),
-    "unset fields and cycles": Case(partial(GivesCycles, 2), lambda model, x: model(x)[0].out.square().mean()),
-    "views of weights": Case(Views), "views of weights, recomputed": Case(partial(Views, True)),
+    "transformer": Case(transformer), "cross attention": Case(cross_attention), "self-attention": Case(self_attention),
+    "encoder layers": Case(encoder_layers), "recurrent": Case(recurrent), "sparse embeddings": Case(sparse_embeddings),
+    "channels_last convolutions": Case(convolutions), "parametrized": Case(parametrized),
+    "spectral norm": Case(spectral, whole=True), "parameter lists": Case(listed),
+    "complex parameters": Case(complex_parameters), "adapters": Case(adapters), "a child's weight, read": Case(reader),
+    "a residual, added in place": Case(added_in_place), "a parameter with a path of its own": Case(tables),
+    "side outputs": Case(side_outputs, lambda model, x: square(model, x) + inside(model).side),
+    "dataclasses": Case(nested, lambda model, x: model(x)),
+    "objects": Case(gives_objects, lambda model, x: model(x).value.square().mean()),
+    "nothing returned": Case(GivesNothing, kept_loss),
+    "a loss returned": Case(lambda: Model(lambda m, x: {"loss": m.blocks(x).square().mean()}, blocks=Mlp().blocks),
+                            lambda model, x: model(x)["loss"]),
+    "unset fields and cycles": Case(lambda: Model(gives_cycles, blocks=Mlp(2).blocks),
+                                    lambda model, x: model(x)[0].out.square().mean()),
+    "views of weights": Case(views), "views of weights, recomputed": Case(partial(views, True)),
     "written through .data": Case(WritesData, whole=True), "methods": Case(Methods, encoded),
-    "reversible": Case(Reversibles),
-    "reversible, in a method": Case(Reversibles, lambda model, x: model.run(x).square().mean()),
+    "reversible": Case(Reversible), "reversible, in a method": Case(Reversible, lambda m, x: m.run(x).square().mean()),
     **{name: Case(partial(Mlp, 2), loss) for name, loss in (
-        ("two forwards", twice), ("unrolled", unrolled), ("penalties", penalized),
-        ("a gradient penalty", gradient_penalized), ("the caller's hooks", hooked_by_the_caller))}}
+        ("two forwards", lambda model, x: (model(x) - model(-x)).square().mean()), ("unrolled", unrolled),
+        ("penalties", penalized), ("a gradient penalty", gradient_penalized),
+        ("the caller's hooks", hooked_by_the_caller))}}
 
 
 @on_ranks(2, name=CASES, stage=STAGES)
@@ -641,30 +478,26 @@ def test_training_and_evaluation_equal_plain_pytorch(name, stage):
     train(CASES[name], stage)
 
 
-# --- Buffers that change in forward -----------------------------------------------------------------------------------
+# --- Buffers, hooks and inputs ----------------------------------------------------------------------------------------
 
 
-class Counting(nn.Module):
+def counting() -> Model:
     """Running statistics, a count that is changed in place, and a mean that is assigned."""
+    def forward(m, x):
+        if m.training:
+            m.count += len(x)
+            m.mean = 0.9 * m.mean + 0.1 * x.detach().mean((0, 1))
+        return m.layers(x) + m.mean / m.count.clamp(min=1)
 
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(LENGTH), nn.Linear(WIDTH, WIDTH),
-                                    nn.InstanceNorm1d(LENGTH, affine=True, track_running_stats=True))
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(WIDTH))
-
-    def forward(self, x):
-        if self.training:
-            self.count += len(x)
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
-        return self.layers(x) + self.mean / self.count.clamp(min=1)
+    return Model(forward, count=torch.zeros(()), mean=torch.zeros(WIDTH), layers=nn.Sequential(
+        linear(), nn.BatchNorm1d(LENGTH), linear(),
+        nn.InstanceNorm1d(LENGTH, affine=True, track_running_stats=True)))
 
 
 @on_ranks(2, stage=STAGES)
 def test_each_rank_keeps_the_statistics_of_its_own_rows(stage):
     """Those of a model that has the weights of all ranks, and has seen this rank's rows."""
-    pair = Pair(Counting, stage)
+    pair = Pair(counting, stage)
     shared = {id(p): p for p in pair.reference.parameters()}
     per_rank = [copy.deepcopy(pair.reference, dict(shared)) for _ in batches(0)]
     for step in range(3):
@@ -683,24 +516,20 @@ def test_each_rank_keeps_the_statistics_of_its_own_rows(stage):
     assert not torch.equal(per_rank[0].mean, per_rank[1].mean), "else nothing was compared"
 
 
-# --- Hooks of one's own -----------------------------------------------------------------------------------------------
-
-
 def put_hooks(model: nn.Module, seen: list) -> None:
     """Hooks on parameters, activations and modules, which look on or change something."""
+    def look(gradient):
+        seen.append(gradient.clone())
+
     blocks = model.blocks
     blocks[0][0].weight.register_hook(lambda gradient: gradient / 2)
-    blocks[1][2].bias.register_hook(lambda gradient: seen.append(gradient.clone()))
+    blocks[1][2].bias.register_hook(look)
     blocks[1].register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 3,))
     blocks[2].register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 2,))
     blocks[2][0].register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
     blocks[3].register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    blocks[3].register_forward_hook(lambda module, args, out: look(out, seen))
-    model.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].clone()))
-
-
-def look(activation: torch.Tensor, seen: list) -> None:
-    activation.register_hook(lambda gradient: seen.append(gradient.clone()))
+    blocks[3].register_forward_hook(lambda module, args, out: out.register_hook(look) and None)
+    model.register_full_backward_hook(lambda module, inputs, outputs: look(outputs[0]))
 
 
 @on_ranks(2, stage=STAGES, before=[True, False])
@@ -731,10 +560,7 @@ def test_hooks_of_ones_own_see_and_change_what_they_do_in_plain_pytorch(stage, b
         pair.check(f"step {step}")
 
 
-# --- Inputs that require grad -----------------------------------------------------------------------------------------
-
-
-@on_ranks(2, stage=STAGES, kind=[Mlp, Tables])
+@on_ranks(2, stage=STAGES, kind=[Mlp, tables])
 def test_a_leaf_input_has_its_gradient_and_the_weights_theirs(stage, kind):
     """From a backward of its own, and along with those of the weights."""
     pair = Pair(kind, stage)
@@ -824,17 +650,11 @@ class Raising(torch.autograd.Function):
         return gradient, None
 
 
-class RaisesHalfway(Mlp):
-    raises = False
-
-    def forward(self, x):
-        return self.blocks[2:](Raising.apply(self.blocks[:2](x), self.raises))
-
-
 @on_ranks(2, stage=STAGES)
 def test_training_goes_on_after_a_backward_that_raised(stage):
     """Some gradients were sent and others not: zero_grad() forgets it all."""
-    pair = Pair(RaisesHalfway, stage)
+    pair = Pair(lambda: Model(lambda m, x: m.blocks[2:](Raising.apply(m.blocks[:2](x), m.raises)), blocks=Mlp().blocks,
+                              raises=False), stage)
     pair.train(0)
     pair.model.raises = True
     with pytest.raises(ArithmeticError, match="raised in backward"):
@@ -846,22 +666,15 @@ def test_training_goes_on_after_a_backward_that_raised(stage):
     pair.check()
 
 
-class Choice(nn.Module):
+def choice() -> Model:
     """One of several experts, by the caller's choice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.experts, self.last = nn.Linear(WIDTH, WIDTH), Mlp(2).blocks, nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x, expert):
-        return self.last(self.experts[expert](self.first(x)))
+    return Model(lambda m, x, expert: m.last(m.experts[expert](m.first(x))), first=linear(), experts=Mlp(2).blocks,
+                 last=linear())
 
 
-class Skipping(Mlp):
+def skipping() -> Model:
     """All layers or none, by the caller's choice."""
-
-    def forward(self, x, skip):
-        return x if skip else self.blocks(x)
+    return Model(lambda m, x, skip: x if skip else m.blocks(x), blocks=Mlp().blocks)
 
 
 def train_by_rank(pair: Pair) -> None:
@@ -874,7 +687,7 @@ def train_by_rank(pair: Pair) -> None:
         pair.plain_step()
 
 
-@on_ranks(2, stage=range(3), kind=[Choice, Skipping])
+@on_ranks(2, stage=range(3), kind=[choice, skipping])
 def test_below_stage_3_ranks_may_use_different_layers_or_none(stage, kind):
     pair = Pair(kind, stage)
     train_by_rank(pair)
@@ -884,7 +697,7 @@ def test_below_stage_3_ranks_may_use_different_layers_or_none(stage, kind):
 @on_ranks(2)
 def test_at_stage_3_ranks_that_use_different_layers_are_all_told():
     with pytest.raises(RuntimeError, match="ranks used the units of stage 3 in different orders"):
-        train_by_rank(Pair(Choice, 3))
+        train_by_rank(Pair(choice, 3))
 
 
 @on_ranks(2, stage=STAGES)
@@ -968,8 +781,7 @@ def test_a_copy_trains_alone(stage, how):
     """A whole copy, such as a target network, trains without the engine, and the model with it."""
     pair = Pair(Mlp, stage)
     with zero.GatheredParameters(pair.model.parameters()):
-        copied = copy.deepcopy(pair.model) if how == "deepcopy" else pickle.dumps(pair.model)
-    copied = pickle.loads(copied) if how == "pickle" else copied
+        copied = copy.deepcopy(pair.model) if how == "deepcopy" else pickle.loads(pickle.dumps(pair.model))
     networks = [(net, sgd(net.parameters())) for net in (copied, copy.deepcopy(pair.reference))]
     for step in range(3):
         for network, optimizer in networks:
@@ -998,30 +810,29 @@ def test_copies_from_before_and_after_initialize_train_apart(stage):
             pair.check(f"the {what}, step {step}")
 
 
+def partly_frozen() -> Mlp:
+    model = Mlp()
+    model.blocks[1].requires_grad_(False)
+    model.blocks[3][2].bias.requires_grad_(False)
+    return model
+
+
 @on_ranks(2, stage=STAGES)
 def test_freezing_and_thawing_between_steps(stage):
     """Blocks, in part and again, also with accumulation."""
-    model, reference = twins(Mlp)
-    for net in (model, reference):
-        net.blocks[1].requires_grad_(False)
-        net.blocks[3][2].bias.requires_grad_(False)
-    engine = start(model, stage, gradient_accumulation_steps=2,
-                   zero_options={"offload_optimizer": {"device": "cpu" if stage == 2 else "none"}})
-    optimizer = sgd(reference.parameters())
+    pair = Pair(partly_frozen, stage, gradient_accumulation_steps=2,
+                zero_options={"offload_optimizer": {"device": "cpu" if stage == 2 else "none"}})
     changes = {1: ("blocks.1.2.weight", True), 2: ("blocks.1", True), 3: ("blocks.0", False), 4: ("blocks", True),
                5: ("blocks.3", False), 6: ("blocks.2", False), 7: ("blocks", True)}
     for step in range(8):
-        name, trained = changes.get(step, ("", None))
-        for net in (model, reference):
-            part = net.get_parameter(name) if name.endswith("weight") else net.get_submodule(name)
-            if trained is not None:
-                part.requires_grad_(trained)
-        for part in range(2):
-            engine.backward(square(engine, mine(batches(2 * step + part))))
-            engine.step()
-            plain_backward(square(reference, x) / 2 for x in batches(2 * step + part))
-        optimizer.step(), optimizer.zero_grad()
-        assert_same(model, reference, f"step {step}")
+        for net in (pair.model, pair.reference) if step else ():
+            name, trained = changes[step]
+            (net.get_parameter(name) if name.endswith("weight") else net.get_submodule(name)).requires_grad_(trained)
+        for micro in (2 * step, 2 * step + 1):
+            pair.backward(micro)
+            pair.engine.step()
+        pair.plain(2 * step, 2 * step + 1)
+        pair.check(f"step {step}")
 
 
 @on_ranks(2, stage=STAGES)
@@ -1036,37 +847,30 @@ def test_a_cast_behind_the_engines_back_is_an_error(stage):
             pair.engine.step()
 
 
-class Spoils(Mlp):
+def spoils(m, x):
     """Changes what its backward needs."""
-
-    def forward(self, x):
-        y = torch.sigmoid(self.blocks(x))
-        z = y * y
-        y.add_(1)
-        return z
+    y = torch.sigmoid(m.blocks(x))
+    z = y * y
+    y.add_(1)
+    return z
 
 
 @on_ranks(2, stage=STAGES)
 def test_a_saved_tensor_modified_in_place_is_found_at_every_stage(stage):
-    pair = Pair(Spoils, stage)
+    pair = Pair(lambda: Model(spoils, blocks=Mlp().blocks), stage)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square(pair.reference, mine(batches(0))).backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation|modified in place"):
         pair.backward(0)
 
 
-class Pooler(Mlp):
-    """Ends with a module that is never used: the first one that backward would wait for."""
-
-    def __init__(self):
-        super().__init__(8)
-        self.pooler = nn.Linear(WIDTH, 3 * WIDTH)
-
-
 @on_ranks(2)
 def test_a_module_that_is_never_used_holds_no_gradients_up():
-    """At stage 2 there are at most three full gradient buffers at once, from the second step on."""
-    pair, alive = Pair(Pooler, 2), []
+    """At stage 2 there are at most three full gradient buffers at once, from the second step on.
+
+    The module is the last: the first one that backward would wait for.
+    """
+    pair, alive = Pair(lambda: Model(chain, blocks=[*Mlp(8).blocks], pooler=linear(3 * WIDTH)), 2), []
     for p in pair.model.parameters():
         p.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(g.buffer is not None for g in pair.engine.zero.reducer.every)))
@@ -1077,31 +881,20 @@ def test_a_module_that_is_never_used_holds_no_gradients_up():
     pair.check()
 
 
-class Picky(nn.Module):
-    """A block whose call says which of its two layers it uses, after the one that it always uses."""
-
-    def __init__(self):
-        super().__init__()
-        self.always, self.first, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def forward(self, x, picks):
-        x = x + torch.tanh(self.always(x))
+def experts() -> Model:
+    """Each rank uses layers of its own, within blocks that all ranks go through, after one that it always uses."""
+    def block(m, x, picks):
+        x = x + torch.tanh(m.always(x))
         for pick in picks:
-            x = x + torch.tanh((self.second if pick else self.first)(x))
+            x = x + torch.tanh((m.second if pick else m.first)(x))
         return x
 
-
-class Experts(nn.Module):
-    """Each rank uses layers of its own, within blocks that all ranks go through."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Picky() for _ in range(8))
-
-    def forward(self, x, picks):
-        for block, chosen in zip(self.blocks, picks):
-            x = block(x, chosen)
+    def forward(m, x, picks):
+        for each, chosen in zip(m.blocks, picks):
+            x = each(x, chosen)
         return x
+
+    return Model(forward, blocks=[Model(block, always=linear(), first=linear(), second=linear()) for _ in range(8)])
 
 
 def of_rank(step: int, rank: int):
@@ -1112,7 +905,7 @@ def of_rank(step: int, rank: int):
 @on_ranks(2, stage=STAGES)
 def test_ranks_use_other_parameters_and_neither_wait_nor_pile_up(stage):
     """Counted where backward ends: buckets whose reductions were launched, and full gradients that wait."""
-    pair = Pair(Experts, stage)
+    pair = Pair(experts, stage)
     state, launched, held = pair.engine.zero, [], []
     finish = state.finish_backward
 
@@ -1160,18 +953,14 @@ def test_what_was_taken_inside_gathered_parameters_can_be_read_after_it(stage):
     assert stage < 3 or not any(bucket.has_memory for bucket in pair.engine.zero.buckets)
 
 
-class Transformed(Mlp):
-    def forward(self, x, transform=None):
-        if transform is None:
-            return self.blocks(x)
-        return transform(lambda x: self.blocks(x).square().mean(), x)
+def transformed(m, x, transform=None):
+    return m.blocks(x) if transform is None else transform(lambda x: m.blocks(x).square().mean(), x)
 
 
 @on_ranks(2)
 def test_transforms_of_functions_are_refused_at_stage_3():
-    model, _ = twins(Transformed)
-    engine = start(model, 3)
-    x = mine(batches(0))
+    model, _ = twins(lambda: Model(transformed, blocks=Mlp().blocks))
+    engine, x = start(model, 3), mine(batches(0))
     forms = {"grad": lambda f, x: torch.func.grad(f)(x), "vjp": lambda f, x: torch.func.vjp(f, x),
              "jvp goes through blocks.0": lambda f, x: torch.func.jvp(f, (x,), (x,))}
     for told, transform in forms.items():
@@ -1187,21 +976,11 @@ def test_transforms_of_functions_are_refused_at_stage_3():
     engine.step()
 
 
-class Returning(Mlp):
-    """Gives back a parameter, and views of one."""
-
-    def __init__(self):
-        super().__init__(2)
-        self.scale, self.table = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(WIDTH, WIDTH))
-
-    def forward(self, x):
-        return self.blocks(x) * self.scale, self.scale, self.table[:LENGTH]
-
-
 @on_ranks(2)
 def test_a_returned_parameter_collects_no_hooks_and_a_lost_write_is_told():
-    model, _ = twins(Returning)
-    engine = start(model, 3)
+    """The model gives back a parameter, and a view of one."""
+    engine = start(Model(lambda m, x: (m.blocks(x) * m.scale, m.scale, m.table[:LENGTH]), blocks=Mlp(2).double().blocks,
+                         scale=nn.Parameter(torch.ones(1)), table=nn.Parameter(torch.ones(WIDTH, WIDTH))), 3)
     for step in range(3):
         y, scale, table = engine(mine(batches(step)))
         engine.backward((y + table).square().mean())
@@ -1219,7 +998,7 @@ def test_a_returned_parameter_collects_no_hooks_and_a_lost_write_is_told():
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.layer = linear()
 
     def forward(self, x):
         return x + torch.tanh(self.layer(x))
@@ -1267,11 +1046,10 @@ def test_compiled_models_train_the_same(how, stage, backend):
 # --- Hugging Face's models --------------------------------------------------------------------------------------------
 
 
-SIZES = {"GPT2": {"vocab_size": 17, "n_positions": 8, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0,
-                  "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-         "Llama": {"vocab_size": 17, "max_position_embeddings": 8, "hidden_size": WIDTH, "intermediate_size": 16,
-                   "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-                   "tie_word_embeddings": True}}
+SIZES = {"GPT2": {"n_positions": 8, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+                  "attn_pdrop": 0.0},
+         "Llama": {"max_position_embeddings": 8, "hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 2,
+                   "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}}
 MODELS = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}
 
 
@@ -1279,7 +1057,7 @@ def make_hugging_face(name: str) -> nn.Module:
     """A language model of random weights, the same at each call."""
     import transformers
     torch.manual_seed(0)
-    return getattr(transformers, MODELS[name])(getattr(transformers, f"{name}Config")(**SIZES[name]))
+    return getattr(transformers, MODELS[name])(getattr(transformers, f"{name}Config")(vocab_size=17, **SIZES[name]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")

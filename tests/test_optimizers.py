@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import engine as deepspeed
-import zero
 from conftest import on_ranks
-from oracle import PLAIN, Mlp, Pair, assert_equal, draws, fitting, plain, read_drawn, start, start_drawn, train_drawn
+from oracle import Mlp, Pair, assert_equal, draws, fitting, plain, read_drawn, start, start_drawn, train_drawn
 from test_zero import collectives
 
 # --- The optimizers, as plainly as the papers have them ---------------------------------------------------------------
