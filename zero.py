@@ -293,14 +293,16 @@ def end_process_group() -> None:
 
 @dataclass(eq=False)
 class Groups:
-    """The process groups that engines on GPUs share, besides the default one; the last engine to leave ends them.
+    """What engines share as long as there is the default process group; on GPUs, other groups besides it.
 
+    abandoned    collectives that nobody waits for, with their memory; see Handle
     reductions   an order of their own for reductions, see Reducer.launch_ready; all-gathers keep the default group's
     host         gloo: objects and barriers take no GPU memory there, and do not come between NCCL's collectives
     """
     reductions: Any = None
     host: Any = None
-    users: int = 0
+    users: int = 0  # engines that have the groups; the last one to leave ends them
+    abandoned: list[Any] = field(default_factory=list)
 
     @classmethod
     def current(cls) -> "Groups":
@@ -440,6 +442,12 @@ class Handle:
             if self.finish is not None:
                 self.finish()
         self.works, self.finish = [], None
+
+    def __del__(self) -> None:
+        # Nobody waited, as after an error in a backward. Gloo must still receive what comes: without a place for it,
+        # nothing that the sender sends afterwards arrives.
+        if self.works and not sys.is_finalizing() and dist.is_initialized():
+            Groups.current().abandoned += self.works
 
 
 @dataclass

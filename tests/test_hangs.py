@@ -144,6 +144,22 @@ def test_uneven_data_raises_on_every_rank_with_the_counts(run_ranks, stage):
 # --- In the tests' own tools ------------------------------------------------------------------------------------------
 
 
+@on_ranks(2)
+def test_a_collective_that_nobody_waits_for_stops_no_other():
+    """As after an error in a backward of stage 3, which has begun to gather what comes next."""
+    store = dist.distributed_c10d._get_default_store()
+    for attempt in range(3):
+        communicator = zero.Communicator(torch.device("cpu"))
+        flat = torch.full((2**20,), float(dist.get_rank()))
+        if dist.get_rank() == 1:
+            store.wait([f"dropped {attempt}"])  # what this rank sends has no receiver any more
+        handle = communicator.all_gather(flat)
+        del handle, flat, communicator
+        gc.collect()
+        store.set(f"dropped {attempt}", "by rank 0")
+        assert zero.gather(dist.get_rank()) == [0, 1]
+
+
 def total(value: float) -> float:
     tensor = torch.tensor(value * (dist.get_rank() + 1))
     dist.all_reduce(tensor)
