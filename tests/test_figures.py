@@ -38,6 +38,16 @@ def test_schedules_are_drawn_the_same_each_time(tmp_path, capsys):
     assert (tmp_path / "schedules.svg").read_bytes() == first
 
 
+def test_what_ranks_hold_lies_within_the_whole_and_covers_it(run_ranks):
+    for stage, ranks in enumerate(zip(*run_ranks(figures.at_all_stages, 3, figures.pieces_held))):
+        for rows in zip(*(rows for rows, _ in ranks)):
+            end = 0
+            for kind, held, start, whole in rows:
+                assert start <= end + 0.02 * whole and start + held <= whole, f"stage {stage}, {kind}: {rows}"
+                end = start + held
+            assert end > 0.98 * whole, f"stage {stage}, {kind}: {rows}"
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_all_pictures_are_made(request, tmp_path, name):
     if not request.config.getoption("--long"):

@@ -281,11 +281,12 @@ def pieces_held(stage: int) -> tuple[list[tuple[str, int, int, int]], int]:
         train_step(engine, step, 1)
     known = known_storages(engine).values()
     count = sum(bucket.numel for bucket in engine.zero.buckets)
-    whole = {"parameters": 4 * count, "gradients": 4 * count, "optimizer state": 8 * count}
+    sharded = engine.zero.sharded
     rows = []
-    for kind, size in whole.items():
-        held = sum(n for k, n in known if k == kind)
-        rows.append((kind, held, 0 if held == size else engine.global_rank * size // engine.world_size, size))
+    for kind, size, apart in (("parameters", 4 * count, sharded.parameters), ("gradients", 4 * count, sharded.gradients),
+                              ("optimizer state", 8 * count, sharded.optimizer)):
+        held = sum(n for k, n in known if k == kind)  # of optimizer state a little less: padding has none
+        rows.append((kind, held, engine.global_rank * size // engine.world_size if apart else 0, size))
     return rows, count
 
 
@@ -303,7 +304,7 @@ def holdings() -> Figure:
                 axis.bar(rank, held / count, bottom=bottom + start / count, color=COLOURS[kind], width=0.84)
                 bottom += whole / count + 0.3
         total = sum(held for _, held, _, _ in rows) / count
-        axis.set_title(f"stage {stage}\n{total:.4g} bytes", fontsize=15)
+        axis.set_title(f"stage {stage}\n{total:.1f} bytes", fontsize=15)
         axis.set(xticks=range(4), yticks=[], xlim=(-0.6, 3.6))
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
