@@ -48,7 +48,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property, partial, wraps
@@ -345,6 +345,7 @@ class _Parser:
         # A key that is a word of Python's, such as async, has a field with an underscore behind it.
         known = {f.name.removesuffix("_"): f for f in fields(cls)}
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
+        needed = {f.name for f in fields(cls) if f.default is f.default_factory}  # where both are MISSING
         switches = {"enabled", "device"} & known.keys()
         if switches and _is_off(raw):  # then the other keys are not judged
             raw = {key: raw[key] for key in switches & raw.keys() if raw[key] is not None}
@@ -355,13 +356,12 @@ class _Parser:
             f = known[key]
             if _is_auto(value):
                 self.autos.append(f"{path}{key}")
-            if not _is_auto(value) or _is_needed(f):
+            if not _is_auto(value) or f.name in needed:
                 values[f.name] = self.value(hints[f.name], f.metadata, value, f"{path}{key}")
                 if key in idle and values[f.name] != f.default:
                     self.without_effect.append(f"{path}{key} ({idle[key]})")
-        for f in fields(cls):
-            if _is_needed(f) and f.name not in values:
-                raise ConfigError(f"{path}{f.name} is missing")
+        for name in sorted(needed - values.keys()):
+            raise ConfigError(f"{path}{name} is missing")
         try:
             return cls(**values)
         except ValueError as error:  # a section's own checks
@@ -408,10 +408,6 @@ class _Parser:
             if kind in (str, types.NoneType) and isinstance(value, kind) and not (kind is str and choices):
                 return value
         raise ConfigError(f"{path} is {value!r}; allowed: {_allowed(kinds, rules)}")
-
-
-def _is_needed(f: Field) -> bool:
-    return f.default is f.default_factory  # both are MISSING
 
 
 def _is_auto(value: Any) -> bool:
@@ -1253,24 +1249,19 @@ class Engine(nn.Module):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window, self._step_applied = result.norm, 0, not result.overflow
-        self._update_scale(result)
+        before, self.skipped_steps = self.scaler.scale, self.skipped_steps + result.overflow
+        self.scaler.update(result.overflow, result.culprit)
+        self._show_scale()
         if result.overflow:
+            if self.global_rank == 0:
+                logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so "
+                               "far)", result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
             return
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
         self.global_samples += round(fraction * self.train_batch_size())
         self._progress.after_step()
-
-    def _update_scale(self, result: zero.StepResult) -> None:
-        """Count a skipped step and say so once; let the loss scale follow."""
-        before = self.scaler.scale
-        self.skipped_steps += result.overflow
-        self.scaler.update(result.overflow, result.culprit)
-        self._show_scale()
-        if result.overflow and self.global_rank == 0:
-            logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
-                           result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
 
     def _show_scale(self) -> None:
         """Show the loss scale where DeepSpeed shows it. To be read only."""
@@ -1375,7 +1366,8 @@ class Engine(nn.Module):
                             dist.new_group(backend="gloo", timeout=self.config.collective_timeout()))
         thread, group = self._writer
         self._writing = thread.submit(save.write, group)
-        self._writing.add_done_callback(_log_failure)  # at once, since no wait_for_save() may follow
+        self._writing.add_done_callback(  # at once, since no wait_for_save() may follow
+            lambda done: done.exception() and logger.error("%s", done.exception()))
         return True
 
     def wait_for_save(self) -> None:
@@ -1694,11 +1686,6 @@ def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path:
     except ValueError as error:
         raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
                               "one into it, or load by a tag") from None
-
-
-def _log_failure(done: Future) -> None:
-    if done.exception() is not None:
-        logger.error("%s", done.exception())
 
 
 # The life of a save: take, write, publish, sweep.
@@ -2445,9 +2432,9 @@ def _compare(options: argparse.Namespace) -> str:
     """A table of stages 0 to 3, a row per number of ranks; drawn as well, with ``--plot``."""
     counts = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
     raw = read_config(options.config or PAPER)
-    section = raw.get("zero_optimization", {}) if isinstance(raw, dict) else None
+    section = raw.setdefault("zero_optimization", {}) if isinstance(raw, dict) else None
     if isinstance(section, dict) and section.get("stage", 0) in zero.SHARDED:
-        raw = {**raw, "zero_optimization": {**section, "stage": 3}}  # there all of the section counts
+        section["stage"] = 3  # there all of the section counts
     settings = load_config(raw)
     given, rows = settings.zero_optimization, []
     for ranks in (_whole("--world", size, 1) for size in options.world):
@@ -2493,9 +2480,6 @@ def _comparison(rows: list[list[zero.Estimate]], parameters: int, dtypes: amp.Dt
     text.append("Sent per rank and step: 1e9 elements")
     for kind in dict.fromkeys(kind for row in rows for each in row for kind in each.traffic):
         add(kind, lambda each: _billions(each.traffic[kind].elements) if kind in each.traffic else "-")
-    if dtypes.compute != dtypes.master:
-        text.append("Stage 3 makes the 16-bit parameters from the masters as it gathers them. The ZeRO paper counts a "
-                    f"16-bit shard beside them, {dtypes.compute.itemsize} bytes per parameter over the ranks.")
     return "\n".join(text)
 
 
