@@ -136,10 +136,8 @@ def set_rendezvous(options: argparse.Namespace) -> None:
              f" and --node_rank {options.node_rank}; allowed: 0 to {most - 1}")):
         if is_wrong:
             raise ValueError(f"--nnodes is {options.nnodes}{told}")
-    if most == 1 and not endpoint:
-        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", f"launch_{os.getpid()}"
-        options.node_rank = 0
-        return
+    if not endpoint:
+        options.rdzv_backend, endpoint = "c10d", "localhost:0"  # any port that is free
     options.rdzv_endpoint = endpoint if ":" in endpoint else f"{endpoint}:{options.master_port or PORT}"
     if options.rdzv_backend == "static" and (fewest < most or options.max_restarts):
         options.rdzv_backend = "c10d"
