@@ -92,7 +92,7 @@ def overlap(buckets: list[tuple[list[nn.Parameter], Tensor]]) -> list[Any]:
 def clip(gradient: Tensor, limit: float) -> float:
     """Scale this rank's shard of the gradient so that the norm over the shards of all ranks is at most ``limit``.
 
-    In place, by limit / (norm + 1e-6), and never up. Returns the norm from before.
+    In place, by limit / (norm + 1e-6), and never up. Only the sum of squares is sent. Returns the norm from before.
     """
     square = gradient.square().sum()
     dist.all_reduce(square)

@@ -1,0 +1,1019 @@
+"""The tests by which the grader judges exercises; the project's own code passes them too.
+
+    .venv/bin/python -m pytest -q tests/test_exercises.py
+
+They ask what docstrings promise, and measure what a rank really has in memory and sends, whatever an answer calls: see
+wire.py. Each runs as a plain function, given ``run_ranks`` if it asks for it, so that test_grade.py can run it on wrong
+answers.
+"""
+
+import copy
+import gc
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import amp
+import checkpointing
+import engine as deepspeed
+import schedulers
+import steps
+import test_amp
+import test_zero
+import zero
+from test_checkpointing import peak
+from wire import CPU, PATIENCE, Wire, after_rank_0, bytes_of, held, living, storages
+
+# --- A learning-rate schedule -----------------------------------------------------------------------------------------
+
+
+def optimizer_of(*rates: float, **more: float) -> torch.optim.Optimizer:
+    """An optimizer with a param group for each rate."""
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr, **more} for lr in rates])
+
+
+def go_on(optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> list[list[float]]:
+    """The rates of the next steps, each a list over param groups."""
+    rates = []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step(), schedule.step()
+    return rates
+
+
+def test_a_warmup_follows_its_formula_in_every_group():
+    for kind, steps, low, high in itertools.product(
+            ("log", "linear"), (1, 2, 3, 10), (0.0, [0.01, 0.02]), (None, 0.3, [0.2, 0.5])):
+        optimizer = optimizer_of(0.1, 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one top for groups that differ
+            schedule = schedulers.WarmupLR(optimizer, low, high, steps, kind)
+        lows, highs = ([value] * 2 if isinstance(value, float) else value for value in (low, high or [0.1, 0.5]))
+        for step, rates in enumerate(go_on(optimizer, schedule, 14)):
+            n, k = max(2, steps), max(step - 1, 0)
+            up = min(1.0, k / n if kind == "linear" else math.log(k + 1) / math.log(n))
+            assert rates == pytest.approx([a + (b - a) * up for a, b in zip(lows, highs)], abs=1e-12), \
+                f"WarmupLR(optimizer, {low}, {high}, {steps}, {kind!r}), groups of 0.1 and 0.5, step {step}: {rates}"
+
+
+def test_a_warmup_goes_on_where_it_was():
+    def begin(optimizer: torch.optim.Optimizer, kind: str, at: int = -1) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the optimizer's first step, which PyTorch misses
+            return schedulers.WarmupLR(optimizer, warmup_num_steps=7, warmup_type=kind, last_batch_iteration=at)
+
+    for kind, cut in itertools.product(("log", "linear"), range(1, 12)):
+        optimizer = optimizer_of(0.1, 0.4)
+        whole = go_on(optimizer, begin(optimizer, kind), 12)[cut:]
+        before = optimizer_of(0.1, 0.4)
+        schedule = begin(before, kind)
+        go_on(before, schedule, cut)
+        saved = copy.deepcopy((before.state_dict(), schedule.state_dict()))
+        for loads_first in (False, True):  # the optimizer's state before the schedule is made: its lr is halfway up
+            optimizer = optimizer_of(0.1, 0.4)
+            if loads_first:
+                optimizer.load_state_dict(saved[0])
+            schedule = begin(optimizer, kind)
+            optimizer.load_state_dict(saved[0]), schedule.load_state_dict(saved[1])
+            assert go_on(optimizer, schedule, 12 - cut) == [pytest.approx(rates) for rates in whole], \
+                f"{kind}: state_dict() after {cut} steps"
+        assert go_on(before, begin(before, kind, cut - 1), 12 - cut) == [pytest.approx(rates) for rates in whole], \
+            f"{kind}: last_batch_iteration {cut - 1}"
+
+
+def test_the_top_of_a_warmup_is_the_rate_that_the_optimizer_began_with():
+    optimizer = optimizer_of(0.01, initial_lr=0.1)
+    schedule = schedulers.WarmupLR(optimizer, warmup_num_steps=3)
+    assert go_on(optimizer, schedule, 6)[-1] == pytest.approx([0.1])
+
+
+# --- A loss scale, and dtypes -----------------------------------------------------------------------------------------
+
+
+def test_a_loss_scale_goes_on_where_it_was_after_any_short_history():
+    for window, hysteresis, consecutive in itertools.product((1, 2, 3), (1, 2, 3), (False, True)):
+        settings = 256.0, window, hysteresis, consecutive, 2.0 ** -20
+        for overflows in itertools.product((False, True), repeat=6):
+            expected = test_amp.rule(overflows, 8, *settings[1:])
+            for cut in range(7):
+                scaler = amp.DynamicLossScaler(*settings)
+                for count, overflow in enumerate(overflows):
+                    if count == cut:
+                        state = json.loads(json.dumps(scaler.state_dict()))
+                        scaler = amp.DynamicLossScaler(*settings)
+                        scaler.load_state_dict(state)
+                    scaler.update(overflow)
+                assert scaler.scale == expected, (
+                    f"window {window}, hysteresis {hysteresis}, consecutive {consecutive}, overflows {overflows}, "
+                    f"resumed after {cut}: {scaler.scale}, and not {expected}")
+
+
+def test_an_overflow_at_the_smallest_scale_is_an_error():
+    for hysteresis, minimum in itertools.product((1, 3), (1.0, 0.75)):  # the second is no power of two below the scale
+        scaler = amp.DynamicLossScaler(2.0, 1000, hysteresis, False, minimum)
+        for _ in range(hysteresis + (minimum < 1)):
+            scaler.update(True, "blocks.0.weight")
+        assert scaler.scale == minimum, f"hysteresis {hysteresis}, minimum {minimum}: {scaler.scale}"
+        with pytest.raises(amp.MinimumLossScaleError):
+            scaler.update(True, "blocks.0.weight")
+        assert scaler.scale == minimum
+
+
+def test_every_parameter_has_the_dtypes_that_the_config_says():
+    kept, safe, both, other = (nn.Linear(1, 1) for _ in range(4))
+    other.count = nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
+    other.fine = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    parameters = {"a weight": other.weight, "one in float64": other.fine, "one in int64": other.count, "a kept one":
+                  kept.weight, "a safe one": safe.weight, "one that is kept and safe": both.weight}
+    for half, small, low, added, sent in itertools.product(
+            (None, fp16, bf16), (False, True), (fp16, bf16), (None, fp32, bf16), (None, fp32, fp16)):
+        config = amp.PrecisionConfig(
+            amp.FP16Config(half is fp16, fp16_master_weights_and_grads=small and half is fp16),
+            amp.BF16Config(half is bf16, bf16_master_weights_and_grads=small and half is bf16,
+                           bf16_optimizer_states=small and half is bf16),
+            amp.AutocastConfig(dtype=low), amp.DataTypesConfig(added), sent)
+        precision = amp.Precision(config, CPU, [kept, both], [safe, both])
+        for name, p in parameters.items():
+            compute = p.dtype if half is None else fp32 if "kept" in name else half
+            master = compute if half is None or small else fp32
+            reduction = sent or (low if "safe" in name else added or master)
+            expected = (compute, master, added or master, reduction) if p.is_floating_point() else (p.dtype,) * 4
+            assert tuple(precision.path(p)) == expected, f"{name}: {precision.path(p)}, and not {expected}; {config}"
+
+
+# --- A checkpointed function ------------------------------------------------------------------------------------------
+
+
+def stretch(x: Tensor, weight: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Several activations, dropout, and an argument by name."""
+    return F.dropout(torch.tanh(x @ weight), 0.5).sin().exp() * scale
+
+
+def outer(x: Tensor, weight: Tensor) -> Tensor:
+    """A region with a region inside."""
+    return checkpointing.checkpoint(stretch, stretch(x, weight), weight, scale=0.5).cos()
+
+
+def packed(x: Tensor, weight: Tensor) -> Tensor:
+    """A region whose inputs and outputs are of several kinds."""
+    def function(pair: tuple, table: dict, row: Tensor, times: int = 1) -> dict:
+        y = (pair[0] @ table["weight"])[row].tanh() * times
+        return {"rows": y.exp(), "count": len(row), "more": [pair[0].sin()]}
+
+    found = checkpointing.checkpoint(function, (x, None), table={"weight": weight}, row=torch.arange(32), times=2)
+    return found["rows"] / found["count"] + found["more"][0]
+
+
+def stack(run: Callable, function: Callable, weight: Tensor, layers: int = 6) -> list[Any]:
+    """A result, its gradients and the random state after ``layers`` calls."""
+    torch.manual_seed(3)
+    weight.grad = None
+    x = start = torch.rand(32, weight.shape[0]).requires_grad_()
+    for _ in range(layers):
+        x = run(function, x, weight)
+    x.sum().backward()
+    return [x.detach(), start.grad, weight.grad, torch.get_rng_state()]
+
+
+def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def test_a_checkpointed_function_equals_plain_autograd():
+    weight = torch.randn(32, 32, requires_grad=True)
+    for function, run in ((stretch, checkpointing.checkpoint), (outer, checkpointing.checkpoint), (outer, plainly),
+                          (packed, plainly)):
+        results = stack(run, function, weight)
+        with mock.patch.object(checkpointing, "checkpoint", plainly):
+            expected = stack(plainly, function, weight)
+        for what, a, b in zip(("result", "input's gradient", "weight's gradient", "random state"), results, expected):
+            assert torch.equal(a, b), f"{what} of {function.__name__} is off by {(a - b).abs().max()}"
+
+
+def test_a_checkpointed_function_trains_its_parameters_where_no_input_needs_a_gradient():
+    layer = nn.Linear(4, 4)
+    expected, = torch.autograd.grad(layer(torch.ones(2, 4)).tanh().sum(), layer.weight)
+    checkpointing.checkpoint(lambda x: layer(x).tanh(), torch.ones(2, 4)).sum().backward()
+    assert layer.weight.grad is not None, "the weight has no gradient"
+    assert torch.equal(layer.weight.grad, expected)
+
+
+def test_a_checkpointed_function_runs_under_the_autocast_of_its_call():
+    weight = torch.randn(8, 8, requires_grad=True)
+    for inside in (False, True):
+        seen = []
+
+        def function(x: Tensor) -> Tensor:
+            y = x @ weight
+            seen.append(y.dtype)
+            return y.exp()
+
+        def gradient(run: Callable) -> Tensor:
+            weight.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                loss = run(function, torch.ones(2, 8) / 8).float().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+                loss.backward()
+                assert torch.is_autocast_enabled("cpu") is not inside, "backward leaves autocast changed"
+            return weight.grad
+
+        expected = gradient(plainly)
+        assert torch.equal(gradient(checkpointing.checkpoint), expected), "the gradient is another one"
+        assert set(seen) == {torch.bfloat16 if inside else torch.float32}, f"autocast is {inside}, it runs in {seen}"
+
+
+def test_a_checkpointed_function_runs_twice():
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        for _ in range(6):
+            x = x.sin().exp()
+        return x
+
+    with mock.patch("torch.utils.checkpoint.checkpoint", side_effect=AssertionError("that is PyTorch's own")):
+        loss = checkpointing.checkpoint(function, torch.ones(2, requires_grad=True)).sum()
+    assert len(calls) == 1, f"the function ran {len(calls)} times before backward"
+    loss.backward()
+    assert len(calls) == 2, f"the function ran {len(calls)} times"
+
+
+def test_a_checkpointed_function_keeps_its_inputs_only():
+    weight = torch.randn(64, 64, requires_grad=True)
+    without = peak(lambda: stack(plainly, stretch, weight, layers=12))
+    held = peak(lambda: stack(checkpointing.checkpoint, stretch, weight, layers=12))
+    assert held < 0.5 * without, f"{held / without:.0%} of the memory without recomputation"
+
+
+def test_a_checkpointed_function_leaves_nothing_behind():
+    weight = torch.randn(64, 64, requires_grad=True)
+    stack(checkpointing.checkpoint, stretch, weight)  # the gradient is there from here on
+    before = living()
+    stack(checkpointing.checkpoint, stretch, weight)
+    unused = checkpointing.checkpoint(stretch, torch.ones(32, 64), weight)  # no backward follows
+    del unused
+    kept = held(before) - weight.nbytes  # a new gradient
+    assert kept <= 0, f"{kept} bytes are left when results and gradients are gone"
+
+
+def test_a_checkpointed_function_does_nothing_without_grad_mode():
+    calls = []
+    with torch.no_grad():
+        y = checkpointing.checkpoint(lambda x: calls.append(1) or x.exp(), torch.ones(2, requires_grad=True))
+    assert not y.requires_grad and calls == [1]
+
+
+# --- Collectives ------------------------------------------------------------------------------------------------------
+
+
+def slices_of_sums() -> list[Tensor]:
+    """What reduce-scatters of (rank + 1) times 0, 1, 2, ... leave: plainly, added, and in place."""
+    communicator = zero.Communicator(CPU)
+    flats = [torch.arange(dist.get_world_size() * 64.0) * (dist.get_rank() + 1) for _ in range(3)]
+    outs = [torch.ones(64), torch.ones(64), communicator.shard_of(flats[2])]
+    handles = [communicator.reduce_scatter(flat, out, add)
+               for flat, out, add in zip(flats, outs, (False, True, False))]
+    for handle in handles[::-1]:
+        handle.wait()
+    return outs
+
+
+def test_a_reduce_scatter_gives_each_rank_its_slice_of_the_sum(run_ranks):
+    for ranks in (1, 3):
+        total = torch.arange(ranks * 64.0) * sum(range(1, ranks + 1))
+        for rank, outs in enumerate(run_ranks(slices_of_sums, ranks)):
+            for out, added, what in zip(outs, (0, 1, 0), ("", ", added", ", out is a slice of flat")):
+                assert torch.equal(out, total.chunk(ranks)[rank] + added), f"rank {rank} of {ranks}{what}: {out}"
+
+
+def sum_in_turns(order: tuple[int, ...]) -> Tensor:
+    """A sum that depends on the order of adding, where ranks call one after the other."""
+    communicator, store = zero.Communicator(CPU), dist.distributed_c10d._get_default_store()
+    flat = torch.tensor([1e8, 1.0, -1e8])[dist.get_rank()].repeat(6)
+    out, turn = torch.empty(2), order.index(dist.get_rank())
+    key = f"turn of {communicator.number} after "
+    if turn:
+        store.wait([f"{key}{turn - 1}"], PATIENCE)
+    handle = communicator.reduce_scatter(flat, out, False)
+    store.set(f"{key}{turn}", "")
+    handle.wait()
+    return out
+
+
+def test_a_reduce_scatter_adds_in_one_order_whoever_comes_first(run_ranks):
+    sums = {order: run_ranks(sum_in_turns, 3, order) for order in itertools.permutations(range(3))}
+    for order, outs in sums.items():
+        assert all(map(torch.equal, outs, sums[0, 1, 2])), \
+            f"ranks come in the order {order}: {outs}; in the order (0, 1, 2): {sums[0, 1, 2]}"
+
+
+def returns_at_once() -> tuple[bool, int]:
+    """Whether rank 0's reduce-scatter returned before rank 1 began its own; elements on their way by then."""
+    communicator = zero.Communicator(CPU)
+    with after_rank_0() as early, Wire() as wire:
+        handle = communicator.reduce_scatter(torch.ones(2**18), torch.empty(2**17), False)
+    handle.wait()
+    return early, wire.elements
+
+
+def test_a_reduce_scatter_returns_at_once(run_ranks):
+    for early, sent in run_ranks(returns_at_once, 2):
+        assert early, "rank 0 waits for rank 1 inside the call"
+        assert sent == 2**17, f"{sent} elements are on their way when the call returns, and not {2**17}"
+
+
+def sent_and_counted(stage: int) -> tuple[int, int]:
+    """Elements of 4 bytes that a step sends, and those that the communicator has counted."""
+    engine = test_zero.train_wide(stage, steps=1)
+    traffic = engine.zero.communicator.traffic
+    before = sum(record.bytes for record in traffic.values())
+    with Wire() as wire:
+        engine.backward(engine(torch.randn(2, 64)).square().mean())
+        engine.step()
+    return wire.elements, (sum(record.bytes for record in traffic.values()) - before) // 4
+
+
+def test_what_is_counted_is_what_is_sent(run_ranks):
+    for stage in (0, 1, 2):
+        for sent, counted in run_ranks(sent_and_counted, 2, stage):
+            assert sent == counted, f"stage {stage}: {sent} elements went out, and {counted} were counted"
+
+
+def another_order(stage: int):
+    """The largest error of the weights after two steps in which each rank goes through the layers in its own order."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    reference = copy.deepcopy(model)
+
+    def run(layers: nn.ModuleList, rank: int, step: int) -> Tensor:
+        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2 * step + rank))
+        for index in (range(4), (2, 0, 3, 1))[rank]:
+            x = layers[index](x).tanh()
+        return x.square().mean()
+
+    model.forward = lambda step: run(model, dist.get_rank(), step)
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0, "zero_optimization": {
+            "stage": stage, "reduce_bucket_size": 1}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}})
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
+    for step in range(2):
+        engine.backward(engine(step))
+        engine.step()
+        for rank in range(2):
+            (run(reference, rank, step) / 2).backward()
+        optimizer.step(), optimizer.zero_grad()
+    return max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
+
+
+def test_gradients_that_come_in_another_order_on_each_rank(run_ranks):
+    for stage in (0, 1, 2):
+        for rank, error in enumerate(run_ranks(another_order, 2, stage)):
+            assert error < 1e-6, f"stage {stage}, rank {rank}: weights are off by {error:.3g}"
+
+
+def two_buckets(overlap: bool = True) -> tuple[nn.Module, Any, list[str]]:
+    """A model of two buckets at stage 0, and a list to which each finished gradient adds its name."""
+    torch.manual_seed(0)
+    model, log = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: log.append("gradient"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = zero.ZeroConfig(stage=0, reduce_bucket_size=4200, overlap_comm=overlap)
+    mine = zero.Zero(model, optimizer, config, CPU)
+    assert len(mine.buckets) == 2
+    return model, mine, log
+
+
+def overlapping(overlap: bool) -> tuple[list[str], bool]:
+    """What happened during a backward pass, and whether rank 0 ended its own before rank 1 began."""
+    model, mine, log = two_buckets(overlap)
+    with after_rank_0() as early, Wire(log):
+        model(torch.ones(1, 64)).square().mean().backward()
+    mine.finish_backward()
+    mine.step(divisor=2)
+    return log, early
+
+
+def trained_by_buckets(stage: int, overlap: bool) -> tuple[float, list[int]]:
+    """The error of weights after windows of two micro-batches in which some layers are unused; elements sent in each."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    reference = copy.deepcopy(model)
+
+    def loss(layers: nn.ModuleList, *case: int) -> Tensor:
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(sum(100 ** i * c for i, c in enumerate(case))))
+        used = [layer for i, layer in enumerate(layers) if i != case[0] and (i != 0 or case[1] == 0)]
+        for layer in [*used, used[0]]:  # the first one twice
+            x = layer(x).tanh()
+        return x.square().mean()
+
+    mine = zero.Zero(model, torch.optim.SGD(model.parameters(), lr=1.0),
+                     zero.ZeroConfig(stage=stage, reduce_bucket_size=80, overlap_comm=overlap), CPU)
+    theirs, sent = torch.optim.SGD(reference.parameters(), lr=1.0), []
+    for step in range(3):
+        with Wire() as wire:
+            for micro in range(2):
+                mine.boundary = micro == 1
+                loss(model, step, micro, dist.get_rank()).backward()
+                mine.finish_backward()
+            mine.step(divisor=2 * dist.get_world_size())
+        sent.append(wire.elements)
+        for micro, rank in itertools.product(range(2), range(dist.get_world_size())):
+            (loss(reference, step, micro, rank) / 2 / dist.get_world_size()).backward()
+        theirs.step(), theirs.zero_grad()
+    return max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters())), sent
+
+
+def test_training_by_buckets_equals_plain_pytorch(run_ranks):
+    for stage, overlap in itertools.product((0, 1), (False, True)):
+        for rank, (error, sent) in enumerate(run_ranks(trained_by_buckets, 2, stage, overlap)):
+            where = f"stage {stage}, overlap_comm {overlap}, rank {rank}"
+            assert error < 1e-5, f"{where}: weights are off by {error:.3g}"
+            size = 4 * 128  # with what aligns and pads each layer
+            assert max(sent) < 1.3 * size, f"{where}: {sent} elements are sent in windows; the buckets have {size}"
+
+
+def with_late_gradients() -> float:
+    """The error of a weight for which two gradients come when its bucket is on its way."""
+    model, mine, _ = two_buckets()
+    before = copy.deepcopy(model)
+    model(torch.ones(1, 64)).square().mean().backward()
+    before(torch.ones(1, 64)).square().mean().backward()
+    gradients = next(b.gradients for b in mine.buckets if any(s.parameter is model[2].weight for s in b.slots))
+    slot = next(slot for slot in gradients.bucket.slots if slot.parameter is model[2].weight)
+    assert gradients.life is zero.Life.SENDING, "the bucket is not on its way when backward ends"
+    for work in gradients.reduction.works:
+        work.wait()  # what is added to the sum from now on is this rank's alone
+    for size in (1.0, 2.0):
+        with torch.no_grad():
+            gradients.take(slot, torch.full((64, 64), size * (1 + dist.get_rank())))
+    mine.finish_backward()
+    mine.step(divisor=2)
+    expected = before[2].weight - 0.1 * (before[2].weight.grad + 3.0 * 1.5)
+    return float((model[2].weight - expected).detach().abs().max())
+
+
+def test_a_late_gradient_counts(run_ranks):
+    for rank, error in enumerate(run_ranks(with_late_gradients, 2)):
+        assert error < 1e-5, f"rank {rank}: two gradients of a bucket on its way, and the weight is off by {error:.3g}"
+
+
+def finished_all_reduce() -> tuple[list[str], list[float]]:
+    """When an all-reduce ran its ``finish``, and the sum."""
+    communicator, log, tensor = zero.Communicator(CPU), [], torch.ones(8) * (1 + dist.get_rank())
+    with after_rank_0():
+        handle = communicator.all_reduce(tensor, "sums", lambda: log.append(f"finish {tensor.sum()}"))
+        log.append("returned")
+    handle.wait(), handle.wait()
+    return log, tensor.tolist()
+
+
+def test_an_all_reduce_runs_its_finish_once_when_the_sum_is_there(run_ranks):
+    for ranks in (1, 2):
+        total = sum(range(1, ranks + 1))
+        for log, tensor in run_ranks(finished_all_reduce, ranks):
+            assert tensor == [total] * 8, f"{ranks} ranks: the sum is {tensor}"
+            assert log == ["returned", f"finish {total * 8.0}"], f"{ranks} ranks: {log}"
+
+
+def test_full_buckets_go_out_while_backward_runs(run_ranks):
+    for log, early in run_ranks(overlapping, 2, True):
+        last = len(log) - 1 - log[::-1].index("gradient")
+        assert "allreduce" in log[:last], f"nothing is sent before the last gradient: {log}"
+        assert early, "backward on rank 0 waits for that of rank 1"
+    for log, _ in run_ranks(overlapping, 2, False):
+        assert set(log) == {"gradient"}, f"overlap_comm is false, and backward does this: {log}"
+
+
+def held_after_backward() -> tuple[int, int]:
+    """Bytes of a model with its gradients, after backward and before the step, and its parameters."""
+    before = living()
+    model, mine, _ = two_buckets()
+    for _ in range(2):
+        model(torch.ones(1, 64)).square().mean().backward()
+        mine.finish_backward()
+        kept = held(before)
+        mine.step(divisor=2)
+    return kept, sum(p.numel() for p in model.parameters())
+
+
+def test_gradients_are_kept_once(run_ranks):
+    for rank, (kept, count) in enumerate(run_ranks(held_after_backward, 2)):
+        assert kept < 1.1 * 8 * count, \
+            f"rank {rank} has {kept / count:.2f} bytes per parameter; weights and gradients are 8"
+
+
+# --- Stage 3 ----------------------------------------------------------------------------------------------------------
+
+
+def by_group(net: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of two groups, matrices and biases: each unit has two buckets."""
+    return torch.optim.SGD([{"params": [p for p in net.parameters() if (p.dim() > 1) == matrices]}
+                            for matrices in (True, False)], lr=0.1)
+
+
+def late_gathers() -> tuple[float, int, int, float]:
+    """Training where nothing arrives before it is waited for: the weights' error; gathers begun, and waited for; and
+    how many a step begins for each bucket.
+    """
+    torch.manual_seed(0)
+    model = test_zero.Wide(2, 16)
+    reference = copy.deepcopy(model)
+    theirs = by_group(reference)
+    mine = zero.Zero(model, by_group(model), zero.ZeroConfig(stage=3), CPU)
+    assert all(len(unit.buckets) != 1 for unit in mine.units)
+    gather, counts = mine.communicator.all_gather, {"begun": 0, "ended": 0}
+
+    def late(flat: Tensor, what: Callable[[], str] = str) -> zero.Handle:
+        for rank in mine.communicator._others():
+            mine.communicator.shard_of(flat, rank).fill_(torch.nan)
+        counts["begun"] += 1
+
+        def arrive() -> None:
+            assert flat.untyped_storage().nbytes(), "the memory is gone before the gather has ended"
+            counts["ended"] += 1
+            gather(flat, what).wait()
+
+        return zero.Handle(mine.communicator, finish=arrive)
+
+    mine.communicator.all_gather = late
+    for step in range(2):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        for net in (model, reference):
+            net(x).square().mean().backward()
+        mine.finish_backward()
+        mine.step(divisor=2)
+        theirs.step(), theirs.zero_grad()
+    unit, before = next(unit for unit in mine.units if unit.buckets), counts["begun"]
+    unit.start_gather()  # a prefetch that nobody will come for
+    assert counts["begun"] == before + len(unit.buckets), "start_gather() leaves gathers to be started later"
+    assert counts["ended"] == before, "start_gather() waits for what it starts"
+    assert unit.state is zero.UnitState.GATHERING, f"after start_gather() the state is {unit.state}"
+    unit.free()
+    with zero.GatheredParameters(list(model.parameters())):
+        error = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
+    return error, counts["begun"], counts["ended"], before / 2 / len(mine.buckets)
+
+
+def test_gathers_may_come_late(run_ranks):
+    for rank, (error, begun, ended, _) in enumerate(run_ranks(late_gathers, 2)):
+        assert error < 1e-6, f"rank {rank}: weights are off by {error:.3g}"
+        assert begun == ended, f"rank {rank}: {begun} gathers began, and {ended} were waited for"
+
+
+def test_a_pass_gathers_each_unit_once(run_ranks):
+    for *_, times in run_ranks(late_gathers, 2):
+        assert times == 2, f"a step gathers each bucket {times} times; forward and backward need it once each"
+
+
+def two_users() -> None:
+    model = test_zero.Wide(1, 16)
+    mine = zero.Zero(model, by_group(model), zero.ZeroConfig(stage=3), CPU)
+    unit, weight = next(unit for unit in mine.units if unit.buckets), model.blocks[0][0].weight
+    for ahead in (False, True):
+        if ahead:
+            unit.start_gather()
+        with Wire() as wire:
+            unit.acquire("first"), unit.acquire("second")
+        assert (wire.elements == 0) is ahead, f"gathered ahead: {ahead}, and acquire() sends {wire.elements} elements"
+        unit.release("first")
+        assert unit.state is zero.UnitState.WHOLE, f"two use it, one releases it, and it is {unit.state}"
+        assert bool(weight.isfinite().all()) and type(weight) is nn.Parameter
+        unit.release("second")
+        unit.release("second")
+        assert unit.state is zero.UnitState.SHARDED, f"nobody uses it, and it is {unit.state}"
+        size = sum(bucket.flat.untyped_storage().nbytes() for bucket in unit.buckets)
+        assert size == 0, f"nobody uses it, and it has {size} bytes"
+        with pytest.raises(RuntimeError, match="is sharded"):
+            weight.sum()
+
+
+def test_a_unit_that_two_use_stays_until_both_are_done(run_ranks):
+    run_ranks(two_users, 2)
+
+
+class Grown(NamedTuple):
+    """Bytes of the largest unit; by how many a rank grows within forward, in training and in evaluation; and bytes per
+    parameter between steps.
+    """
+    unit: int
+    training: int
+    evaluation: int
+    between: float
+
+
+def held_at_stage_3() -> Grown:
+    before, most = living(), {True: [], False: []}
+
+    def size(engine: Any) -> int:
+        engine.zero.communicator.spare.by_size.clear()  # room to receive into, which is not a part of the answer
+        return held(before)
+
+    engine = test_zero.train_wide(3, watch=lambda engine: most[engine.module.training].append(size(engine)),
+                                  stage3_prefetch_bucket_size=10**9)
+    between = size(engine)
+    engine.eval()
+    with torch.no_grad():
+        engine(torch.randn(2, 64))
+    count = sum(unit.numel for unit in engine.zero.units)
+    return Grown(4 * max(unit.numel for unit in engine.zero.units), max(most[True]) - between,
+                 max(most[False]) - between, between / count)
+
+
+def test_training_and_evaluation_hold_two_units_at_most(run_ranks):
+    for rank, grown in enumerate(run_ranks(held_at_stage_3, 2)):
+        for what, size in (("training", grown.training), ("evaluation", grown.evaluation)):
+            assert size < 2.5 * grown.unit, f"rank {rank} holds {size / grown.unit:.1f} units in {what}"
+
+
+def test_stage_3_keeps_shards_alone_between_steps(run_ranks):
+    for rank, grown in enumerate(run_ranks(held_at_stage_3, 2)):
+        assert grown.between < 1.1 * 16 / 2, \
+            f"rank {rank} of 2 holds {grown.between:.2f} bytes per parameter; its shards are 8"
+
+
+# --- Stage 1 without the engine ---------------------------------------------------------------------------------------
+
+
+class Awkward(nn.Module):
+    """Two layers with one weight, a layer that some ranks use at some steps, and one that nobody uses."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 3)
+        self.second.weight = self.first.weight
+        self.side, self.unused = nn.Linear(width, 3), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, side: bool) -> Tensor:
+        y = self.out(self.second(self.first(x).tanh()).tanh())
+        return y + self.side(x) if side else y
+
+
+def started(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    torch.manual_seed(dist.get_rank())  # ranks start from different weights: rank 0's must win
+    model = Awkward(width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3, weight_decay=0.5)
+    return model, optimizer, zero.Zero(model, optimizer, zero.ZeroConfig(stage=1), CPU)
+
+
+class Bad(Enum):
+    """What is wrong with the loss of one rank at the third step."""
+    NOTHING = "nothing"
+    INFINITE = "it is infinite"
+    ONE_NAN = "one element of one gradient is NaN"
+
+
+def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad: Bad = Bad.NOTHING):
+    """Four steps with ``zero.Zero`` alone: what ``assert_plain`` compares, and the elements that the last one sent.
+
+    ``scale`` is what the loss is larger by. The rate falls from step to step.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    reference = Awkward(width)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, eps=1e-3, weight_decay=0.5)
+    model, optimizer, mine = started(width)
+
+    def loss(net: nn.Module, step: int, micro: int, r: int) -> Tensor:
+        x = torch.randn(2, width, generator=torch.Generator().manual_seed(100 * step + 10 * micro + r))
+        loss = net(x, side=(step, r) == (1, 1)).square().mean() / accumulation * scale
+        if (step, r) == (2, 1) and bad is not Bad.NOTHING:
+            return loss * math.inf if bad is Bad.INFINITE else loss + net.out.bias[0] * math.nan
+        return loss
+
+    rows = []
+    for step in range(4):
+        wrong = step == 2 and bad is not Bad.NOTHING
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = 0.01 / (step + 1)
+        with Wire() as wire:
+            for micro in range(accumulation):
+                mine.boundary = micro == accumulation - 1
+                loss(model, step, micro, rank).backward()
+                mine.finish_backward()
+            result = mine.step(clip=clip, divisor=ranks * scale)
+        for micro, r in itertools.product(range(accumulation), range(ranks)):
+            (loss(reference, step, micro, r) / ranks / scale).backward()
+        norm = float(nn.utils.clip_grad_norm_(reference.parameters(), clip or 1e9))
+        if not wrong:
+            theirs.step()
+        theirs.zero_grad()
+        error = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
+        rows.append((wrong, result.overflow, norm, result.norm, error))
+    return rows, wire.elements, sum(p.numel() for p in model.parameters())
+
+
+def assert_plain(results: list, case: str) -> None:
+    for rank, (rows, *_) in enumerate(results):
+        for step, (wrong, overflow, expected, norm, error) in enumerate(rows):
+            where = f"rank {rank} of {len(results)}, step {step}, {case}"
+            assert wrong == overflow, f"{where}: overflow is {overflow}"
+            assert wrong or abs(norm - expected) < 1e-5, f"{where}: norm {norm}, plain PyTorch {expected}"
+            assert error < 1e-5, f"{where}: weights are off by {error:.3g}"  # NaN is not below either
+
+
+def test_stage_1_by_hand_equals_plain_pytorch(run_ranks):
+    for ranks, clip, scale in ((2, 0.0, 1.0), (2, 0.1, 8.0), (3, 0.1, 1.0), (2, 100.0, 1.0), (1, 0.1, 2.0)):
+        assert_plain(run_ranks(by_hand, ranks, 7, 1, clip, scale), f"clip {clip}, divisor {ranks * scale}")
+
+
+def test_stage_1_by_hand_leaves_out_a_step_that_is_not_finite(run_ranks):
+    for bad, clip in itertools.product((Bad.INFINITE, Bad.ONE_NAN), (0.0, 0.1)):
+        assert_plain(run_ranks(by_hand, 2, 7, 1, clip, 1.0, bad), f"clip {clip}, a loss of which {bad.value}")
+
+
+def forced() -> tuple[bool, bool]:
+    """Whether a step with an infinite norm that may not be skipped was left out, and whether the weights are finite."""
+    model, _, mine = started(7)
+    (model(torch.ones(1, 7), False).sum() * math.inf).backward()
+    mine.finish_backward()
+    result = mine.step(divisor=2, skip_overflow=False)
+    return result.overflow, all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_stage_1_by_hand_takes_a_step_that_must_not_be_skipped(run_ranks):
+    for overflow, finite in run_ranks(forced, 2):
+        assert not finite, f"skip_overflow is False, the norm is infinite, and the weights did not change ({overflow})"
+
+
+def test_stage_1_by_hand_accumulates(run_ranks):
+    results = run_ranks(by_hand, 2, 7, 3, 0.1)
+    assert_plain(results, "windows of 3 micro-batches")
+    window, once = results[0][1], run_ranks(by_hand, 2, 7, 1, 0.1)[0][1]
+    assert window == once, f"{window} elements for a window of 3 micro-batches, {once} for one micro-batch"
+
+
+class Kept(NamedTuple):
+    """Bytes per parameter before the third step, and after it; of the optimizer's state, and of other optimizers'; and
+    the part of the weights that is there a second time.
+    """
+    before: float
+    after: float
+    state: float
+    foreign: float
+    copied: float
+
+
+def kept_by_hand(width: int) -> Kept:
+    """What a rank holds."""
+    others = {id(o) for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)}
+    there, sizes = living(), []
+    model, optimizer, mine = started(width)
+    for step in range(3):
+        model(torch.ones(1, width), False).square().mean().backward()
+        mine.finish_backward()
+        mine.communicator.spare.by_size.clear()  # room to receive into, which is not a part of the answer
+        sizes.append(held(there))
+        mine.step(divisor=dist.get_world_size())
+    mine.communicator.spare.by_size.clear()
+    sizes.append(held(there))
+    kept = {key: t for key, t in storages().items() if key not in there}
+    foreign = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer) and id(o) not in others
+               and o is not optimizer]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    flats = [torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).float() for key, t in kept.items()
+             if key not in own]
+    copied = float(torch.isin(weights, torch.cat(flats)).float().mean())
+    return Kept(*(size / len(weights) for size in (*sizes[-2:], state_bytes([optimizer]),
+                                                   state_bytes(foreign))), copied)
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    return bytes_of(t for optimizer in optimizers for entry in optimizer.state.values()
+                    for t in entry.values() if isinstance(t, Tensor) and t.dim())
+
+
+def test_stage_1_by_hand_shards_the_optimizer(run_ranks):
+    results = run_ranks(kept_by_hand, 3, 100)
+    for rank, kept in enumerate(results):
+        assert kept.state < 1.05 * 8 / 3, \
+            f"rank {rank} of 3 holds {kept.state:.2f} bytes of optimizer state per parameter; 8 / 3 are its third"
+        assert kept.foreign == 0, f"rank {rank} has another optimizer, which holds {kept.foreign:.2f} bytes of state"
+    used = sum(kept.state for kept in results) / 8  # of the layers that have gradients
+    assert 0.9 < used < 1.01, f"all ranks together hold the state of {used:.0%} of the parameters"
+
+
+def test_stage_1_by_hand_keeps_nothing_else(run_ranks):
+    for rank, kept in enumerate(run_ranks(kept_by_hand, 3, 100)):
+        for when, size in (("before a step", kept.before), ("after a step", kept.after)):
+            assert size < 1.05 * (4 + 4 + 8 / 3), f"rank {rank} of 3 holds {size:.2f} bytes per parameter {when}; " \
+                "weights, gradients and its third of the state are 10.67"
+        assert kept.copied < 1 / 3 + 0.05, f"rank {rank} of 3 has {kept.copied:.0%} of the weights a second time"
+
+
+def test_stage_1_by_hand_sends_as_much_as_an_all_reduce(run_ranks):
+    for rank, (_, sent, count) in enumerate(run_ranks(by_hand, 2, 100, 1, 0.0)):
+        assert 0.95 * count < sent < 1.05 * count, \
+            f"rank {rank} of 2 sent {sent / count:.2f} elements per parameter; 1 is an all-reduce's"
+
+
+# --- The small steps -------------------------------------------------------------------------------------------------
+
+FLAT = torch.arange(8.0)
+
+
+def filled(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def sum_by_hand() -> tuple[Tensor, list[str]]:
+    tensor, log = filled(1000, dist.get_rank()), []
+    with Wire(log):
+        steps.all_reduce(tensor)
+    return tensor, log
+
+
+def test_all_reduce(run_ranks):
+    for ranks in (1, 3):
+        expected, results = sum(filled(1000, rank) for rank in range(ranks)), run_ranks(sum_by_hand, ranks)
+        for rank, (total, log) in enumerate(results):
+            assert (total - expected).abs().max() < 1e-5, f"rank {rank} of {ranks} has another sum"
+            assert torch.equal(total, results[0][0]), f"ranks 0 and {rank} differ in bits: they add in another order"
+            assert log == ["send"] * (ranks - 1), f"one isend to each other rank, and rank {rank} of {ranks} did {log}"
+
+
+def test_pad():
+    for count, ranks, length in ((8, 4, 8), (9, 4, 12), (1, 3, 3), (0, 2, 0), (7, 1, 7)):
+        flat = torch.arange(1.0, count + 1)
+        padded = steps.pad(flat, ranks)
+        assert padded.tolist() == flat.tolist() + [0.0] * (length - count), f"{count} elements, {ranks} ranks: {padded}"
+        assert steps.pad(flat.half(), ranks).dtype is torch.half, "the dtype has changed"
+
+
+def test_shard():
+    for ranks in (1, 2, 4):
+        flat = FLAT.clone()
+        shards = [steps.shard(flat, rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat(shards), flat), f"{ranks} ranks: the shards are {shards}"
+        assert {len(shard) for shard in shards} == {8 // ranks}, f"{ranks} ranks: shards differ in length"
+        shards[-1].zero_()
+        assert flat[-1] == 0, "writing to a shard does not change flat: it is a copy, and not a view"
+
+
+def test_bucket():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    values = [p.detach().clone() for p in model.parameters()]
+    flat = steps.bucket(list(model.parameters()), 4)
+    assert flat.shape == (12,) and not flat.requires_grad, f"11 elements for 4 ranks: flat is {flat}"
+    assert torch.equal(flat, torch.cat([*(v.flatten() for v in values), torch.zeros(1)])), "flat has other values"
+    assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values)), "the parameters have other values"
+    flat.fill_(2.0)
+    assert all(bool((p == 2).all()) for p in model.parameters()), "a parameter is no view of flat"
+
+
+def test_gradient_hook():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    plain, flat = copy.deepcopy(model), torch.zeros(24)
+    steps.gradient_hook(list(model.parameters()), flat)
+    for micro_batch in range(2):
+        for net in (plain, model):
+            net(torch.ones(2, 3) * (micro_batch + 1)).sum().backward()
+        expected = torch.cat([*(p.grad.flatten() for p in plain.parameters()), torch.zeros(3)])
+        assert torch.allclose(flat, expected), f"after backward {micro_batch}: off by {(flat - expected).abs().max()}"
+        assert all(p.grad is None for p in model.parameters()), "a gradient is kept in p.grad too"
+
+
+def sums_of_buckets() -> tuple[list[str], bool, list[float], int]:
+    """What happened in backward, whether rank 0 ended it before rank 1 began, the sums' errors, and how many works."""
+    torch.manual_seed(0)
+    model, log = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), []
+    plain = copy.deepcopy(model)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: log.append("gradient"))
+    buckets = [(list(layer.parameters()), torch.zeros(20)) for layer in (model[2], model[0])]
+    works = steps.overlap(buckets)
+    with after_rank_0() as early, Wire(log):
+        model(torch.ones(2, 4) * (1 + dist.get_rank())).sum().backward()
+    for work in works:
+        work.wait()
+    for rank in range(2):
+        plain(torch.ones(2, 4) * (1 + rank)).sum().backward()
+    expected = [torch.cat([p.grad.flatten() for p in layer.parameters()]) for layer in (plain[2], plain[0])]
+    return log, early, [float((flat - e).abs().max()) for (_, flat), e in zip(buckets, expected)], len(works)
+
+
+def test_overlap(run_ranks):
+    for rank, (log, early, errors, works) in enumerate(run_ranks(sums_of_buckets, 2)):
+        assert works == 2 == log.count("allreduce"), f"2 buckets, {works} works, and in backward {log}"
+        assert "allreduce" in log[:log.index("gradient") + 3], f"the first bucket waits for the second one: {log}"
+        assert early, f"backward on rank {rank} waits for that of the other rank"
+        assert max(errors) < 1e-5, f"rank {rank}: the buckets' sums are off by {errors}"
+
+
+def clipped(limit: float) -> tuple[float, Tensor, int]:
+    shard = filled(10, dist.get_rank())
+    with Wire() as wire:
+        norm = steps.clip(shard, limit)
+    return norm, shard, wire.elements
+
+
+def test_clip(run_ranks):
+    whole = torch.cat([filled(10, rank) for rank in range(2)])
+    for limit in (0.5, 100.0):
+        results = run_ranks(clipped, 2, limit)
+        expected = whole * min(1.0, limit / (float(whole.norm()) + 1e-6))
+        for rank, (norm, _, sent) in enumerate(results):
+            assert abs(norm - whole.norm()) < 1e-4, f"rank {rank}: norm {norm}; over all ranks it is {whole.norm()}"
+            assert sent <= 2, f"rank {rank} sends {sent} elements; the sum of squares is one"
+        gradient = torch.cat([shard for _, shard, _ in results])
+        assert torch.allclose(gradient, expected), f"limit {limit}: clipped to a norm of {gradient.norm()}"
+
+
+def gathered_and_freed() -> dict[str, Any]:
+    rank = dist.get_rank()
+    flat, own = torch.arange(8.0), torch.arange(4.0) + 4 * rank
+    view = flat[2:6].view(2, 2)
+    flat.untyped_storage().resize_(0)
+    with after_rank_0() as early, Wire() as wire:
+        work = steps.gather(flat, own)
+    work.wait()
+    told = {"early": early, "sent": wire.elements, "values": flat.tolist(), "view": view.tolist()}
+    flat += 10
+    steps.free(flat, own)
+    return told | {"bytes": flat.untyped_storage().nbytes() + view.untyped_storage().nbytes(), "own": own.tolist(), "shape": tuple(view.shape)}
+
+
+def test_gather(run_ranks):
+    for rank, told in enumerate(run_ranks(gathered_and_freed, 2)):
+        assert told["early"], "rank 0 waits for rank 1 inside the call"
+        assert told["sent"] == 4, f"rank {rank} sends {told['sent']} elements, and its shard has 4"
+        assert told["values"] == FLAT.tolist(), f"rank {rank} gathered {told['values']}"
+        assert told["view"] == [[2.0, 3.0], [4.0, 5.0]], f"a view of flat has {told['view']}: another storage"
+
+
+def test_free(run_ranks):
+    for rank, told in enumerate(run_ranks(gathered_and_freed, 2)):
+        assert told["bytes"] == 0, f"{told['bytes']} bytes of flat are left"
+        assert told["shape"] == (2, 2), f"a view of flat has the shape {told['shape']}"
+        assert told["own"] == [10.0 + 4 * rank + i for i in range(4)], f"rank {rank} keeps {told['own']}: changes go"
+
+
+class Layers:
+    """Layers that multiply by their number plus 1, and compute only while they are whole; ``log`` says what came."""
+
+    def __init__(self, count: int):
+        self.log, self.state = [], ["sharded"] * count
+        self.calls = [lambda x, i=i: self.compute(i, x) for i in range(count)]
+
+    def start(self, number: int) -> "Layers.Work":
+        self.log.append(f"start {number}")
+        assert self.state[number] == "sharded", f"layer {number} is gathered twice: {self.log}"
+        self.state[number] = "coming"
+        on_their_way = [i for i, state in enumerate(self.state) if state in ("coming", "whole")]
+        assert len(on_their_way) <= 2, f"layers {on_their_way} are whole or on their way: {self.log}"
+        return Layers.Work(self, number)
+
+    class Work:
+        def __init__(self, layers: "Layers", number: int):
+            self.layers, self.number = layers, number
+
+        def wait(self) -> None:
+            self.layers.log.append(f"wait {self.number}")
+            self.layers.state[self.number] = "whole"
+
+    def compute(self, number: int, x: Tensor) -> Tensor:
+        self.log.append(f"compute {number}")
+        assert self.state[number] == "whole", f"layer {number} computes while it is {self.state[number]}: {self.log}"
+        last = number + 1 == len(self.state)
+        assert last or self.state[number + 1] == "coming", f"layer {number + 1} is not on its way: {self.log}"
+        return x * (number + 1)
+
+    def free(self, number: int) -> None:
+        self.log.append(f"free {number}")
+        self.state[number] = "freed"
+
+
+def test_prefetch():
+    for count in (1, 2, 5):
+        layers = Layers(count)
+        result = steps.prefetch(layers.calls, layers.start, layers.free, torch.ones(1))
+        assert float(result) == torch.arange(1.0, count + 1).prod(), f"{count} layers give {result}: {layers.log}"
+        assert layers.state == ["freed"] * count, f"not every layer is freed: {layers.log}"
+
+
+def test_message_and_ring():
+    assert steps.message(1000, 0.5, 2000.0) == pytest.approx(1.0), "1,000 bytes at 2,000 a second, after half a second"
+    for ranks, seconds in ((1, 0.0), (2, 2 * (0.5 + 4.0)), (4, 6 * (0.5 + 2.0)), (8, 14 * (0.5 + 1.0))):
+        got = steps.ring(8000, ranks, 0.5, 1000.0)
+        assert got == pytest.approx(seconds), f"8,000 bytes, {ranks} ranks: {got} seconds, and not {seconds}"
+
+
+def test_communication():
+    for stage, seconds in ((0, 0.7505), (1, 0.7505), (2, 0.7505), (3, 1.12575)):
+        for compute in (1.0, 0.5, 2.0):
+            told = steps.communication(stage, 10**9 // 2, 4, 1e-3 / 12, 2e9, compute)
+            assert told == (pytest.approx(seconds), seconds > compute), f"stage {stage}, {compute} s computing: {told}"
