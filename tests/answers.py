@@ -379,14 +379,13 @@ class WarmupLR(Schedule):
         return low + (high - low) * self.fractions[min(t, len(self.fractions) - 1)]
 ''', '''
 class WarmupLR(Schedule):
-    def __init__(self, optimizer: Optimizer, *settings: Any, **named: Any):
-        names = "warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "last_batch_iteration"
-        given = {"warmup_min_lr": 0.0, "warmup_max_lr": None, "warmup_num_steps": 1000, "warmup_type": "log",
-                 "last_batch_iteration": -1} | dict(zip(names, settings)) | named
-        self.settings = given
+    def __init__(self, optimizer: Optimizer, warmup_min_lr: Rates = 0.0, warmup_max_lr: Rates | None = None,
+                 warmup_num_steps: int = 1000, warmup_type: str = "log", last_batch_iteration: int = -1):
+        self.settings = {"warmup_min_lr": warmup_min_lr, "warmup_max_lr": warmup_max_lr,
+                         "warmup_num_steps": warmup_num_steps, "warmup_type": warmup_type}
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        super().__init__(optimizer, given["last_batch_iteration"])
+        super().__init__(optimizer, last_batch_iteration)
 
     def of(self, name, group):
         value = self.settings[name]
@@ -441,7 +440,6 @@ class DynamicLossScaler(LossScaler):
             if bad and forgiven:
                 forgiven -= 1
             elif bad and scale <= minimum and number == len(self.history):
-                self.history.pop()
                 raise MinimumLossScaleError("at the minimum")
             elif bad:
                 scale = max(minimum, scale / 2)

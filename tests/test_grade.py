@@ -667,7 +667,7 @@ def test_a_wrong_answer_is_told_with_the_reason_the_difference_and_what_it_print
 def test_a_property_that_fails_shows_its_arguments(tmp_path, capsys):
     text, _ = wrong_answer("amp:DynamicLossScaler", "never halving")
     status, printed = graded(tmp_path, capsys, "amp:DynamicLossScaler", text)
-    assert status == 1 and "Falsifying example: test_the_scale_follows_the_rule" in printed, printed
+    assert status == 1 and "case: test_the_scale_follows_the_rule" in printed.replace("example", "case"), printed
     assert "overflows=[" in printed and "window 1, hysteresis 1, consecutive False, overflows (" in printed, printed
 
 
@@ -686,7 +686,7 @@ def test_files_that_cannot_be_graded_are_told_at_once(tmp_path, capsys, text, to
 
 @pytest.mark.long
 @pytest.mark.parametrize("text, status, told", [
-    ("import torhc\n" + answers.SCHEDULE, 2, "my.py: it does not import: ModuleNotFoundError: No module named 'torhc'"),
+    ("import torhc\n" + answers.SCHEDULE, 2, "it does not import: my.py:1: ModuleNotFoundError: No module named 'torhc'"),
     (answers.SCHEDULE.replace("k = max", "while True:\n            pass\n        k = max"), 1, "it hangs"),
 ])
 def test_files_that_do_not_import_or_hang_are_told(tmp_path, capsys, text, status, told):
@@ -756,8 +756,9 @@ def test_an_error_is_told_with_the_readers_line_and_once_where_it_stops_everythi
     told = "my.py:47: NameError: name 'x' is not defined"
     assert grade.essence(in_pytest, "my.py") == grade.essence(on_a_rank, "my.py") == told
     assert grade.essence(in_pytest, "other.py") == grade.essence(in_pytest) == told.partition(": ")[2]
-    drawn = in_pytest + "E   Falsifying example: test_rates(\nE       steps=3,\nE   )\n"
-    assert grade.essence(drawn, "my.py") == f"{told}\nFalsifying example: test_rates(\nsteps=3,\n)"
+    drawn = "Failing test case: test_rates(\n    steps=3,\n)\n"
+    for text in (in_pytest + "".join(f"E   {line}\n" for line in drawn.splitlines()), f"{on_a_rank}\n{drawn}"):
+        assert grade.essence(f"{text}more\n", "my.py") == f"{told}\nFailing test case: test_rates(\nsteps=3,\n)"
     checks = (Check("one", "why", ("a::one",)), Check("two", "why", ("a::two",)))
     failed, passed = grade.Outcome("failed", told), grade.Outcome("passed")
     longer = grade.Outcome("failed", f"{told}\nValueError: WarmupLR: {told}")

@@ -44,6 +44,7 @@ EVENTS = "GRADE_EVENTS"  # the environment variable that names the file to which
 ANSWER = "GRADE_ANSWER"  # and the one that has the name of the reader's file, as tracebacks show it
 MODULES = ("schedulers", "amp", "checkpointing", "zero")
 SLOW = 120.0  # seconds after which a test counts as hanging
+DRAWN = ("Failing test case", "Falsifying example")  # what Hypothesis says before a property's arguments
 PRINTED = 40  # lines of the reader's that are shown
 WIDTH = 70  # characters of a timeline
 
@@ -277,10 +278,10 @@ def _write(**event: str) -> None:
             file.write(json.dumps(event) + "\n")
 
 
-def pytest_configure(config: Any) -> None:
+def pytest_sessionstart(session: Any) -> None:
     """A hook of pytest's: its own report does not come between what the reader prints."""
     if EVENTS in os.environ:
-        config.pluginmanager.unregister(name="terminalreporter")
+        session.config.pluginmanager.unregister(name="terminalreporter")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -331,7 +332,9 @@ def essence(text: str, answer: str = "") -> str:
     told = (marked or _errors(text)[:1] or lines[-1:])[:4]
     before = text[:text.index(told[0])] if told else ""
     places = re.findall(rf'(?m)(?:^|[\s/"]){re.escape(answer)}(?:", line |:)(\d+)', before) if answer else []
-    drawn = next((marked[i:i + 20] for i, line in enumerate(marked) if line.startswith("Falsifying example")), [])
+    plain = [line.removeprefix("E  ").strip() for line in lines]
+    first = next((i for i, line in enumerate(plain) if line.startswith(DRAWN)), len(plain))
+    drawn = plain[first:first + 1 + (plain[first:] + [")"]).index(")")]
     told = [line for line in told if line not in drawn] + drawn
     return "\n".join([f"{answer}:{places[-1]}: {told[0]}", *told[1:]] if places else told)
 
