@@ -39,7 +39,6 @@ import os
 import random
 import re
 import secrets
-import shutil
 import sys
 import time
 import types
@@ -1533,12 +1532,12 @@ class _Progress:
 # --- Save and resume --------------------------------------------------------------------------------------------------
 #
 # A checkpoint is a folder:
-#     ID/rank_00000.bin    what rank 0 saved, as raw numbers, one piece after the other; so for every rank
-#     index                the ID, what lies where in its files, and plain data such as counters, schedule, buffers
+#     save_ID/rank_00000.bin   what rank 0 saved, as raw numbers, one piece after the other; so for every rank
+#     index                    the ID, what lies where in its files, and plain data such as counters, schedule, buffers
 # Next to the folders is the file latest, with the name of the one that load_checkpoint() takes.
 #
-# A save writes all into ID, a folder of its own, on which rank 0 has a lock; one rename of its index makes it the
-# checkpoint. Every save removes the folders ID that no index names and nobody has locked. So what a dead save leaves
+# A save writes all into save_ID, a folder of its own, on which rank 0 has a lock; one rename of its index makes it the
+# checkpoint. Every save removes such folders that no index names and nobody has locked. So what a dead save leaves
 # goes, and so does what a newer save replaces or keep_last lets go; and what another job writes stays.
 
 
@@ -1714,7 +1713,7 @@ class _Save:
 
     def _begin(self, states: list[bytes]) -> str:
         """Refuse a folder that is not ours; make this save's own, and lock it. Returns its name."""
-        name = secrets.token_hex(8)
+        name = f"save_{secrets.token_hex(8)}"
         self.index |= _merged([_from_bytes(data) for data in states]) | {"id": name}
         if self.folder.is_symlink():
             raise CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag whose "
@@ -1777,10 +1776,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _sweep(save_dir: Path) -> None:
     """Remove the folders of saves that no index names and nobody has locked. What can't be removed stays."""
-    for own in save_dir.glob(f"[!.]*/{'[0-9a-f]' * 16}"):
+    for own in save_dir.glob(f"[!.]*/save_{'[0-9a-f]' * 16}"):
         with suppress(OSError, CheckpointError), _locked(own):
             if not (own.parent / "index").exists() or _read_index(own.parent)["id"] != own.name:
-                shutil.rmtree(own)
+                for path in [*own.glob("rank_*.bin"), own / "index", own / "latest"]:
+                    path.unlink(missing_ok=True)
+                own.rmdir()
                 own.parent.rmdir()  # stays where others' files are in it, or a checkpoint
 
 

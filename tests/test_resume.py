@@ -448,7 +448,8 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
     if first:
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "index").write_text('{"fps": 30}')
-        (tmp_path / "step7").mkdir()
+        (tmp_path / "step7" / "save_0123456789abcdef").mkdir(parents=True)
+        (tmp_path / "step7" / "save_0123456789abcdef" / "notes").write_text("of another program")
         (tmp_path / "step7" / "tokenizer.json").write_text("{}")
     for step in (3, 9, 5, 7, 7):
         engine.global_steps = step
@@ -460,8 +461,9 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
     dist.barrier()
     left = ["best", "data", "latest", "step3", "step7", "step9"]
     assert folders(tmp_path) == left
+    assert (tmp_path / "step7" / "save_0123456789abcdef" / "notes").exists()
     files = folders(tmp_path / "step7")
-    assert len(files) == 3 and files[1:] == ["index", "tokenizer.json"], "and the folder of one save"
+    assert [name.split("_")[0] for name in files] == ["index", "save", "save", "tokenizer.json"]
     dist.barrier()
     if first:
         (tmp_path / "step7" / "file").write_text("")
@@ -470,7 +472,7 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
                                 (tmp_path / "step7", "file", "File exists|Not a directory")):
         with pytest.raises(zero.CheckpointError, match=told):
             engine.save_checkpoint(save_dir, tag)
-    assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 4
+    assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 5
     assert engine.load_checkpoint(tmp_path)[0].endswith("step9") and engine.load_checkpoint(tmp_path, "best")
 
 
