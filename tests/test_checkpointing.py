@@ -660,12 +660,6 @@ def test_other_expensive_operations_when_recomputed_are_an_error():
 
 
 @pytest.mark.parametrize("config, told", [
-    ({"module": []}, "unknown key activation_checkpointing.module, .* did you mean 'modules'"),
-    ({"cpu_checkpointing": 2}, "cpu_checkpointing is 2; allowed: true or false"),
-    ({"profile": "yes"}, "profile is 'yes'"),
-    ({"number_checkpoints": 0}, "number_checkpoints is 0; allowed: a whole number from 1 up"),
-    ({"number_checkpoints": True}, "number_checkpoints is True"),
-    ({"mode": "some"}, "mode is 'some'; allowed: full or selective"),
     ({"modules": "Block"}, "activation_checkpointing.modules is 'Block'; allowed: a list of strings or null"),
     ({"modules": [3]}, r"modules is \[3\]"),
     ({"modules": ["Blok", "head"]}, "modules has 'Blok', which no module matches; did you mean 'Block'"),
