@@ -16,10 +16,10 @@ stops at the last slot, as nothing after it is needed. The alternative is an aut
 of its own ("reentrant"). It fails with ``torch.autograd.grad``, and where no input needs a gradient.
 
 **What must be the same both times.** The second run starts from the random state of CPU and GPU that the first one
-found (or dropout would drop other elements) and under the same autocast. Beyond that a function must do the same twice:
-it may not modify its inputs, depend on what changes in between, or draw from a generator of its own. Where the saved
-tensors then differ in number, shape, dtype or device, a RecomputationError tells the first difference; a difference in
-their values alone goes unnoticed.
+found, or dropout would drop other elements. It runs under the same autocast. Beyond that a function must do the same
+twice: it may not modify its inputs, depend on what changes in between, or draw from a generator of its own. Where the
+saved tensors then differ in number, shape, dtype or device, a RecomputationError names the first difference. A
+difference in their values alone goes unnoticed.
 
     CheckpointingConfig   the section ``activation_checkpointing``; its presence turns recomputation on
     checkpoint            one call is a region, of one block or of several; for code that picks its own regions

@@ -13,9 +13,9 @@ On two machines, the same command on each, but for its --node_rank; the address 
 Processes are started by PyTorch's launcher (torch.distributed.run, "torchrun"), and all of its options may be given.
 In addition:
 
-- When a process fails, all are stopped, and the end of what the first one to fail wrote to stderr is the last thing on
-  the screen. The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr
-  goes through a file, and each line begins with the rank (--tee 2); --tee 0 leaves it alone.
+- When a process fails, all are stopped. The last lines on the screen are what the first one to fail wrote to stderr.
+  The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr goes through
+  a file, and each line begins with the rank (--tee 2); --tee 0 leaves it alone.
 - With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
   itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
   PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
@@ -24,7 +24,7 @@ In addition:
   or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
 - On Linux, gloo uses the network interface that leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it.
 - DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
-  machines, so that there is no --hostfile.
+  machines, so there is no --hostfile.
 
 A script finds its place in the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
 --nproc_per_node, SCRIPT gets a process per GPU, or one.
@@ -118,7 +118,7 @@ def documented_example(zero_stage: int = 0) -> None:
 
 
 def set_rendezvous(options: argparse.Namespace) -> None:
-    """Make of the options what PyTorch's launcher needs; ValueError where they don't say enough, or too much.
+    """Turn the options into what PyTorch's launcher needs; ValueError where they say too little, or contradict.
 
     Where machines and processes are fixed, they meet once, and node 0 is known ("static"). Where processes may start
     again, or machines may be missing, they meet before each start, in a store that node 0 keeps ("c10d").
@@ -178,7 +178,7 @@ def address_of(interface: str) -> str:
     return ""
 
 
-# --- Running, and telling what went wrong -----------------------------------------------------------------------------
+# --- Running, and reporting failures ----------------------------------------------------------------------------------
 
 
 def join_with_new_store(handler: DynamicRendezvousHandler,
@@ -201,8 +201,8 @@ def stderr_of(failure: ProcessFailure, log_dir: str) -> Path:
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=Path(os.devnull))
 
 
-def tell_failure(error: ChildFailedError, script: str, log_dir: str) -> int:
-    """Say which process failed first, and what it last wrote to stderr, if that is in a file; returns the exit code."""
+def report_failure(error: ChildFailedError, script: str, log_dir: str) -> int:
+    """Report which process failed first, and the end of its stderr, if that is in a file; returns the exit code."""
     # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
     # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
     # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
@@ -238,7 +238,7 @@ def start_processes(options: argparse.Namespace) -> int:
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            return tell_failure(error, options.training_script, options.log_dir)
+            return report_failure(error, options.training_script, options.log_dir)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval

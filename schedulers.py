@@ -1,7 +1,7 @@
 """Learning-rate (and momentum) schedules, with DeepSpeed's names, parameters and numbers.
 
-A schedule here is a pure function of one integer ``t``: how often it has been stepped. Nothing is accumulated on the
-way, so ``t`` is all there is to save, resuming is exact, and a schedule can be looked at without training.
+A schedule here is a pure function of one integer ``t``: how often it has been stepped. Nothing accumulates on the way.
+So ``t`` is all there is to save, resuming is exact, and a schedule can be drawn without training.
 
 When does a rate apply? The constructor puts ``rate(0)`` in force, the n-th ``step()`` puts ``rate(n)`` in force.
 Training calls ``optimizer.step()`` and then ``scheduler.step()``, so optimizer step n, counted from 0, runs at
@@ -15,7 +15,7 @@ warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that
     build       a schedule by its name; most classes of ``torch.optim.lr_scheduler`` go by theirs
     preview     the rates of a schedule without training
 
-Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. A wrong value raises a
+Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. An invalid value raises a
 ``ValueError`` that names the parameter, what was given and what is allowed.
 
     python schedulers.py                   draw them all, as schedules.png

@@ -123,7 +123,7 @@ def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
             failures[rank] = ProcessFailure(rank, 0, code, "")
             failures[rank].timestamp = int(1e9 + seen)
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        code = launch.tell_failure(ChildFailedError("train.py", failures), "train.py", str(folder))
+        code = launch.report_failure(ChildFailedError("train.py", failures), "train.py", str(folder))
     return code, err.getvalue()
 
 
