@@ -73,6 +73,12 @@ import zero
 logger = logging.getLogger("engine")
 
 
+def _warn(text: str, *values: Any) -> None:
+    """Log a warning, on rank 0."""
+    if int(os.environ.get("RANK", dist.get_rank() if dist.is_initialized() else 0)) == 0:
+        logger.warning(text, *values)
+
+
 # --- The config -------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +176,7 @@ class Config(amp.PrecisionConfig):
         "vocabulary_size": "nothing depends on it",
         "zero_force_ds_cpu_optimizer": "the optimizer is PyTorch's, on any device",
         **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"),
-                        "no log is written; the script can log what engine.get_lr() and the loss tell")}
+                        "no log is written; the script can log engine.get_lr() and the loss")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,7 +227,7 @@ NOT_HERE |= {f"zero_optimization.{key}" for key in (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "mics_shard_size", "mics_hierarchical_params_gather", "zenflow")}
 
-# Of the keys without effect (NO_EFFECT of each section), those where "false" is worth a word as well.
+# Of the keys without effect (NO_EFFECT of each section), those where "false" needs a warning as well.
 ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "optimizer.adam_w_mode"}
 
 # Former spellings, and where the value goes now.
@@ -259,7 +265,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     if undecided:
         raise ConfigError(f'"auto" can\'t be decided here: {", ".join(undecided)}; write values. Hugging Face\'s '
                           "Trainer and Accelerate fill them in before DeepSpeed reads the config")
-    parser.tell()
+    parser.warn()
     return result
 
 
@@ -298,22 +304,21 @@ def _object(pairs: Iterable[tuple[Any, Any]], place: str = "the config") -> dict
 
 
 class _Parser:
-    """What makes dataclasses of JSON, and remembers what the config holds that is worth a word."""
+    """Makes dataclasses of JSON, and remembers what the config holds that needs a warning."""
 
     def __init__(self) -> None:
         self.former: list[str] = []          # former spellings
         self.autos: list[str] = []           # keys that are "auto"
         self.without_effect: list[str] = []  # keys, and why they have none
 
-    def tell(self) -> None:
-        """Log what is worth a word, on rank 0."""
-        warnings = list(self.former)
+    def warn(self) -> None:
+        """Log what the config holds that needs a warning."""
+        for text in self.former:
+            _warn("config: %s", text)
         if self.autos:
-            warnings.append(f'"auto", so the default or what the other keys say: {", ".join(self.autos)}')
+            _warn('config: "auto", so the default or what the other keys say: %s', ", ".join(self.autos))
         if self.without_effect:
-            warnings.append(f"without effect here: {'; '.join(self.without_effect)}")
-        for text in warnings if int(os.environ.get("RANK", 0)) == 0 else ():
-            logger.warning("config: %s", text)
+            _warn("config: without effect here: %s", "; ".join(self.without_effect))
 
     def respell(self, raw: dict[str, Any]) -> None:
         """Give former spellings their present ones, in place."""
@@ -346,11 +351,11 @@ class _Parser:
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
         needed = {f.name for f in fields(cls) if f.default is f.default_factory}  # where both are MISSING
         switches = {"enabled", "device"} & known.keys()
-        if switches and _is_off(raw):  # then the other keys are not judged
+        if switches and _is_off(raw):  # then the other keys are not checked
             raw = {key: raw[key] for key in switches & raw.keys() if raw[key] is not None}
         for key, value in raw.items():
             if key not in known:
-                self.judge(f"{path}{key}", value, known, idle.get(key))
+                self.check_unknown(f"{path}{key}", value, known, idle.get(key))
                 continue
             f = known[key]
             if _is_auto(value):
@@ -366,7 +371,7 @@ class _Parser:
         except ValueError as error:  # a section's own checks
             raise ConfigError(str(error)) from None
 
-    def judge(self, path: str, value: Any, known: Iterable[str], idle: str | None) -> None:
+    def check_unknown(self, path: str, value: Any, known: Iterable[str], idle: str | None) -> None:
         """Refuse a key that is no field, unless it says that something is off. ``idle``: why it has no effect."""
         if idle is not None:
             if not _is_off(value) or path in ALWAYS_ON and value is not None:
@@ -751,9 +756,9 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
         raise ConfigError(f"optimizer.params {section.params} for {cls.__name__}: {error}") from error
     for group in optimizer.param_groups if fused else ():
         group["fused"] = not any(p.is_complex() for p in group["params"])  # which PyTorch's kernels do not know
-    if name in BY_NAME and name != cls.__name__ and int(os.environ.get("RANK", 0)) == 0:
-        logger.warning("optimizer.type %s is %s.%s here%s", name, cls.__module__, cls.__name__,
-                       ", with PyTorch's fused kernel" if fused else "")
+    if name in BY_NAME and name != cls.__name__:
+        _warn("optimizer.type %s is %s.%s here%s", name, cls.__module__, cls.__name__,
+              ", with PyTorch's fused kernel" if fused else "")
     return optimizer
 
 
@@ -1252,9 +1257,8 @@ class Engine(nn.Module):
         self.scaler.update(result.overflow, result.culprit)
         self._show_scale()
         if result.overflow:
-            if self.global_rank == 0:
-                logger.warning("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so "
-                               "far)", result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
+            _warn("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
+                  result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
             return
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
@@ -1353,9 +1357,9 @@ class Engine(nn.Module):
         """
         folder = Path(save_dir) / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
         self.wait_for_save()
-        if self._inside_window() and self.global_rank == 0:
-            logger.warning("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a "
-                           "resumed run goes on without them")
+        if self._inside_window():
+            _warn("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a resumed "
+                  "run goes on without them")
         save = _Save(self, folder, client_state, save_latest, not exclude_frozen_parameters)
         if not self.config.checkpoint.async_:
             save.write()
@@ -1397,8 +1401,7 @@ class Engine(nn.Module):
         nothing_there = tag is None and not (Path(load_dir) / "latest").exists()
         folder = _on_rank_0(lambda: None if nothing_there else _checkpoint_folder(load_dir, tag))
         if folder is None:
-            if self.global_rank == 0:
-                logger.warning("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
+            _warn("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
             return None, None
         self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
@@ -1455,7 +1458,7 @@ class Engine(nn.Module):
     # What it takes, and its end.
 
     def memory_report(self) -> zero.Estimate:
-        """The bytes that this rank holds now, by category, beside what ``estimate`` says; print it."""
+        """The bytes that this rank holds now, by category, compared with what ``estimate`` says; print it."""
         found = estimate(self.module, self.config, self.world_size, dtypes=self.precision.path, device=self.device,
                          rank=self.global_rank, groups=zero.groups_to_estimate(self.zero))
         return replace(found, measured=zero.measure(self.zero, self.module))
@@ -1897,15 +1900,12 @@ class _Reader:
         if rank not in self.files:
             path = self.folder / self.index["id"] / _file_of(rank)
             try:
-                self.files[rank] = open(path, "rb", buffering=0)
+                self.files[rank] = open(path, "rb")
             except OSError as error:
                 raise CheckpointError(f"{path} can't be read ({error.strerror}): the checkpoint is not complete, or is "
                                       "being saved anew; load another tag") from None
         self.files[rank].seek(start)
-        done = 0
-        while count := self.files[rank].readinto(memory[done:]):  # the system gives 2 GiB at once, at most
-            done += count
-        return memory[:done]
+        return memory[:self.files[rank].readinto(memory)]
 
     def close(self) -> None:
         """Close the files."""
@@ -2351,8 +2351,8 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
 
 def _tell_unused(name: str, section: OptimizerConfig | SchedulerConfig | None, used: Any) -> None:
     if section is not None and section.type.lower() != type(used).__name__.lower():
-        logger.warning("the %s given to initialize() is used; the config's %s section (%s) is not",
-                       type(used).__name__, name, section.type)
+        _warn("the %s given to initialize() is used; the config's %s section (%s) is not", type(used).__name__, name,
+              section.type)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -2578,7 +2578,7 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
     if isinstance(section, dict):
         section |= {key: value for key, value in given.items() if value is not None}
     config = parser.section(recompute.CheckpointingConfig, section, "activation_checkpointing.")
-    parser.tell()
+    parser.warn()
     return recompute.configure(config)
 
 
