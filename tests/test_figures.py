@@ -48,6 +48,12 @@ def test_what_ranks_hold_lies_within_the_whole_and_covers_it(run_ranks):
             assert end > 0.98 * whole, f"stage {stage}, {kind}: {rows}"
 
 
+def test_a_gradient_that_a_bucket_took_is_counted_once(run_ranks):
+    ((samples, _),) = run_ranks(figures.memory_of_a_step, 1, 0)
+    parameters, most = (max(sample[kind] for sample in samples) for kind in ("parameters", "gradients"))
+    assert parameters <= most < 1.2 * parameters, "a buffer as large as the parameters, and a gradient on its way"
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_all_pictures_are_made(request, tmp_path, name):
     if not request.config.getoption("--long"):

@@ -155,7 +155,8 @@ def known_storages(engine: deepspeed.Engine) -> dict[int, tuple[str, int]]:
             note("gradients", bucket.gradients.buffer, bucket.gradients.sum, bucket.gradients.send_buffer)
     for state in engine.optimizer.state.values():
         note("optimizer state", *(v for v in state.values() if isinstance(v, Tensor) and v.dim()))
-    note("gradients", *(slot.parameter.grad for bucket in engine.zero.buckets for slot in bucket.slots))
+    grads = [slot.parameter.grad for bucket in engine.zero.buckets for slot in bucket.slots]
+    note("gradients", *(grad for grad in grads if not isinstance(grad, zero.TakenGradient)))  # that has no memory
     note("receive buffers", *engine.zero.communicator.spare.free)
     return found
 
@@ -283,7 +284,8 @@ def pieces_held(stage: int) -> tuple[list[tuple[str, int, int, int]], int]:
     count = sum(bucket.numel for bucket in engine.zero.buckets)
     sharded = engine.zero.sharded
     rows = []
-    for kind, size, apart in (("parameters", 4 * count, sharded.parameters), ("gradients", 4 * count, sharded.gradients),
+    for kind, size, apart in (("parameters", 4 * count, sharded.parameters),
+                              ("gradients", 4 * count, sharded.gradients),
                               ("optimizer state", 8 * count, sharded.optimizer)):
         held = sum(n for k, n in known if k == kind)  # of optimizer state a little less: padding has none
         rows.append((kind, held, engine.global_rank * size // engine.world_size if apart else 0, size))
@@ -390,7 +392,8 @@ def bucket() -> Figure:
     for (name, begin, end), colour in zip(slots, (SKY, ORANGE, YELLOW, PURPLE)):
         axis.add_patch(Rectangle((begin, 1), end - begin, 0.9, facecolor=colour, edgecolor=GREY))
         middle = (begin + end) / 2
-        axis.annotate(name, (middle, 1.9), (middle, 2.25 if name.endswith("weight") else 2.75), ha="center", fontsize=14,
+        height = 2.25 if name.endswith("weight") else 2.75
+        axis.annotate(name, (middle, 1.9), (middle, height), ha="center", fontsize=14,
                       arrowprops={"arrowstyle": "-", "color": GREY})
     for rank, (begin, end) in enumerate(zip(bounds, bounds[1:])):
         axis.add_patch(Rectangle((begin + 2, 0), end - begin - 4, 0.6, facecolor=PALE))
