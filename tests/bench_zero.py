@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/bench_zero.py                                        2 processes on 2 CPU cores, some minutes
     .venv/bin/python tests/bench_zero.py --contenders ddp ours0 ours1 --rounds 5
+    .venv/bin/python tests/bench_zero.py --nproc 1 --contenders none ours0      the engine beside a hand-written loop
     .venv/bin/python tests/bench_zero.py --device cuda --nproc 8 --precision bf16 --dim 2048 --layers 24 --batch 4
     .venv/bin/python tests/bench_zero.py --rounds 1 --steps 3 --dim 64 --layers 2      does it run at all: a minute
 

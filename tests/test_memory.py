@@ -8,11 +8,14 @@ import copy
 import ctypes
 import gc
 import json
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,11 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import engine as deepspeed
-import simulate_scale
 import train_gpt
 import zero
 from conftest import memory, on_ranks
-from oracle import STAGES, Mlp, square, start
+from oracle import STAGES, Mlp, Model, chain, square, start
 
 COUNT = 64 * 64 * 12 * 20  # parameters, of which none is padding at any number of ranks below
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,8 +41,20 @@ def config_of(stage: int, precision: str, **section: Any) -> dict[str, Any]:
     return {**CONFIGS[precision], "zero_optimization": {"stage": stage, **section}}
 
 
+RANKS = (1, 4, 16, 64, 256, 1024)
+PRECISIONS = {
+    "fp32": zero.Dtypes(*[torch.float32] * 4),
+    "bf16": zero.Dtypes(torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),      # the paper's case
+    "bf16-fp32": zero.Dtypes(torch.bfloat16, torch.float32, torch.float32, torch.float32)}   # gradients in fp32
+TABLE: dict[str, list[Callable[[int], float]]] = {  # bytes per parameter with N ranks, by stage; N = 1 is stage 0
+    "fp32": [lambda n: 16, lambda n: 8 + 8 / n, lambda n: 4 + 12 / n, lambda n: 16 / n],
+    "bf16": [lambda n: 16, lambda n: 4 + 12 / n, lambda n: 2 + 14 / n, lambda n: 14 / n],
+    "bf16-fp32": [lambda n: 18, lambda n: 6 + 12 / n, lambda n: 2 + 16 / n, lambda n: 16 / n]}
+STATES = ("parameters", "gradients", "masters", "optimizer_state")
+
+
 def states_of(held: zero.Estimate) -> int:
-    return sum(held.bytes(name, "device") for name in simulate_scale.STATES)
+    return sum(held.bytes(name, "device") for name in STATES)
 
 
 # --- The estimate against its table -----------------------------------------------------------------------------------
@@ -51,7 +65,7 @@ def states_of(held: zero.Estimate) -> int:
 def test_bytes_per_parameter_are_those_of_the_table(stage, precision):
     for ranks in (1, 3, 64):
         held = deepspeed.estimate(COUNT, config_of(stage, precision), ranks)
-        expected = simulate_scale.TABLE[precision][stage if ranks > 1 else 0](ranks) * COUNT
+        expected = TABLE[precision][stage if ranks > 1 else 0](ranks) * COUNT
         assert states_of(held) == pytest.approx(expected, rel=1e-12), f"{ranks} ranks: {held}"
 
 
@@ -84,7 +98,7 @@ def test_offload_moves_what_the_optimizer_works_on_and_shards_of_parameters(
 
 
 def test_an_estimate_takes_what_a_config_and_an_optimizer_mean():
-    bf16, dtypes = config_of(2, "bf16"), simulate_scale.PRECISIONS["bf16"]
+    bf16, dtypes = config_of(2, "bf16"), PRECISIONS["bf16"]
     sizes = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, **bf16}
     assert deepspeed.estimate(COUNT, sizes, 4) == deepspeed.estimate(COUNT, bf16, 4, micro_batches=3)
     assert deepspeed.estimate(COUNT, sizes, 4) != deepspeed.estimate(COUNT, bf16, 4)
@@ -102,6 +116,15 @@ def test_an_estimate_takes_what_a_config_and_an_optimizer_mean():
     text = str(deepspeed.estimate((COUNT, COUNT // 4), config_of(3, "bf16", offload_optimizer=CPU), 4))
     for word in (*zero.CATEGORIES, "device", "cpu", f"{COUNT:,}"):
         assert word.replace("_", " ") in text
+
+
+def note_live(most: dict[str, int], state: zero.Zero, model: nn.Module) -> None:
+    """Raise ``most`` to the bytes that are held now, by category, anywhere."""
+    held: Counter = Counter()
+    for (category, _), size in zero.measure(state, model).items():
+        held[category] += size
+    for name, size in held.items():
+        most[name] = max(most.get(name, 0), size)
 
 
 # --- Against engines that are alive -----------------------------------------------------------------------------------
@@ -148,14 +171,15 @@ def muon(groups: list[dict], lr: float) -> deepspeed.Muon:
 
 SGD, ADAM = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
 ALIVE = [  # ranks, stage, precision, section, micro-batches, model, how many param groups, optimizer
-    *((ranks, stage, *(("fp32", {}, 1), ("bf16", {}, 1), ("bf16", {}, 3), ("bf16-fp32", {}, 1))[(stage + 2 * ranks) % 4],
-       Odd, 1, ADAM) for ranks in (1, 2, 3) for stage in STAGES),
+    *((ranks, stage, *(("fp32", {}, 1), ("bf16", {}, 1), ("bf16", {}, 3), ("bf16-fp32", {}, 1))[
+        (stage + 2 * ranks) % 4], Odd, 1, ADAM) for ranks in (1, 2, 3) for stage in STAGES),
     (2, 1, "bf16", {"offload_optimizer": CPU}, 2, Odd, 1, SGD),
     (1, 0, "fp32", {"offload_optimizer": NVME}, 2, Odd, 1, SGD),
     (2, 3, "bf16-fp32", {"offload_optimizer": NVME, "offload_param": CPU}, 2, Odd, 1, SGD),
     (1, 3, "bf16-fp32", {"offload_optimizer": CPU, "offload_param": CPU}, 2, Odd, 1, SGD),
     (2, 3, "fp32", {"offload_param": NVME}, 2, Odd, 1, SGD),
-    *((2, stage, "bf16", section, 2, model, groups, kind) for stage in (3, 0, 1, 2) for section, model, groups, kind in (
+    *((2, stage, "bf16", section, 2, model, groups, kind)
+      for stage in (3, 0, 1, 2) for section, model, groups, kind in (
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, Odd, 2, ADAM), ({}, Odd, 2, muon),
         ({}, Tangled, 1, torch.optim.SGD), ({}, Odd, 2, Whole)))]
 
@@ -178,8 +202,7 @@ def test_an_engine_holds_and_sends_what_was_estimated_to_the_byte(
         model=model, optimizer=kind([{"params": part} for part in parts[:groups]], lr=0.01), config=config)
 
     def watch(*_: Any) -> None:
-        for name, held in simulate_scale.live_bytes(engine.zero, engine.module).items():
-            most[name] = max(most.get(name, 0), held)
+        note_live(most, engine.zero, engine.module)
 
     for module in model.modules() if not offloads else ():
         module.register_forward_hook(watch)
@@ -222,40 +245,131 @@ def test_an_estimate_leaves_no_trace():
     assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
 
 
-# --- Against one simulated rank of many -------------------------------------------------------------------------------
+# --- One simulated rank of many ---------------------------------------------------------------------------------------
+# One process takes the place of one rank of N and runs the real code: the rehearsal of ``zero.estimate``, with a real
+# model in the stand-in's place. Tensors are on the meta device: they have a shape and a storage of so many bytes, but
+# no memory; collectives are counted, and nothing is sent.
 
 
-@pytest.mark.parametrize("stage, ranks", [pytest.param(stage, ranks, marks=() if (stage, ranks) == (3, 1024) else
-                         pytest.mark.long) for stage in STAGES for ranks in simulate_scale.RANKS])
-def test_a_rank_of_a_large_model_holds_what_the_papers_table_says(stage, ranks):
-    size, dtypes = simulate_scale.SIZES["7.5B"], simulate_scale.PRECISIONS["bf16"]
-    got, effective = simulate_scale.measure(size, stage, ranks, dtypes), stage if ranks > 1 else 0
-    table = simulate_scale.TABLE["bf16"][effective](ranks) * got.parameters
-    assert table <= got.states <= 1.01 * table
-    shard16 = 2 * 7.5e9 / ranks if effective == 3 else 0  # the paper counts it beside the masters
-    paper = PAPER_GB[max(1, stage)][simulate_scale.RANKS.index(ranks)] * 1e9 if stage else 120e9
-    # 1 %, and half of the last digit that the paper prints
-    assert got.states + shard16 == pytest.approx(paper, rel=0.01, abs=0.05e9 if paper > 2e9 else 0.005e9)
-    estimated = zero.estimate(simulate_scale.gpt(size), zero.ZeroConfig(
-        stage=stage, reduce_bucket_size=simulate_scale.BUCKET), ranks, dtypes=dtypes)
+class Size(NamedTuple):
+    """A GPT's shape."""
+    dim: int
+    layers: int
+    heads: int
+
+
+SIZES = {"7.5B": Size(4224, 35, 33), "128B": Size(11264, 84, 88), "1T": Size(25600, 127, 200)}
+META, BUCKET = torch.device("meta"), 2**25  # elements; what reduce_bucket_size "auto" means on a GPU for a large model
+
+
+def shard(model: nn.Module, config: zero.ZeroConfig, dtypes: zero.Dtypes, world_size: int) -> zero.RehearsedZero:
+    """The model, which is on the meta device, under ZeRO with AdamW: the rank in the middle."""
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    return zero.RehearsedZero(model, optimizer, config, META, lambda parameter: dtypes,
+                              communicator=zero.Rehearsal(world_size, world_size // 2))
+
+
+def gpt(size: Size) -> train_gpt.GPT:
+    """A GPT without memory."""
+    with META:
+        return train_gpt.GPT(*size, context=1024)
+
+
+def step(model: nn.Module, state: zero.Zero) -> None:
+    """One optimizer step of one micro-batch of 8 tokens."""
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=META)
+    model(ids, ids).backward()
+    state.finish_backward()
+    state.step(clip=1.0, divisor=state.divisor)
+
+
+def measure(size: Size, stage: int, world_size: int, dtypes: zero.Dtypes) -> tuple[int, dict[str, int], int]:
+    """Parameters; bytes at most in a step, by category; elements that a step sends."""
+    model, most = gpt(size), {}
+    state = shard(model, zero.ZeroConfig(stage=stage, reduce_bucket_size=BUCKET), dtypes, world_size)
+
+    def watch(*_: Any) -> None:
+        note_live(most, state, model)
+
+    handle = state.optimizer.register_step_pre_hook(watch)
+    step(model, state)
+    watch()
+    handle.remove()
+    state.communicator.traffic.clear()
+    step(model, state)
+    most["live"] = max(most["live"], state.most)
+    state.release()
+    sent = sum(record.elements for record in state.communicator.traffic.values())
+    return sum(p.numel() for p in model.parameters()), most, sent
+
+
+@pytest.mark.parametrize("size, stage, ranks", [
+    pytest.param(size, stage, ranks, marks=() if (size, stage, ranks) == ("7.5B", 3, 1024) else pytest.mark.long)
+    for size in SIZES for stage in STAGES for ranks in RANKS])
+def test_a_rank_of_a_large_model_holds_what_the_papers_table_says(size, stage, ranks):
+    parameters, held, sent = measure(SIZES[size], stage, ranks, PRECISIONS["bf16"])
+    effective = stage if ranks > 1 else 0
+    table, states = TABLE["bf16"][effective](ranks) * parameters, sum(held[name] for name in STATES)
+    assert table <= states <= 1.01 * table
+    if size == "7.5B":
+        shard16 = 2 * 7.5e9 / ranks if effective == 3 else 0  # the paper counts it beside the masters
+        paper = PAPER_GB[max(1, stage)][RANKS.index(ranks)] * 1e9 if stage else 120e9
+        # 1 %, and half of the last digit that the paper prints
+        assert states + shard16 == pytest.approx(paper, rel=0.01, abs=0.05e9 if paper > 2e9 else 0.005e9)
+    estimated = zero.estimate(gpt(SIZES[size]), zero.ZeroConfig(stage=stage, reduce_bucket_size=BUCKET), ranks,
+                              dtypes=PRECISIONS["bf16"])
     for name in zero.CATEGORIES:
-        most = 1.05 * got.bytes[name] if name == "live" else got.bytes[name]
-        assert got.bytes[name] <= estimated.bytes(name) <= most, name
-    sent = (0 if ranks == 1 else 3 if stage == 3 else 2) * got.parameters * (ranks - 1) / ranks
-    assert sent <= got.sent <= 1.01 * sent, "elements sent"
+        assert held[name] <= estimated.bytes(name) <= (1.05 if name == "live" else 1) * held[name], name
+    least = (0 if ranks == 1 else 3 if stage == 3 else 2) * parameters * (ranks - 1) / ranks
+    assert least <= sent <= 1.01 * least, "elements sent"
+
+
+def lines_run(work: Callable[[], None]) -> int:
+    """Lines of zero.py that ``work`` runs, a turn of a loop or comprehension counting as one: no clock is needed."""
+    lines = 0
+
+    def each(frame: FrameType, event: str, argument: Any) -> Callable | None:
+        nonlocal lines
+        lines += event == "line"
+        return each
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: each if frame.f_code.co_filename == zero.__file__ else None)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def chain_of(layers: int) -> Model:
+    """Blocks of two small layers: little work for the model, so that the work for its units shows."""
+    return Model(lambda m, ids, targets: chain(m, m.token(ids)).sum(), token=nn.Embedding(16, 16), blocks=[
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(layers)])
+
+
+def work_of(layers: int, world_size: int, config: zero.ZeroConfig) -> dict[str, float]:
+    """Lines of zero.py that one rank runs for a chain of so many blocks: for set-up, and for the second step."""
+    with META:
+        model = chain_of(layers)
+    made: list[zero.Zero] = []
+    work = {"set-up": lines_run(lambda: made.append(shard(model, config, PRECISIONS["bf16"], world_size)))}
+    made[0].communicator.watch = lambda: None  # no engine does that
+    step(model, made[0])
+    work["step"] = lines_run(lambda: step(model, made[0]))
+    made[0].release()
+    return work
 
 
 @pytest.mark.parametrize("section", [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 3, "overlap_comm": False}])
 def test_work_grows_no_faster_than_the_units(section, is_long):
     """From 8 blocks to 24; with --long, from 12 to 48."""
-    config = zero.ZeroConfig(reduce_bucket_size=512, **section)
-    layers = (12, 48) if is_long else (8, 24)
-    few, many, ranks = (simulate_scale.work_of(blocks, size, config)
-                        for blocks, size in ((layers[0], 4), (layers[1], 4), (layers[0], 1024)))
-    for phase in ("setup", "step"):
-        per_unit = [getattr(work, phase) / work.units for work in (few, many)]
-        assert per_unit[1] <= 1.05 * per_unit[0], f"{phase}: lines of zero.py per unit with {layers} blocks"
-        assert getattr(ranks, phase) <= 1.05 * getattr(few, phase), f"{phase}: lines with 1024 ranks and with 4"
+    config, (layers, most) = zero.ZeroConfig(reduce_bucket_size=512, **section), (12, 48) if is_long else (8, 24)
+    few, many, ranks = (work_of(*case, config) for case in ((layers, 4), (most, 4), (layers, 1024)))
+    for phase in few:
+        per_unit = [few[phase] / (layers + 1), many[phase] / (most + 1)]
+        assert per_unit[1] <= 1.05 * per_unit[0], f"{phase}: lines of zero.py per unit with {layers}, {most} blocks"
+        assert ranks[phase] <= 1.05 * few[phase], f"{phase}: lines with 1024 ranks and with 4"
 
 
 # --- DeepSpeed's functions and the command line -----------------------------------------------------------------------
@@ -278,7 +392,7 @@ def test_deepspeeds_functions_print_the_table_of_their_stage(capsys):
 
 def test_the_command_line_prints_the_papers_table_and_draws_it(capsys, tmp_path):
     picture = tmp_path / "memory.png"
-    world = [str(ranks) for ranks in simulate_scale.RANKS[::4]]
+    world = [str(ranks) for ranks in RANKS[::4]]
     assert deepspeed.main(["estimate", "--params", "7.5e9", "--world", *world, "--plot", str(picture)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -312,7 +426,8 @@ def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--params", "many", "--world", "4"], "--params is 'many'"), (["--params", "7.5", "--world", "4"], "'7.5'"),
-    (["--params", "5", "--world", "0"], "--world is '0'"), (["--params", "5", "--world", "2", "--largest-unit", "6"], "6"),
+    (["--params", "5", "--world", "0"], "--world is '0'"),
+    (["--params", "5", "--world", "2", "--largest-unit", "6"], "6 parameters"),
     (["--params", "5", "--world", "2", "--config", "/nowhere.json"], "/nowhere.json"),
     (["--params", "5", "--world", "2", "--config", "CONFIG"], "stag"),  # which test_mistakes.py has more of
     (["--params", "5", "--world", "2", "--plot", "/nowhere/memory.png"], "/nowhere/memory.png")])
