@@ -554,13 +554,12 @@ class Communicator:
             if not flat.dtype.is_floating_point:
                 flat = flat.view(torch.uint8)  # backends don't know every dtype
             return Handle(self, [gather(flat, self.shard_of(flat), async_op=True)])
-        tag, works = self._tag("all-gather"), []
-        own = self.shard_of(flat, None, bounds)
+        tag, handle, own = self._tag("all-gather"), Handle(self), self.shard_of(flat, None, bounds)
         for other in self._others():
             theirs = self.shard_of(flat, other, bounds)
-            works += [dist.irecv(theirs, other, tag=tag)] if theirs.numel() else []
-            works += [dist.isend(own, other, tag=tag)] if own.numel() else []
-        return Handle(self, works)
+            handle.works += [dist.irecv(theirs, other, tag=tag)] if theirs.numel() else []
+            handle.works += [dist.isend(own, other, tag=tag)] if own.numel() else []
+        return handle
 
     def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str,
                        bounds: Sequence[int] | None = None) -> Handle:
@@ -580,18 +579,19 @@ class Communicator:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             work = scatter(_as_real(own), _as_real(flat), group=self._reductions, async_op=True)
             return Handle(self, [work], lambda: _sum([own], out, add))
-        tag, works, parts = self._tag("reduce-scatter"), [], {self.rank: own}
+        tag, handle, parts = self._tag("reduce-scatter"), Handle(self), {self.rank: own}
         for other in self._others():
             parts[other], theirs = self.spare.take(own.numel(), own.dtype), self.shard_of(flat, other, bounds)
-            works += [dist.irecv(parts[other], other, tag=tag)] if own.numel() else []
-            works += [dist.isend(theirs, other, tag=tag)] if theirs.numel() else []
+            handle.works += [dist.irecv(parts[other], other, tag=tag)] if own.numel() else []
+            handle.works += [dist.isend(theirs, other, tag=tag)] if theirs.numel() else []
 
         def finish() -> None:
             _sum([parts[rank] for rank in sorted(parts)], out, add)
             for other in self._others():
                 self.spare.give_back(parts[other])
 
-        return Handle(self, works, finish)
+        handle.finish = finish
+        return handle
 
     def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
                    what: Callable[[], str] = str) -> Handle:

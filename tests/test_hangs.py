@@ -12,8 +12,11 @@ import subprocess
 import sys
 import random
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -211,6 +214,54 @@ def test_a_collective_that_nobody_waits_for_stops_no_other():
         gc.collect()
         store.set(f"dropped {attempt}", "by rank 0")
         assert zero.gather(dist.get_rank()) == [0, 1]
+
+
+class Interruption(Exception):
+    pass
+
+
+def in_zero(work: Callable, interrupt_at: int = -1) -> int:
+    """How many functions of zero.py are called in ``work()``; the one of that number raises Interruption."""
+    calls = 0
+
+    def see(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        code = frame.f_code
+        if event == "call" and code.co_filename == zero.__file__ and not code.co_qualname.startswith("Handle.__"):
+            calls += 1
+            if calls == interrupt_at:
+                sys.setprofile(None)
+                raise Interruption(f"call {calls}, {code.co_qualname}")
+
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def interrupt(stage: int, steps: int) -> None:
+    """Stop a step on all ranks at as many points; the engine is dropped, and a new one trains."""
+    pair = oracle.Pair(oracle.Mlp, stage)
+    calls = min(zero.gather(in_zero(lambda: pair.train(0))))
+    pair.engine.destroy()
+    for point in range(1, calls, max(1, calls // steps)):
+        pair = oracle.Pair(oracle.Mlp, stage)
+        pair.train(0)
+        with suppress(Interruption):  # raised where nothing can be, it is printed and lost
+            in_zero(lambda: pair.train(1), point)
+        pair = oracle.Pair(oracle.Mlp, stage)
+        pair.train(0)
+        pair.train(1)
+        pair.check(f"after a step that was interrupted at call {point} of {calls}")
+        pair.engine.destroy()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_anywhere_in_a_step_leaves_the_next_engine_right(run_ranks, stage, is_long):
+    run_ranks(interrupt, 2, stage, 80 if is_long else 5)
 
 
 def total(value: float) -> float:
