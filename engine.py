@@ -1780,8 +1780,11 @@ def _locked(folder: Path) -> Iterator[None]:
 def _sweep(save_dir: Path) -> None:
     """Remove the folders of saves that no index names and nobody has locked. What can't be removed stays."""
     for own in save_dir.glob(f"[!.]*/save_{'[0-9a-f]' * 16}"):
-        with suppress(OSError, CheckpointError), _locked(own):
-            if not (own.parent / "index").exists() or _read_index(own.parent)["id"] != own.name:
+        index = own.parent / "index"
+        if index.exists() and len([*own.parent.glob("save_*")]) == 1:  # the one that it names: no need to read it
+            continue
+        with suppress(OSError, CheckpointError), _locked(own):  # now no save is about to publish it
+            if not index.exists() or _read_index(own.parent)["id"] != own.name:
                 for path in [*own.glob("rank_*.bin"), own / "index", own / "latest"]:
                     path.unlink(missing_ok=True)
                 own.rmdir()
