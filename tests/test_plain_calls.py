@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils.checkpoint import checkpoint
 
 import zero
 from conftest import on_ranks
-from oracle import STAGES, WIDTH, Pair, assert_close, batches, mine, plain_backward, square, start, twins, whole
+from oracle import STAGES, WIDTH, Model, Pair, assert_close, batches, chain, mine, plain_backward, square, start, \
+    twins, whole
 
 
 def net() -> nn.Sequential:
@@ -252,21 +254,14 @@ def test_a_loss_from_before_the_step_is_refused_as_in_pytorch(stage):
         pair.engine.backward(old)
 
 
-class Reused(nn.Module):
+def reused() -> Model:
     """Its layers are used inside and outside of a recomputed part, so a gradient comes twice in a backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = net()
-
-    def forward(self, x):
-        y = torch.utils.checkpoint.checkpoint(self.layers, x.requires_grad_(), use_reentrant=True)
-        return self.layers(y)
+    return Model(lambda m, x: m.layers(checkpoint(m.layers, x.requires_grad_(), use_reentrant=True)), layers=net())
 
 
 @on_ranks(2, stage=STAGES)
 def test_a_gradient_that_comes_late_is_in_the_whole_gradient(stage):
-    pair = Pair(Reused, stage)
+    pair = Pair(reused, stage)
     pair.backward(0)
     plain_backward(square(pair.reference, x) for x in batches(0))
     for (name, p), q in zip(pair.model.named_parameters(), pair.reference.parameters()):
@@ -288,15 +283,19 @@ def test_create_graph_leaves_no_graph_behind_the_bucket(stage):
     engine.destroy()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_engine_that_nobody_refers_to_is_collected_with_its_model(stage):
-    model = net()
+@on_ranks(ranks=[1, 2], stage=STAGES)
+def test_an_engine_that_nobody_refers_to_is_collected_with_its_model(ranks, stage):
+    """On several ranks once it is destroyed."""
+    model, before = net(), set(zero._SLOTS)
     engine = start(model, stage)
     engine.backward(square(engine, torch.randn(2, WIDTH)))
-    alive = weakref.ref(engine), weakref.ref(model)
+    engine.step()
+    alive = weakref.ref(engine), weakref.ref(model), weakref.ref(engine.zero)
+    if ranks > 1:
+        engine.destroy()
     del model, engine
     gc.collect()
-    assert alive[0]() is None and alive[1]() is None
+    assert [thing() for thing in alive] == [None] * 3 and not set(zero._SLOTS) - before
 
 
 # --- Writes in place --------------------------------------------------------------------------------------------------
@@ -315,27 +314,19 @@ def largest(*parameters: nn.Parameter) -> float:
     return max(float(zero.safe_get_full_fp32_param(p).abs().max()) for p in parameters)
 
 
-class Clamps(nn.Module):
+def clamps(m, ids):
     """In forward its embedding renormalizes rows of its weight, and it writes into a child's."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = nn.Embedding(4, WIDTH, max_norm=0.1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in range(3))
-
-    def forward(self, ids):
-        x = torch.ones(len(ids), WIDTH)
-        for block in self.blocks:
-            x = block(x)
-        with torch.no_grad():
-            self.blocks[0][0].weight.clamp_(-0.01, 0.01)
-        return x + self.rows(ids)
+    x = chain(m, torch.ones(len(ids), WIDTH))
+    with torch.no_grad():
+        m.blocks[0][0].weight.clamp_(-0.01, 0.01)
+    return x + m.rows(ids)
 
 
 @on_ranks(2, stage=STAGES)
 def test_what_a_model_writes_into_its_weights_in_forward_stays(stage):
     torch.manual_seed(0)
-    model = Clamps()
+    model = Model(clamps, rows=nn.Embedding(4, WIDTH, max_norm=0.1),
+                  blocks=[nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in range(3)])
     train(start(model, stage, SGD), torch.arange(4))
     assert largest(model.blocks[0][0].weight) <= 0.01001
     assert float(zero.safe_get_full_fp32_param(model.rows.weight).norm(dim=1).max()) <= 0.1 + 1e-6
