@@ -170,10 +170,11 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, engine: deepspeed.Engine):
         super().__init__()
         self.engine = engine
-        self.made: dict[int, int] = {}       # bytes of the storages made inside, by their ids
-        self.received: dict[int, int] = {}   # of those into which collectives receive
+        self.made: dict[int, tuple[str, int]] = {}  # kind and bytes of the storages made inside, by their ids
         self.samples: list[dict[str, int]] = []
-        self.receiving = False
+        self.kind = "activations"  # of what is made now
+        spare = engine.zero.communicator.spare
+        spare.take = partial(self._receiving, spare.take)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -181,44 +182,27 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before | self.made.keys():
                 storage = leaf.untyped_storage()
-                self.made[storage._cdata] = storage.nbytes()
-                if self.receiving:
-                    self.received[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata).atexit = False
+                self.made[storage._cdata] = self.kind, storage.nbytes()
+                weakref.finalize(storage, self.made.pop, storage._cdata, None).atexit = False
         self.sample()
         return result
 
-    def _gone(self, key: int) -> None:
-        self.made.pop(key, None)
-        self.received.pop(key, None)
-
     def sample(self) -> None:
         """Note what is alive now."""
-        known = known_storages(self.engine)
         counts = dict.fromkeys(KINDS, 0)
-        for key, (kind, size) in known.items():
+        for kind, size in (self.made | known_storages(self.engine)).values():
             counts[kind] += size
-        for key, size in self.made.items():
-            if key not in known:
-                counts["receive buffers" if key in self.received else "activations"] += size
         self.samples.append(counts)
 
-    def watch_buffers(self) -> None:
-        """Tell the communicator's buffers from activations."""
-        spare = self.engine.zero.communicator.spare
-        take = spare.take
-
-        def taken(numel: int, dtype: torch.dtype) -> Tensor:
-            self.receiving = True
-            try:
-                buffer = take(numel, dtype)
-            finally:
-                self.receiving = False
-            storage = buffer.untyped_storage()
-            self.received[storage._cdata] = self.made.setdefault(storage._cdata, storage.nbytes())
-            return buffer
-
-        spare.take = taken
+    def _receiving(self, take: Callable[[int, torch.dtype], Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer of the communicator's, which is no activation."""
+        self.kind = "receive buffers"
+        try:
+            storage = (buffer := take(numel, dtype)).untyped_storage()
+        finally:
+            self.kind = "activations"
+        self.made[storage._cdata] = "receive buffers", storage.nbytes()
+        return buffer
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------
@@ -606,7 +590,6 @@ def memory_of_a_step(stage: int) -> tuple[list[dict[str, int]], list[int]]:
         train_step(engine, step, 2)
     windows = text_windows(2, 8, 32)[dist.get_rank()::4]
     live, marks = LiveBytes(engine), []
-    live.watch_buffers()
     gc.collect()
     with live:
         loss = engine(windows[:, :-1], windows[:, 1:])
@@ -701,7 +684,6 @@ def activations_and_flops(choices: list[tuple[dict, int]]) -> list[tuple[int, in
         engine = gpt(64, 12, 64, {"train_micro_batch_size_per_gpu": 4} | section, region)
         train_step(engine, 0, 4)
         live = LiveBytes(engine)
-        live.watch_buffers()
         with live:
             train_step(engine, 1, 4)
         with FlopCounterMode(display=False) as flops:  # a step of its own, as it keeps tensors that are recomputed

@@ -4,7 +4,7 @@
     python tutorials/train_gpt.py --data book.txt --steps 2000        on a file of yours
     torchrun --nproc_per_node 2 tutorials/train_gpt.py                on two processes: the same batches, divided
     python tutorials/train_gpt.py --config ds_config.json             with a DeepSpeed config of yours
-    python tutorials/train_gpt.py --save_dir runs --save_every 50 --resume    go on after whatever ended the last run
+    python tutorials/train_gpt.py --save_dir gpt --save_every 50 --resume     go on after whatever ended the last run
 
 The model reads bytes, so any file will do and no tokenizer is needed; its loss is in nats per byte. One file in ten
 (of a single file, its last tenth) is held out, never trained on, and measures what was learned. At the end the model
