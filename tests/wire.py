@@ -26,11 +26,12 @@ class Wire(TorchDispatchMode):
 
     elements   of 4 bytes that were sent, by the count of zero.py's table
     log        gets the name of each collective or message; ``times`` is when each began, in seconds
+    delay      seconds before each
     """
 
-    def __init__(self, log: list[str] | None = None):
+    def __init__(self, log: list[str] | None = None, delay: float = 0.0):
         super().__init__()
-        self.elements, self.log = 0, [] if log is None else log
+        self.elements, self.log, self.delay = 0, [] if log is None else log, delay
         self.times: list[float] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -43,6 +44,7 @@ class Wire(TorchDispatchMode):
             self.elements += largest if name == "send" else times * largest * (ranks - 1) // ranks
             self.log.append(name)
             self.times.append(time.perf_counter())
+            time.sleep(self.delay)
         return operation(*args, **(kwargs or {}))
 
 

@@ -145,8 +145,8 @@ def starting_file(exercise: Exercise) -> str:
                    and (whole or f"{owner}.{n.name}" in exercise.parts)]
         blocks.append("\n\n".join([_head(node, lines)] + [_head(method, lines) for method in methods]))
     told = [f"{exercise.name}. {exercise.task}", "",
-            f"Every name of {exercise.module}.py can be used here as if this stood in it, those with an underscore too; "
-            "the import is for your editor.", *(["Classes are put over the module's own method by method."]
+            f"Every name of {exercise.module}.py can be used here as if this stood in it, those with an underscore "
+            "too; the import is for your editor.", *(["Classes are put over the module's own method by method."]
                                                 if "." in exercise.parts[0] and not exercise.anew else []),
             f"Useful: {exercise.uses}.", f"Looked at: {exercise.looks}.", "The checks:", "",
             *(f"    {check.asks}" for check in exercise.checks)]

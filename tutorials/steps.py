@@ -1,6 +1,6 @@
 """Ten small steps from an all-reduce to ZeRO stage 3, and three functions about time. Plain PyTorch, a few lines each.
 
-    all_reduce, pad, shard, bucket, gradient_hook, overlap       plain data parallelism with buckets, and ZeRO-1's slices
+    all_reduce, pad, shard, bucket, gradient_hook, overlap       data parallelism with buckets, and ZeRO-1's slices
     clip, gather, free, prefetch                                 what ZeRO-1 and ZeRO-3 need in addition
     message, ring, communication                                 seconds, from latency and bandwidth
 
