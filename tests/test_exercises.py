@@ -348,7 +348,7 @@ def sent_and_counted(stage: int) -> tuple[int, int]:
 def test_what_is_counted_is_what_is_sent(run_ranks):
     for stage in (0, 1, 2):
         for sent, counted in run_ranks(sent_and_counted, 3, stage):  # of two, each would send all it has in any way
-            assert abs(sent - counted) < 0.01 * counted, f"stage {stage}: {sent} elements went out, {counted} were counted"
+            assert abs(sent - counted) < 0.01 * counted, f"stage {stage}: {sent} elements sent, {counted} counted"
 
 
 def another_order(stage: int):
