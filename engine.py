@@ -968,33 +968,19 @@ def _by_all_ranks(*own: str) -> Callable:
     return decorate
 
 
-def _reads(path: str, meaning: str) -> Callable[["Engine"], Any]:
+def _reads(path: str, meaning: str) -> Callable[["_State"], Any]:
     """A method that returns what an engine has at ``path``."""
     get = operator.attrgetter(path)
 
-    def read(self: "Engine") -> Any:
+    def read(self: "_State") -> Any:
         return get(self)
 
     read.__doc__ = meaning
     return read
 
 
-class Engine(nn.Module):
-    """A model with everything that trains it. Call it as you would call the model.
-
-    module           the model, on ``device``, the same on every rank
-    optimizer        a torch optimizer, or None for an engine that only evaluates
-    lr_scheduler     stepped by ``step()``, or None
-    zero             the sharded model: its buckets, the order of reductions, the update
-    communicator     the collectives, and the times of a step's phases
-    checkpointing    what recomputes activations, or None; its ``report()`` tells bytes kept and seconds recomputed
-    global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
-    global_samples   samples they used, over all ranks
-    micro_steps      calls of ``step()``: micro-batches on this rank
-
-    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. For names that
-    DeepSpeed's engine has and this one has not, see tutorials/coming_from_deepspeed.md.
-    """
+class _State(nn.Module):
+    """What an engine has, what its config says, and where training is; see Engine."""
 
     def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
                  local_rank: int, started_process_group: bool):
@@ -1039,6 +1025,22 @@ class Engine(nn.Module):
         except AttributeError as error:
             raise AttributeError(f"neither the engine nor its model has the attribute {name!r} ({error}){ELSEWHERE}"
                                  ) from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_State":
+        """What ``to()``, ``cpu()``, ``half()`` and the like call; at stage 3 only what changes nothing is possible."""
+        if not self.zero.sharded.parameters:
+            return super()._apply(fn, recurse)
+        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+            probe = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+            if fn(probe) is not probe:
+                raise RuntimeError(
+                    f"the model is sharded (stage 3): it stays on {self.device}, in the dtypes that fp16, bf16 and "
+                    "data_types in the config give it; consolidated_fp32_state_dict() gives a whole copy, and "
+                    "save_16bit_model() saves one")
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "_State":
+        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
 
     # Changes between steps. Every rank must make them.
 
@@ -1152,7 +1154,21 @@ class Engine(nn.Module):
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer.param_groups
 
-    # One step, phase by phase (see the top of this file).
+    def _show_scale(self) -> None:
+        """Show the loss scale where DeepSpeed shows it. To be read only."""
+        if self.optimizer is not None:
+            self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
+
+    def _tell_boundary(self) -> None:
+        """Let ``zero`` know whether the next backward pass ends its accumulation window, and what makes sums means."""
+        self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
+        ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
+        steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
+        self.zero.divisor = float(ranks * steps)
+
+
+class _Training(_State):
+    """One step, phase by phase; see the top of this file."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; tensors among the arguments are moved to its device, and cast as ``amp.py`` says."""
@@ -1266,18 +1282,6 @@ class Engine(nn.Module):
         self.global_samples += round(fraction * self.train_batch_size())
         self._progress.after_step()
 
-    def _show_scale(self) -> None:
-        """Show the loss scale where DeepSpeed shows it. To be read only."""
-        if self.optimizer is not None:
-            self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
-
-    def _tell_boundary(self) -> None:
-        """Let ``zero`` know whether the next backward pass ends its accumulation window, and what makes sums means."""
-        self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
-        ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
-        steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
-        self.zero.divisor = float(ranks * steps)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the window so far, which begins anew."""
         self.zero.clear_gradients()
@@ -1314,25 +1318,25 @@ class Engine(nn.Module):
                 raise
             raise type(error)(f"{error}{advice}") from error
 
-    # What PyTorch calls on a module would break.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Engine":
-        """What ``to()``, ``cpu()``, ``half()`` and the like call; at stage 3 only what changes nothing is possible."""
-        if not self.zero.sharded.parameters:
-            return super()._apply(fn, recurse)
-        for tensor in [*self.module.parameters(), *self.module.buffers()]:
-            probe = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-            if fn(probe) is not probe:
-                raise RuntimeError(
-                    f"the model is sharded (stage 3): it stays on {self.device}, in the dtypes that fp16, bf16 and "
-                    "data_types in the config give it; consolidated_fp32_state_dict() gives a whole copy, and "
-                    "save_16bit_model() saves one")
-        return self
+class Engine(_Training):
+    """A model with everything that trains it. Call it as you would call the model.
 
-    def __deepcopy__(self, memo: dict) -> "Engine":
-        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
+    module           the model, on ``device``, the same on every rank
+    optimizer        a torch optimizer, or None for an engine that only evaluates
+    lr_scheduler     stepped by ``step()``, or None
+    zero             the sharded model: its buckets, the order of reductions, the update
+    communicator     the collectives, and the times of a step's phases
+    checkpointing    what recomputes activations, or None; its ``report()`` tells bytes kept and seconds recomputed
+    global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
+    global_samples   samples they used, over all ranks
+    micro_steps      calls of ``step()``: micro-batches on this rank
 
-    # Save and resume.
+    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. For names that
+    DeepSpeed's engine has and this one has not, see tutorials/coming_from_deepspeed.md.
+    """
+
+    # Save and resume; what comes before a step and makes one is in the classes above.
 
     @_by_all_ranks("client_state")
     def save_checkpoint(self, save_dir: str | os.PathLike, tag: str | None = None,
