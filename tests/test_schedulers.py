@@ -162,7 +162,9 @@ def test_resumed_equals_uninterrupted_and_the_rate_is_in_force_at_once(config, b
     resumed.load_state_dict(half.state_dict())  # as when resuming, where the rate is then in the middle of the schedule
     state = json.loads(json.dumps(first.state_dict()))  # and it is plain data
     second = schedulers.build(resumed, **named(config))
-    second.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as PyTorch's, that no optimizer step came before
+        second.load_state_dict(state)
     assert [g["betas"][0] for g in resumed.param_groups] == [g["betas"][0] for g in half.param_groups]
     assert second.get_last_lr() == [g["lr"] for g in resumed.param_groups]
     assert rates(resumed, second, after) == straight[before:]
@@ -225,8 +227,9 @@ def test_phases_meet_at_their_borders(drawn):
 
 def test_phases_with_a_list_give_each_group_its_own_rates():
     config = {"type": "MultiPhaseLR", "params": {"phases": [
-        {"type": "linear", "steps": 2, "start_lr": 0.0, "end_lr": [0.1, 0.4]}, {"type": "constant"}]}}
-    assert schedulers.preview(config, 4, lr=[1.0, 1.0]) == [[0.0, 0.0], [0.05, 0.2], [0.1, 0.4], [0.1, 0.4]]
+        {"type": "linear", "steps": 2, "start_lr": [0.0, 0.2], "end_lr": [0.1, 0.4]}, {"type": "constant"}]}}
+    assert schedulers.preview(config, 4, lr=[1.0, 1.0]) == [pytest.approx(row) for row in (
+        [0.0, 0.2], [0.05, 0.3], [0.1, 0.4], [0.1, 0.4])]
 
 
 # --- In force ---------------------------------------------------------------------------------------------------------
