@@ -220,8 +220,9 @@ def exists(path: str) -> bool:
     thing = module if name != "engine" or hasattr(module, rest[0]) else module.Engine
     for part in rest:
         if not hasattr(thing, part):
-            return inspect.isclass(thing) and bool(
-                re.search(rf"(\bself\.|^    ){part}\b", inspect.getsource(thing), re.MULTILINE))
+            bases = inspect.getmro(thing) if inspect.isclass(thing) else ()
+            return any(re.search(rf"(\bself\.|^    ){part}\b", inspect.getsource(cls), re.MULTILINE)
+                       for cls in bases if cls.__module__ == thing.__module__)
         thing = getattr(thing, part)
     return True
 
