@@ -247,6 +247,9 @@ def missing_in(chapter: Path) -> list[str]:
     for name in re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.\w+)+)", text):
         if not name.endswith(".py") and not exists(name):
             missing.append(name)
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)+)", text):  # Class.method, of any module
+        if not any(exists(f"{module}.{name}") for module in MODULES):
+            missing.append(name)
     for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
         if f"def {name}(" not in (ROOT / "tests" / file).read_text():
             missing.append(f"{file}::{name}")
@@ -311,6 +314,7 @@ def test_what_leads_nowhere_is_found(tmp_path):
     chapter = tmp_path / "chapter.md"
     chapter.write_text("# A heading, two\n`zero.Gradients.take`, `engine.step()`, `zero.Bucket.flat`, `launch.py`, "
                        "`engine.initialize(...)`, [here](#a-heading-two) and [there](chapter.md); `zero.Bucket.fly`, "
-                       "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg), `test_amp.py::test_nothing`\n")
+                       "`amp.nothing`, [nowhere](#b), ![a picture](figures/none.svg), `test_amp.py::test_nothing`, "
+                       "`Gradients.take`, `Gradients.give`\n")
     assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing",
-                                   "test_amp.py::test_nothing"]
+                                   "Gradients.give", "test_amp.py::test_nothing"]
