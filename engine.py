@@ -62,7 +62,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_flatten, tree_map_only  # have no public names
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map_only  # have no public names
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import amp
@@ -233,10 +233,8 @@ ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "op
 # Former spellings, and where the value goes now.
 FORMER = {"bfloat16": "bf16", "zero_optimization.stage3_gather_fp16_weights_on_model_save":
           "zero_optimization.stage3_gather_16bit_weights_on_model_save"}
-FORMER |= {f"zero_optimization.{key}": f"zero_optimization.stage3_{key}" for key in (
-    "gather_16bit_weights_on_model_save", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size",
-    "param_persistence_threshold", "model_persistence_threshold", "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params", "allgather_sequential")}
+FORMER |= {f"zero_optimization.{key.removeprefix('stage3_')}": f"zero_optimization.{key}" for key in (
+    *vars(zero.ZeroConfig()), *zero.ZeroConfig.NO_EFFECT) if key.startswith("stage3_")}
 FORMER |= {f"zero_optimization.cpu_offload{what}": f"zero_optimization.{now}" for what, now in (
     ("", "offload_optimizer"), ("_param", "offload_param"), ("_params", "offload_param"))}  # were true or false
 
@@ -2129,21 +2127,13 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
 
-def _flattened(section: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dictionaries, by the path of its key."""
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _describe(engine: Engine, data: Any) -> list[str]:
     """What all ranks must have in common, a line each."""
     model, groups = engine.module, engine.optimizer.param_groups if engine.optimizer else ()
     names = {id(p): name for name, p in model.named_parameters()}
-    lines = [f"{path} {value!r} in its config" for path, value in _flattened(asdict(engine.config))
-             if not path.endswith(".nvme_path")]  # each rank may have a disk of its own
+    settings, _ = tree_flatten_with_path(asdict(engine.config), lambda part: not isinstance(part, dict))
+    lines = [f"{'.'.join(key.key for key in path)} {value!r} in its config" for path, value in settings
+             if path[-1].key != "nvme_path"]  # each rank may have a disk of its own
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
               for name, p in model.named_parameters()]
     lines += [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
