@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -444,10 +445,15 @@ def test_the_precision_in_force_is_told_in_a_table():
     assert last == "autocast: off; loss scale: none; steps with gradients that are not finite are skipped"
 
 
+class Named(NamedTuple):
+    x: torch.Tensor
+
+
 def test_casting_reaches_into_containers_and_leaves_whole_numbers():
-    pair = torch.ones(2), {"a": [torch.ones(1)], "b": torch.arange(2)}
-    floats, nested = amp.cast(pair, torch.bfloat16)
-    assert floats.dtype == nested["a"][0].dtype == torch.bfloat16 and nested["b"].dtype == torch.int64
+    given = torch.ones(2), {"a": [torch.ones(1)], "b": torch.arange(2)}, Named(torch.ones(1))
+    floats, nested, named = amp.cast(given, torch.bfloat16)
+    assert floats.dtype == nested["a"][0].dtype == named.x.dtype == torch.bfloat16
+    assert nested["b"].dtype == torch.int64 and given[1]["a"][0].dtype == torch.float32
 
 
 @on_ranks(2)
