@@ -4,14 +4,11 @@ A copy of the program takes the meta device for its GPU, as rank 0 of 8. Each co
 waits for counts, and so does each wait for a stream.
 
     .venv/bin/python -m pytest -q tests/test_device.py
-    PYTHONPATH=. .venv/bin/python tests/test_device.py FOLDER '{"stage": 3}'    counts for one config of ZeRO, FOLDER
-                                                                                has the copy
 """
 
 import gc
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections import Counter
@@ -26,7 +23,8 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401  knows the back
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import DEADLINE, ROOT
+
 WORLD, LAYERS, WINDOW = 8, 4, 2
 VIEWS = {"view", "as_strided", "slice", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "select",
          "_unsafe_view", "split", "empty", "empty_like", "empty_strided", "set_", "unbind", "squeeze", "_reshape_alias"}
@@ -184,6 +182,23 @@ def plain() -> int:
     return device.operations.total()
 
 
+def count_all(folder: Path) -> None:
+    """In a process that has the program's own modules already: the same with those of ``folder``, for all CASES."""
+    global device
+    for name in ("zero", "engine", "amp", "checkpointing", "schedulers", "train_gpt"):
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(folder))
+    import zero
+    assert zero.__file__.startswith(str(folder))
+    gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
+    device = Device()
+    pretend(zero)
+    with device:
+        found = [plain(), [count(section, options) for section, options in CASES]]
+    (folder / "counts.json").write_text(json.dumps(found))
+    os._exit(0)
+
+
 # --- In the tests' process --------------------------------------------------------------------------------------------
 
 
@@ -208,15 +223,15 @@ CASES = [({"stage": stage} | section, options) for stage, section, options in [
 
 
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory):
+def counts(run_ranks, tmp_path_factory):
     """What plain PyTorch asks of the device, and what each of CASES does."""
     folder = tmp_path_factory.mktemp("program")
     copy_program(folder)
-    process = subprocess.run([sys.executable, __file__, str(folder), json.dumps(CASES)], capture_output=True, text=True,
-                             timeout=600, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    assert process.returncode == 0, process.stderr
-    plain, *found = json.loads(process.stdout.splitlines()[-1])
-    return plain, found
+    process = run_ranks.context.Process(target=count_all, args=(folder,))
+    process.start()
+    process.join(DEADLINE)
+    assert process.exitcode == 0
+    return json.loads((folder / "counts.json").read_text())
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: json.dumps(CASES[case]))
@@ -231,18 +246,6 @@ def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(co
     assert (found["pinned"] > 0) == any(key.startswith("offload") for key in CASES[case][0])
 
 
-if __name__ == "__main__":
-    sys.path[:0] = [sys.argv[1], str(ROOT / "tutorials")]
-    import zero
-    assert zero.__file__.startswith(sys.argv[1])
-    device = Device()
-    pretend(zero)
-    with device:
-        found = [count(section, options) for section, options in json.loads(sys.argv[2])]
-        print(json.dumps([plain(), *found]), flush=True)
-    os._exit(0)
-
-
 @pytest.mark.parametrize("count, variables, expected", [
     (8, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, 5),
     (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "5"}, 0),
@@ -252,7 +255,7 @@ if __name__ == "__main__":
 ])
 def test_each_process_takes_its_own_gpu(count, variables, expected):
     """Also where each process is shown one alone."""
-    import zero  # not above: as a script, this file imports a copy
+    import zero  # not above: a process of this file imports a copy
 
     names = "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"
     variables = {name: value for name, value in os.environ.items() if name not in names} | variables
