@@ -978,7 +978,7 @@ def _reads(path: str, meaning: str) -> Callable[["_State"], Any]:
 
 
 class _State(nn.Module):
-    """What an engine has, what its config says, and where training is; see Engine."""
+    """Engine, first part: what it has, what its config says, and where training is."""
 
     def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
                  local_rank: int, started_process_group: bool):
@@ -1166,7 +1166,7 @@ class _State(nn.Module):
 
 
 class _Training(_State):
-    """One step, phase by phase; see the top of this file."""
+    """Engine, second part: one step, phase by phase; see the top of this file."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; tensors among the arguments are moved to its device, and cast as ``amp.py`` says."""
@@ -1318,7 +1318,7 @@ class _Training(_State):
 
 
 class Engine(_Training):
-    """A model with everything that trains it. Call it as you would call the model.
+    """A model with everything that trains it, in three parts. Call it as you would call the model.
 
     module           the model, on ``device``, the same on every rank
     optimizer        a torch optimizer, or None for an engine that only evaluates
@@ -1334,7 +1334,7 @@ class Engine(_Training):
     DeepSpeed's engine has and this one has not, see tutorials/coming_from_deepspeed.md.
     """
 
-    # Save and resume; what comes before a step and makes one is in the classes above.
+    # Third part: save and resume.
 
     @_by_all_ranks("client_state")
     def save_checkpoint(self, save_dir: str | os.PathLike, tag: str | None = None,
