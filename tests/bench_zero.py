@@ -215,29 +215,30 @@ def print_table(rounds: list[dict[str, Run]], options: argparse.Namespace) -> No
         print(f"{name:10}{1e3 * step:10.1f}{ratios}{memory:12.0f}{rounds[-1][name].losses[-1]:9.4f}")
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_options() -> argparse.Namespace:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description="ZeRO's stages beside PyTorch's own: step time and memory.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="what to compare")
-    parser.add_argument("--nproc", type=int, default=2, help="processes per contender; on CUDA each has its own GPU")
+    parser.add_argument("--nproc", type=positive, default=2, help="processes per contender; on CUDA each has its own GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of every contender")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed in each run")
+    parser.add_argument("--rounds", type=positive, default=3, help="runs of every contender")
+    parser.add_argument("--steps", type=positive, default=8, help="steps that are timed in each run")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--batch", type=int, default=1, help="stretches of text per process and step")
-    parser.add_argument("--context", type=int, default=64, help="bytes per stretch of text")
-    parser.add_argument("--dim", type=int, default=512, help="width of the model")
-    parser.add_argument("--layers", type=int, default=8, help="blocks of the model")
-    parser.add_argument("--heads", type=int, default=8, help="attention heads per block; must divide --dim")
+    parser.add_argument("--batch", type=positive, default=1, help="stretches of text per process and step")
+    parser.add_argument("--context", type=positive, default=64, help="bytes per stretch of text")
+    parser.add_argument("--dim", type=positive, default=512, help="width of the model")
+    parser.add_argument("--layers", type=positive, default=8, help="blocks of the model")
+    parser.add_argument("--heads", type=positive, default=8, help="attention heads per block; must divide --dim")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)  # for the processes that start() starts
     options = parser.parse_args()
-    for name in ("nproc", "rounds", "steps", "batch", "context", "dim", "layers", "heads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; allowed: a whole number from 1 up")
-    if options.warmup < 0:
-        parser.error(f"--warmup is {options.warmup}; allowed: a whole number from 0 up")
     if options.dim % options.heads:
         parser.error(f"--heads {options.heads} does not divide --dim {options.dim}")
     if options.device == "cuda" and options.nproc > torch.cuda.device_count():

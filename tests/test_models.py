@@ -4,11 +4,10 @@
     .venv/bin/python -m pytest -q tests/test_models.py --long     compiles at every stage
 
 Every rank has its own rows of a batch; the reference is the same model in plain PyTorch, on the rows of all ranks: see
-``oracle.py``. Models of the package ``transformers`` are tested where it is installed.
+``oracle.py``.
 """
 
 import copy
-import importlib.util
 import io
 import pickle
 from contextlib import nullcontext
@@ -1041,45 +1040,3 @@ def test_compiled_models_train_the_same(how, stage, backend):
         pair.train(step)
         assert_same(model, reference, f"step {step}")
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
-
-
-# --- Hugging Face's models --------------------------------------------------------------------------------------------
-
-
-SIZES = {"GPT2": {"n_positions": 8, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-                  "attn_pdrop": 0.0},
-         "Llama": {"max_position_embeddings": 8, "hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 2,
-                   "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}}
-MODELS = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}
-
-
-def make_hugging_face(name: str) -> nn.Module:
-    """A language model of random weights, the same at each call."""
-    import transformers
-    torch.manual_seed(0)
-    return getattr(transformers, MODELS[name])(getattr(transformers, f"{name}Config")(vocab_size=17, **SIZES[name]))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.parametrize("name, sharded, recomputed", [
-    ("GPT2", False, None), ("GPT2", True, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-    ("Llama", True, None), ("Llama", False, {})])
-@on_ranks(2, stage=STAGES)
-def test_hugging_face_models_train_and_generate_the_same(name, sharded, recomputed, stage):
-    """Perhaps built straight into shards, and with the model's own switch for recomputation."""
-    reference = make_hugging_face(name)
-    with zero.Init(enabled=sharded):
-        model = make_hugging_face(name)
-    if recomputed is not None:
-        model.gradient_checkpointing_enable(**recomputed)
-    pair = Pair.of(model, reference, stage)
-    for step in range(3):
-        ids = torch.randint(0, 17, (dist.get_world_size(), 2, 6), generator=torch.Generator().manual_seed(step))
-        pair.engine.backward(pair.engine(input_ids=mine(ids), labels=mine(ids)).loss)
-        pair.engine.step()
-        plain_backward(reference(input_ids=of_rank, labels=of_rank).loss for of_rank in ids)
-        pair.plain_step()
-        pair.check(f"step {step}", tolerance=1e-6)
-    written = [net.eval().generate(torch.tensor([[1, 2]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-               for net in (pair.engine.module, reference)]
-    assert torch.equal(*written), "generation"
