@@ -517,7 +517,10 @@ def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[
 
 
 class _Named(Optimizer):
-    """What the three share: ``step()``, for which each defines ``update()``, and the check of numbers."""
+    """What the three share: ``step()``, for which each defines ``update()``, and the check of numbers.
+
+    Betas are from 0 and below 1, all others from 0 up.
+    """
 
     def __init__(self, params: Iterable, **options: Any):
         self.check(**options)
@@ -561,9 +564,9 @@ class Lion(_Named):
 
     ``m``, in the state as ``exp_avg``, begins at 0: one number per element, where Adam keeps two.
 
-    lr             the distance per step, from 0; the paper takes a third to a tenth of what AdamW gets
-    betas          how much of ``m`` counts in the direction, and how much of it stays: from 0, below 1
-    weight_decay   decoupled, from 0; the paper takes 3 to 10 times what AdamW gets
+    lr             the distance per step; the paper takes a third to a tenth of what AdamW gets
+    betas          how much of ``m`` counts in the direction, and how much of it stays
+    weight_decay   decoupled; the paper takes 3 to 10 times what AdamW gets
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
@@ -598,13 +601,10 @@ class Lamb(_Named):
     The arguments are those of DeepSpeed's FusedLamb, whose ``max_grad_norm`` is the config's ``gradient_clipping``. The
     state is ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
-    lr                     from 0; the trust ratio has no unit, so it is a relative change of a weight's length
-    bias_correction        False leaves out the two divisions by 1 - beta ** t
-    betas                  how much of m and v stays: from 0, below 1
-    eps                    from 0; with ``eps_inside_sqrt`` it is added to v, before the root
-    weight_decay           from 0
-    max_coeff, min_coeff   bounds of the trust ratio, from 0
-    amsgrad                only False: the paper's LAMB has no such variant
+    lr                a relative change of a weight's length, as the trust ratio has no unit
+    bias_correction   False leaves out the two divisions by 1 - beta ** t
+    eps_inside_sqrt   add eps to v, before the root
+    amsgrad           only False: the paper's LAMB has no such variant
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, bias_correction: bool = True,
@@ -1441,7 +1441,7 @@ class Engine(_Training):
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(whole, path.with_name(f".{path.name}.tmp"))
-            os.rename(path.with_name(f".{path.name}.tmp"), path)
+            os.replace(path.with_name(f".{path.name}.tmp"), path)
 
         _on_rank_0(write)
         return True
@@ -1752,12 +1752,12 @@ class _Save:
         """Add the index to the ranks' files; then one rename makes them the checkpoint."""
         _write_index(self.own / "index", self.index | {"pieces": pieces})
         _sync_folder(self.own)
-        os.rename(self.own / "index", self.folder / "index")
+        os.replace(self.own / "index", self.folder / "index")
         _sync_folder(self.folder)
         if self.save_latest:
             with _synced(self.own / "latest") as file:
                 file.write(self.folder.name.encode())
-            os.rename(self.own / "latest", self.folder.parent / "latest")
+            os.replace(self.own / "latest", self.folder.parent / "latest")
         _sync_folder(self.folder.parent)
         for old in [] if self.keep_last is None else _outdated(self.folder, self.keep_last):
             os.unlink(old / "index")

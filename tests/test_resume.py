@@ -762,7 +762,7 @@ class Countdown:
 @on_ranks(1, tag=["global_step1", "new"])
 def test_a_save_that_ends_before_any_of_its_changes_of_files_leaves_one_that_loads(tag, tmp_path):
     """The save ends before its n-th change of files, for every n."""
-    calls = [(os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (deepspeed, "_write_pieces")]
+    calls = [(os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (deepspeed, "_write_pieces")]
     for n in range(1000):
         folder, countdown = tmp_path / str(n), Countdown(n)
         engine = saved(folder, steps=1)
