@@ -996,6 +996,7 @@ class _State(nn.Module):
         self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
         self._in_no_sync = self._step_applied = False
         self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
+        self._incomplete = False  # the last backward() raised
         self._grad_norm = 0.0
         self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
         self._writing: Future | None = None
@@ -1190,14 +1191,17 @@ class _Training(_State):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
+        self._drop_incomplete()
         self.communicator.enter(self.micro_steps + 1)
         self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
         with self._phase("backward"):
             self._check_scaled()
+            self._incomplete = True  # until all of it has run
             self.scale(loss if scale_wrt_gas else loss * steps).backward(retain_graph=retain_graph)
             self._scaled = False
             self.zero.finish_backward()
+            self._incomplete = False
         return loss / steps if scale_wrt_gas else loss
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -1212,6 +1216,12 @@ class _Training(_State):
         # fp16 has no room for a sum over micro-batches: there they are divided before it.
         factor = self.scaler.scale / self.gradient_accumulation_steps()
         return (loss if loss.dtype == torch.float64 else loss.float()) * factor
+
+    def _drop_incomplete(self) -> None:
+        """Drop the window's gradients where the last ``backward()`` raised, and left those of a part of the model."""
+        if self._incomplete:
+            logger.warning("the last backward() raised: the gradients of its window are dropped")
+            self.zero_grad()
 
     def _check_scaled(self) -> None:
         """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
@@ -1230,6 +1240,7 @@ class _Training(_State):
         self._groups("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
+        self._drop_incomplete()
         self.communicator.enter(self.micro_steps + 1)
         self._step_applied = False
         self._check_scaled()
@@ -1248,6 +1259,7 @@ class _Training(_State):
         equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._groups("flush()")
+        self._drop_incomplete()
         self._check_scaled()
         if not self._window:
             return False
@@ -1284,7 +1296,7 @@ class _Training(_State):
         """Forget the gradients of the window so far, which begins anew."""
         self.zero.clear_gradients()
         super().zero_grad(set_to_none)
-        self._window = 0
+        self._window, self._incomplete = 0, False
         self._tell_boundary()
 
     @contextmanager

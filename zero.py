@@ -437,11 +437,11 @@ class Handle:
         if not self.works and self.finish is None:
             return
         with self.communicator.clock.phase("communication"):
-            for work in self.works:
-                work.wait()
-            if self.finish is not None:
-                self.finish()
-        self.works, self.finish = [], None
+            while self.works:
+                self.works.pop().wait()  # never a second time, should an error come between: gloo would wait for ever
+            finish, self.finish = self.finish, None
+            if finish is not None:
+                finish()
 
     def __del__(self) -> None:
         # Nobody waited, as after an error in a backward. Gloo must still receive what comes: without a place for it,

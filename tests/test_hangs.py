@@ -12,7 +12,7 @@ import subprocess
 import sys
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -241,27 +241,43 @@ def in_zero(work: Callable, interrupt_at: int = -1) -> int:
     return calls
 
 
-def interrupt(stage: int, steps: int) -> None:
-    """Stop a step on all ranks at as many points; the engine is dropped, and a new one trains."""
-    pair = oracle.Pair(oracle.Mlp, stage)
-    calls = min(zero.gather(in_zero(lambda: pair.train(0))))
-    pair.engine.destroy()
-    for point in range(1, calls, max(1, calls // steps)):
-        pair = oracle.Pair(oracle.Mlp, stage)
+def interrupted(pair: oracle.Pair, work: Callable, points: int) -> Iterator[str]:
+    """Interrupt ``work(pair)`` on all ranks at as many points; says where it did."""
+    calls = min(zero.gather(in_zero(lambda: work(pair))))
+    for point in range(1, calls, max(1, calls // points)):
+        pair.__init__(oracle.Mlp, pair.engine.zero_optimization_stage())
         pair.train(0)
-        with suppress(Interruption):  # raised where nothing can be, it is printed and lost
-            in_zero(lambda: pair.train(1), point)
+        ended = False
+        with suppress(Interruption):
+            in_zero(lambda: work(pair), point)
+            ended = True  # what is raised where nothing can be is printed and lost
+        if not ended:
+            yield f"interrupted at call {point} of {calls}"
+
+
+def fail_and_begin_anew(stage: int, points: int) -> None:
+    """Interrupt steps; the engine is dropped, and a new one trains."""
+    for where in interrupted(oracle.Pair(oracle.Mlp, stage), lambda pair: pair.train(1), points):
         pair = oracle.Pair(oracle.Mlp, stage)
         pair.train(0)
         pair.train(1)
-        pair.check(f"after a step that was interrupted at call {point} of {calls}")
-        pair.engine.destroy()
+        pair.check(f"another engine after a step that was {where}")
+
+
+def fail_and_go_on(stage: int, points: int) -> None:
+    """Interrupt backward passes; the engine leaves their gradients out."""
+    pair = oracle.Pair(oracle.Mlp, stage)
+    for where in interrupted(pair, lambda pair: pair.backward(1), points):
+        pair.train(2)
+        pair.train(3)
+        pair.check(f"after a backward that was {where}")
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("body", [fail_and_begin_anew, fail_and_go_on])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_error_anywhere_in_a_step_leaves_the_next_engine_right(run_ranks, stage, is_long):
-    run_ranks(interrupt, 2, stage, 80 if is_long else 5)
+def test_an_error_anywhere_in_a_step_does_no_harm_to_what_follows(run_ranks, body, stage, is_long):
+    run_ranks(body, 2, stage, 80 if is_long else 5)
 
 
 def total(value: float) -> float:
