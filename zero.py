@@ -2910,11 +2910,11 @@ def check_model(zero: Zero) -> None:
         new = [name for key, name in names.items() if key not in slots]
         gone = [slot.name for key, slot in slots.items() if key not in names]
         if new:
-            raise RuntimeError(f"{new[0]} came into the model after initialize(), so nothing trains or saves it; change "
-                               "the model first, then call initialize()")
+            raise RuntimeError(f"{new[0]} came into the model after initialize(), so nothing trains or saves it; "
+                               "change the model first, then call initialize()")
         if gone:
-            raise RuntimeError(f"{gone[0]} has left the model since initialize(); call destroy(), change the model, and "
-                               "call initialize() again")
+            raise RuntimeError(f"{gone[0]} has left the model since initialize(); call destroy(), change the model, "
+                               "and call initialize() again")
     with torch._C.DisableTorchFunctionSubclass():
         for slot in slots.values():
             if not _same_memory(slot.parameter, slot.bucket.flat) or slot.parameter.storage_offset() != slot.offset:

@@ -226,7 +226,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="ZeRO's stages beside PyTorch's own: step time and memory.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="what to compare")
-    parser.add_argument("--nproc", type=positive, default=2, help="processes per contender; on CUDA each has its own GPU")
+    parser.add_argument("--nproc", type=positive, default=2, help="processes per contender; on CUDA with a GPU each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=positive, default=3, help="runs of every contender")

@@ -28,7 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def run_script(command: Sequence[str], variables: dict[str, str], streams: tuple[int, int]) -> None:
-    """Be ``python SCRIPT ARGS`` in this process: with these environment variables, and ``streams`` as stdout, stderr."""
+    """Be ``python SCRIPT ARGS`` in this process: with these environment variables, and these stdout and stderr."""
     os.environ.clear()
     os.environ |= variables
     torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", "1")))

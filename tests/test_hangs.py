@@ -313,7 +313,7 @@ def test_a_marked_test_runs_on_its_ranks(ranks, tmp_path):
 
 
 def two_lanes(folder: Path, first: str, second: str) -> subprocess.CompletedProcess:
-    """pytest on as many files as two lanes are for: what each lane's tests do, the first lane's once the second runs."""
+    """pytest on files enough for two lanes: what each lane's tests do, the first lane's once the second runs."""
     for number in range(lanes.FEWEST_FILES):
         (folder / f"test_{number}.py").write_text(f"""import multiprocessing, os, pathlib, time
 def test_it():
