@@ -446,7 +446,7 @@ class Handle:
     def __del__(self) -> None:
         # Nobody waited, as after an error in a backward. Gloo must still receive what comes: without a place for it,
         # nothing that the sender sends afterwards arrives.
-        if self.works and not sys.is_finalizing() and dist.is_initialized():
+        if self.works and self.communicator.direct and not sys.is_finalizing() and dist.is_initialized():
             Groups.current().abandoned += self.works
 
 
