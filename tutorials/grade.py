@@ -263,6 +263,8 @@ def _follow(process: subprocess.Popen, events: Path, slow: float) -> dict[str, O
                 if event["kind"] == "hung":
                     return outcomes
         if ended:
+            if running is not None:
+                outcomes[running] = Outcome("failed", f"the process died with exit code {process.returncode}")
             return outcomes
         if time.monotonic() - since > slow:
             if running is None:
