@@ -92,10 +92,14 @@ def test_a_warmup_goes_on_where_it_was():
             f"{kind}: last_batch_iteration {cut - 1}"
 
 
-def test_the_top_of_a_warmup_is_the_rate_that_the_optimizer_began_with():
-    optimizer = optimizer_of(0.01, initial_lr=0.1)
-    schedule = schedulers.WarmupLR(optimizer, warmup_num_steps=3)
-    assert go_on(optimizer, schedule, 6)[-1] == pytest.approx([0.1])
+def test_the_top_of_a_warmup_is_each_groups_own_and_that_of_the_start():
+    for optimizer, top, expected in ((optimizer_of(0.1, 0.5), None, [0.1, 0.5]),
+                                     (optimizer_of(0.1, 0.5), [0.3, 0.2], [0.3, 0.2]),
+                                     (optimizer_of(0.01, initial_lr=0.1), None, [0.1])):
+        groups = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups]
+        schedule = schedulers.WarmupLR(optimizer, warmup_max_lr=top, warmup_num_steps=3)
+        last = go_on(optimizer, schedule, 6)[-1]
+        assert last == pytest.approx(expected), f"warmup_max_lr {top}, groups {groups}: the rates end at {last}"
 
 
 # --- A loss scale, and dtypes -----------------------------------------------------------------------------------------
@@ -212,7 +216,7 @@ def test_a_checkpointed_function_trains_its_parameters_where_no_input_needs_a_gr
 
 def test_a_checkpointed_function_runs_under_the_autocast_of_its_call():
     weight = torch.randn(8, 8, requires_grad=True)
-    for inside in (False, True):
+    for inside, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)):
         seen = []
 
         def function(x: Tensor) -> Tensor:
@@ -222,7 +226,7 @@ def test_a_checkpointed_function_runs_under_the_autocast_of_its_call():
 
         def gradient(run: Callable) -> Tensor:
             weight.grad = None
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            with torch.autocast("cpu", dtype, enabled=inside):
                 loss = run(function, torch.ones(2, 8) / 8).float().sum()
             with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
                 loss.backward()
@@ -231,7 +235,7 @@ def test_a_checkpointed_function_runs_under_the_autocast_of_its_call():
 
         expected = gradient(plainly)
         assert torch.equal(gradient(checkpointing.checkpoint), expected), "the gradient is another one"
-        assert set(seen) == {torch.bfloat16 if inside else torch.float32}, f"autocast is {inside}, it runs in {seen}"
+        assert set(seen) == {dtype if inside else torch.float32}, f"autocast is {inside}, {dtype}; it runs in {seen}"
 
 
 def test_a_checkpointed_function_runs_twice():
@@ -260,11 +264,11 @@ def test_a_checkpointed_function_keeps_its_inputs_only():
 def test_a_checkpointed_function_leaves_nothing_behind():
     weight = torch.randn(64, 64, requires_grad=True)
     stack(checkpointing.checkpoint, stretch, weight)  # the gradient is there from here on
-    before = living()
+    before = storages()
     stack(checkpointing.checkpoint, stretch, weight)
     unused = checkpointing.checkpoint(stretch, torch.ones(32, 64), weight)  # no backward follows
     del unused
-    kept = held(before) - weight.nbytes  # a new gradient
+    kept = bytes_of(t for key, t in storages().items() if key not in before) - weight.nbytes  # a new gradient
     assert kept <= 0, f"{kept} bytes are left when results and gradients are gone"
 
 

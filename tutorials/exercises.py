@@ -159,8 +159,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          Check("each param group ends at its own rate",
                "Groups have rates of their own because their parameters need them; one rate for all trains another "
                "model.",
-               ("test_schedulers.py::test_warmup_keeps_each_groups_own_rate_unless_told_otherwise",
-                "::test_the_top_of_a_warmup_is_the_rate_that_the_optimizer_began_with")),
+               ("::test_the_top_of_a_warmup_is_each_groups_own_and_that_of_the_start",)),
          Check("a warm-up that is resumed goes on where it was",
                "One that starts over, or takes the rate of the moment for the top, trains another model from there on.",
                ("::test_a_warmup_goes_on_where_it_was",)),

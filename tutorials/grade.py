@@ -86,6 +86,9 @@ def read_answer(path: Path, exercise: Exercise) -> str:
     if missing:
         raise AnswerError(f"{path} lacks {', '.join(missing)}; a file that has it: python tutorials/grade.py --start "
                           f"{exercise.name}")
+    for owner in exercise.owners:
+        if owner in [base.id for base in getattr(found[owner], "bases", ()) if isinstance(base, ast.Name)]:
+            raise AnswerError(f"{path}: {owner} inherits from the project's own {owner}, which is the exercise")
     if all(_is_empty(found[part]) for part in exercise.parts):
         raise AnswerError(f"{path}: {', '.join(exercise.parts)} is still empty; a hint: python tutorials/grade.py "
                           f"{exercise.name} --hint 1")
