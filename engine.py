@@ -877,12 +877,10 @@ class ShardedLoader:
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
                  drop_last: bool):
-        seed = torch.tensor(torch.initial_seed() % 2**62, device=device)
-        if dist.get_world_size() > 1:
-            dist.broadcast(seed, src=0)
         self.dataset, self.batch_size, self.collate_fn, self.drop_last = dataset, batch_size, collate_fn, drop_last
         self.generator = torch.Generator()  # what DataLoader draws must not depend on how often it is made
-        self.device, self.seed, self.world_size = device, int(seed), dist.get_world_size()
+        self.device, self.world_size = device, dist.get_world_size()
+        self.seed = zero.gather(torch.initial_seed() % 2**62)[0]
         self.epoch = 0      # how many epochs have begun
         self.samples = 0    # of the last one, those that all ranks together were given; 0 once it is over
         self.moved = False  # load_state_dict() has set the two, and no loop has taken them up
