@@ -4,7 +4,6 @@
     .venv/bin/python -m pytest -q tests/test_zero.py --long     with a thousand drawn models
 """
 
-import copy
 import itertools
 from contextlib import contextmanager
 from functools import partial
@@ -73,14 +72,12 @@ def test_the_norm_returned_is_that_of_one_process_before_clipping(stage):
 # --- The same bits, on every stage and in every run -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_two_runs_and_all_ranks_give_the_same_bits(run_ranks, world_size):
-    for stage in range(4):
-        runs = [run_ranks(sharded, world_size, PLAIN | {"odd": True}, stage) for _ in range(2)]
-        for mine in runs[0] + runs[1]:
-            assert mine[0] == runs[0][0][0], f"stage {stage}: norms"
-            for name, value in runs[0][0][1].items():
-                assert torch.equal(mine[1][name], value), f"stage {stage}: {name} differs in the last bits"
+@on_ranks(ranks=[2, 3])
+def test_two_runs_and_all_ranks_give_the_same_bits(ranks):
+    for stage in STAGES:
+        first, second = (sharded(PLAIN | {"odd": True}, stage) for _ in range(2))
+        assert_equal(second, first, 0, f"stage {stage}, the second run")
+        assert_equal((*first[:2], {}), (*zero.gather(first[:2])[0], {}), 0, f"stage {stage}, another rank")
 
 
 @on_ranks(3)
@@ -145,76 +142,62 @@ def train_wide(stage: int, accumulation: int = 1, steps: int = 2, watch=None, pr
     return engine
 
 
-def bytes_after_a_step(stage: int):
+@on_ranks(ranks=[1, 2, 4], stage=STAGES)
+def test_bytes_per_rank_are_those_of_the_table(ranks, stage):
+    """And beside the table, at most: two live buckets, and what each receives."""
     engine = train_wide(stage)
-    count = sum(p.numel() for p in engine.module.parameters())
-    padding = sum(b.numel - sum(slot.shape.numel() for slot in b.slots) for b in engine.zero.buckets)
-    gathered = [u.name for u in engine.zero.units if u.state is not zero.UnitState.SHARDED]
-    spare = sum(b.numel() for b in engine.zero.communicator.spare.free)
-    largest = max(4 * b.numel for b in engine.zero.buckets)
-    own = sum(piece.numel() for b in engine.zero.buckets for piece in b.pieces)
-    return model_state_bytes(engine), count, padding, own, gathered, spare, largest
+    held, buckets = model_state_bytes(engine), engine.zero.buckets
+    count, whole = sum(p.numel() for p in engine.module.parameters()), sum(bucket.numel for bucket in buckets)
+    own = sum(piece.numel() for bucket in buckets for piece in bucket.pieces)
+    assert sum(zero.gather(own)) == count * (1 if stage else ranks)
+    # Beside the optimizer's state, 8 bytes for each element that is this rank's, padding counts too.
+    per_parameter = {0: 8, 1: 8, 2: 4 + 4 / ranks, 3: 8 / ranks}[stage]
+    assert held == per_parameter * whole + 8 * own, f"{held / count:.2f} bytes per parameter"
+    padding = sum(bucket.numel - sum(slot.shape.numel() for slot in bucket.slots) for bucket in buckets)
+    assert padding < 0.05 * count and all(unit.state is zero.UnitState.SHARDED for unit in engine.zero.units)
+    spare, largest = sum(b.numel() for b in engine.zero.communicator.spare.free), max(4 * b.numel for b in buckets)
+    assert spare <= 2 * largest * (2 - 1 / ranks)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bytes_per_rank_are_those_of_the_table(run_ranks, world_size, stage):
-    results = run_ranks(bytes_after_a_step, world_size, stage)
-    assert sum(own for _, _, _, own, *_ in results) == results[0][1] * (1 if stage else world_size)
-    for held, count, padding, own, gathered, spare, largest in results:
-        # Beside the optimizer's state, 8 bytes for each element that is this rank's, padding counts too.
-        per_parameter = {0: 8, 1: 8, 2: 4 + 4 / world_size, 3: 8 / world_size}[stage]
-        assert held == per_parameter * (count + padding) + 8 * own, f"{held / count:.2f} bytes per parameter"
-        assert padding < 0.05 * count and not gathered
-        assert spare <= 2 * largest * (2 - 1 / world_size), "beside the table: two live buckets, and what each receives"
-
-
-def most_gathered(prefetch: int):
-    """The most elements that stage 3 ever held gathered, and the size of a unit."""
-    most = [0]
-
-    def watch(engine):
-        live = [u for u in engine.zero.units if u.state is not zero.UnitState.SHARDED]
-        most[0] = max(most[0], sum(u.numel for u in live))
-        held = storage_bytes(b.flat for b in engine.zero.buckets)
-        assert held == 4 * sum(u.numel for u in live), "what is said to be sharded has no memory"
-
-    engine = train_wide(3, watch=watch, stage3_prefetch_bucket_size=prefetch)
-    return most[0], {u.numel for u in engine.zero.units if u.buckets}
-
-
-def test_stage_3_holds_the_unit_in_use_and_the_next_one_only(run_ranks):
+@on_ranks(2)
+def test_stage_3_holds_the_unit_in_use_and_the_next_one_only():
     for prefetch, units in ((10**9, 2), (0, 1)):
-        for most, (size,) in run_ranks(most_gathered, 2, prefetch):
-            assert most == units * size
+        most = [0]
+
+        def watch(engine):
+            live = sum(u.numel for u in engine.zero.units if u.state is not zero.UnitState.SHARDED)
+            most[0] = max(most[0], live)
+            held = storage_bytes(b.flat for b in engine.zero.buckets)
+            assert held == 4 * live, "what is said to be sharded has no memory"
+
+        engine = train_wide(3, watch=watch, stage3_prefetch_bucket_size=prefetch)
+        size, = {u.numel for u in engine.zero.units if u.buckets}
+        assert most[0] == units * size
 
 
 # --- Traffic ----------------------------------------------------------------------------------------------------------
 
 
-def traffic_of_a_step(stage: int, accumulation: int, extra: dict):
-    """Elements sent per rank in the second step, scalars apart; the padded parameters; their number of collectives."""
+def traffic_of_a_step(stage: int, accumulation: int, **extra) -> tuple[int, int, int]:
+    """Elements sent per rank in the second step, scalars apart; calls for scalars; the padded parameters."""
     engine = train_wide(stage, accumulation, steps=1, **extra)
-    before = copy.deepcopy(engine.zero.communicator.traffic)
+    engine.zero.communicator.traffic.clear()
     for _ in range(accumulation):
         engine.backward(engine(torch.randn(2, 64)).square().mean())
         engine.step()
-    after = engine.zero.communicator.traffic
-    sent = {kind: (after[kind].elements - before[kind].elements, after[kind].calls - before[kind].calls)
-            for kind in after}
-    scalars = sent.pop("scalars", (0, 0))
-    return sum(elements for elements, _ in sent.values()), scalars, sum(b.numel for b in engine.zero.buckets)
+    sent = dict(engine.zero.communicator.traffic)
+    scalars = sent.pop("scalars").calls
+    return sum(record.elements for record in sent.values()), scalars, sum(b.numel for b in engine.zero.buckets)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_elements_sent_are_those_of_the_table(run_ranks, world_size, accumulation):
+@on_ranks(ranks=[2, 4], accumulation=[1, 3])
+def test_elements_sent_are_those_of_the_table(ranks, accumulation):
     for stage, times in ((0, 2), (1, 2), (2, accumulation + 1), (3, 3 * accumulation)):
-        for sent, scalars, count in run_ranks(traffic_of_a_step, world_size, stage, accumulation, {}):
-            assert sent == times * count * (world_size - 1) // world_size, f"stage {stage}"
-            assert scalars[1] == 1, "norm, overflow and unused parameters go in one all-reduce"
-    (naive, _, count), *_ = run_ranks(traffic_of_a_step, world_size, 2, accumulation, {"reduce_scatter": False})
-    assert naive == (2 * accumulation + 1) * count * (world_size - 1) // world_size, "and it is counted"
+        sent, scalars, count = traffic_of_a_step(stage, accumulation)
+        assert sent == times * count * (ranks - 1) // ranks, f"stage {stage}"
+        assert scalars == 1, "norm, overflow and unused parameters go in one all-reduce"
+    naive, _, count = traffic_of_a_step(2, accumulation, reduce_scatter=False)
+    assert naive == (2 * accumulation + 1) * count * (ranks - 1) // ranks, "and it is counted"
 
 
 # --- Any model, unmodified --------------------------------------------------------------------------------------------
