@@ -2558,9 +2558,8 @@ def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str |
 class _Names:
     """What DeepSpeed has under ``deepspeed.<path>``, for scripts that reach it as an attribute."""
 
-    def __init__(self, path: str, names: dict[str, Any]):
-        self._path = path
-        vars(self).update(names)
+    def __init__(self, path: str, module: Any = None, /, **names: Any):
+        vars(self).update(vars(module) if module else {}, **names, _path=path)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"deepspeed.{vars(self).get('_path')} has no attribute {name!r}{ELSEWHERE}")
@@ -2591,20 +2590,17 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
 
 DeepSpeedEngine = Engine
 
-checkpointing = _Names("checkpointing", {name: value for name, value in vars(recompute).items() if name[0] != "_"} | {
-    "configure": configure})
-comm = _Names("comm", {name: value for name, value in vars(dist).items() if name[0] != "_"} | {
-    "init_distributed": init_distributed, "get_local_rank": partial(dist.get_node_local_rank, 0)})
-utils = _Names("utils", {"logger": logger} | {
-    name: getattr(zero, name) for name in (
-        "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
-        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
-        "unset_z3_leaf_modules", "get_z3_leaf_modules")} | {"zero_to_fp32": _Names("utils.zero_to_fp32", {
-            each.__name__: each for each in (
-                get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)})})
-checkpoint = _Names("checkpoint", {"utils": _Names("checkpoint.utils", {
-    "clone_tensors_for_torch_save": clone_tensors_for_torch_save})})
-runtime = _Names("runtime", {"lr_schedules": schedulers})
+checkpointing = _Names("checkpointing", recompute, configure=configure)
+comm = _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0))
+zero_to_fp32 = _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
+    get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)})
+utils = _Names("utils", logger=logger, zero_to_fp32=zero_to_fp32, **{name: getattr(zero, name) for name in (
+    "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
+    "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules", "unset_z3_leaf_modules",
+    "get_z3_leaf_modules")})
+checkpoint = _Names("checkpoint", utils=_Names(
+    "checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save))
+runtime = _Names("runtime", lr_schedules=schedulers)
 
 
 if __name__ == "__main__":
