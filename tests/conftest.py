@@ -218,16 +218,18 @@ def own_group() -> Iterator[None]:
 
 @pytest.fixture
 def alone() -> Iterator[Callable[..., tuple]]:
-    """``initialize()`` in a process without a launcher; what it has started ends with the test."""
+    """``initialize()`` in a process without a launcher, with a config and a model unless others are given.
+
+    What it has started ends with the test.
+    """
     import engine as deepspeed
     from oracle import Mlp
-    engines = []
+    engines, config = [], {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 
-    def make(config: Any = {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}},  # noqa: B006
-             **kwargs: Any) -> tuple:
-        made = deepspeed.initialize(**{"model": Mlp(), "config": config} | kwargs)
-        engines.append(made[0])
-        return made
+    def make(config: Any = config, **kwargs: Any) -> tuple:
+        engine, *others = deepspeed.initialize(**{"model": Mlp(), "config": config} | kwargs)
+        engines.append(engine)
+        return engine, *others
 
     yield make
     for engine in engines:
