@@ -249,8 +249,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     no question open: the key then has its default.
     """
     raw, parser = read_config(config), _Parser()
-    if isinstance(raw, dict):
-        parser.respell(raw)
+    parser.respell(raw)
     result = parser.section(Config, raw)
     off = raw.get("activation_checkpointing")  # DeepSpeed's keys alone, and all of them say no
     if off and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
@@ -267,24 +266,25 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     return result
 
 
-def read_config(config: Mapping[str, Any] | str | os.PathLike) -> Any:
+def read_config(config: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]:
     """A config as it was given, without comments: from a dictionary or a JSON file.
 
     In a file, comments (#, //, /* */) and commas before a closing bracket may stand.
     """
-    if not isinstance(config, (str, os.PathLike)):
-        return _object(config.items()) if isinstance(config, Mapping) else config
-    path = Path(config)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # as blanks, so that errors name the place
-            text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
-                          lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
-        return json.loads(text, object_pairs_hook=_object)
+        if isinstance(config, (str, os.PathLike)):
+            text = Path(config).read_text(encoding="utf-8-sig")
+            for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # made blanks: errors name the place
+                text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
+                              lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
+            config = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
-        raise ConfigError(f"the config file {path} can't be read: {error.strerror}") from error
+        raise ConfigError(f"the config file {config} can't be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config file {path} is not JSON: {error}") from error
+        raise ConfigError(f"the config file {config} is not JSON: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"the config is {config!r}; allowed: an object, such as a dict")
+    return _object(config.items())
 
 
 def _object(pairs: Iterable[tuple[Any, Any]], place: str = "the config") -> dict[str, Any]:
@@ -343,7 +343,7 @@ class _Parser:
     def section(self, cls: type, raw: Any, path: str = "") -> Any:
         """An instance of the dataclass ``cls`` from the JSON object ``raw``, whose keys begin with ``path``."""
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"{path.rstrip('.') or 'the config'} is {raw!r}; allowed: an object, such as a dict")
+            raise ConfigError(f"{path.rstrip('.')} is {raw!r}; allowed: an object, such as a dict")
         # A key that is a word of Python's, such as async, has a field with an underscore behind it.
         known = {f.name.removesuffix("_"): f for f in fields(cls)}
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
@@ -500,7 +500,7 @@ def _check_param(value: Any, path: str, kind: type) -> Any:
 def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[str, Any], Any]:
     """The scheduler section of a config, which may be the section itself, and the optimizer's rate, if it has one."""
     raw = read_config(config)
-    settings = load_config({"scheduler": raw} if isinstance(raw, dict) and "type" in raw else raw)
+    settings = load_config({"scheduler": raw} if "type" in raw else raw)
     if settings.scheduler is None:
         raise ConfigError("the config has no scheduler section")
     return asdict(settings.scheduler), settings.optimizer and settings.optimizer.params.get("lr")
@@ -2440,7 +2440,7 @@ def _compare(options: argparse.Namespace) -> str:
     """A table of stages 0 to 3, a row per number of ranks; drawn as well, with ``--plot``."""
     counts = _whole("--params", options.params, 1), _whole("--largest-unit", options.largest_unit, 0)
     raw = read_config(options.config or PAPER)
-    section = raw.setdefault("zero_optimization", {}) if isinstance(raw, dict) else None
+    section = raw.setdefault("zero_optimization", {})
     if isinstance(section, dict) and section.get("stage", 0) in zero.SHARDED:
         section["stage"] = 3  # there all of the section counts
     settings = load_config(raw)
@@ -2577,7 +2577,7 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
     if mpu_ is not None:
         raise ValueError(f"mpu_ is {mpu_!r}; allowed: None, as there is no model parallelism here")
     raw, parser = read_config(deepspeed_config or {}), _Parser()
-    section = raw.get("activation_checkpointing") or {} if isinstance(raw, dict) else raw
+    section = raw.get("activation_checkpointing") or {}
     given = {"partition_activations": partition_activations, "contiguous_memory_optimization": contiguous_checkpointing,
              "number_checkpoints": num_checkpoints, "cpu_checkpointing": checkpoint_in_cpu,
              "synchronize_checkpoint_boundary": synchronize, "profile": profile}
