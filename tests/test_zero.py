@@ -60,6 +60,16 @@ def test_parameters_without_elements_and_groups_smaller_than_the_ranks_train(sta
         pair.check(f"step {step}", tolerance=1e-12)
 
 
+@on_ranks(2)
+def test_a_large_unit_starts_as_on_rank_0():
+    """One that is sharded parameter by parameter; smaller ones are drawn above."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(1024, 1024)) for _ in range(2)))
+    expected = zero.gather(model[1][0].weight.detach()[-1])[0]
+    start(model, 3)
+    assert torch.equal(zero.safe_get_full_fp32_param(model[1][0].weight)[-1], expected)
+
+
 @on_ranks(3, stage=STAGES)
 def test_the_norm_returned_is_that_of_one_process_before_clipping(stage):
     pair = Pair(Mlp, stage, gradient_clipping=0.01)
