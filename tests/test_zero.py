@@ -18,8 +18,8 @@ from torch import nn
 import engine as deepspeed
 import zero
 from conftest import on_ranks
-from oracle import PLAIN, STAGES, Mlp, Net, Pair, assert_close, assert_equal, batches, drawn_loss, drawn_optimizer, draws, fitting, \
-    mine, plain, plain_backward, sharded, square, start, whole
+from oracle import PLAIN, STAGES, Mlp, Net, Pair, assert_close, assert_equal, batches, drawn_loss, drawn_optimizer, \
+    draws, fitting, mine, plain, plain_backward, sharded, square, start, whole
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
@@ -317,7 +317,8 @@ def test_whole_parameters_lie_in_one_shard_each_and_do_not_overlap(ranks):
         assert bounds[-1] == max(end, zero.ALIGN), "nothing but what aligns the parameters is padding"
         for slot, following in zip(slots, [*slots[1:], None]):
             assert slot.end - slot.offset == slot.shape.numel() and slot.offset % zero.ALIGN == 0
-            assert any(low <= slot.offset and slot.end <= high for low, high in itertools.pairwise(bounds)), f"{slot.name} is cut"
+            inside = [low <= slot.offset and slot.end <= high for low, high in itertools.pairwise(bounds)]
+            assert any(inside), f"{slot.name} is cut"
             assert slot.end <= (following.offset if following else bounds[-1])
         loads = [load + high - low for load, (low, high) in zip(loads, itertools.pairwise(bounds))]
     assert max(loads) - min(loads) <= 1024 + zero.ALIGN, "no rank has more than another by more than one parameter"
@@ -457,8 +458,8 @@ def test_ranks_that_disagree_all_raise_and_name_the_first_difference(what, told)
 
 
 # --- The collectives that NCCL uses, on the CPU -----------------------------------------------------------------------
-# gloo has them too, and the product's own exchange is for gloo alone. NCCL's contract is imitated: until wait() an output
-# is garbage, an input must not change and its memory must be there, and each collective is waited for once.
+# gloo has them too, and the product's own exchange is for gloo alone. NCCL's contract is imitated: until wait() an
+# output is garbage, an input must not change and its memory must be there, and each collective is waited for once.
 
 
 NAMES = [name for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
