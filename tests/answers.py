@@ -666,7 +666,7 @@ class Zero:
             low = max(position, start)
             high = min(position + p.numel(), start + self.flat.numel() // self.communicator.world_size)
             if low < high:
-                self.mine.append((index, low - start, high - start, nn.Parameter(self.flat[low:high])))
+                self.mine.append((index, low - start, high - start, nn.Parameter(self.flat[low:high].clone())))
             position += p.numel()
         optimizer.param_groups[0]["params"] = [piece for *_, piece in self.mine]
 
@@ -704,6 +704,8 @@ class Zero:
                 piece.grad = coefficient * shard[low:high]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for _, low, high, piece in self.mine:
+            self.communicator.shard_of(self.flat)[low:high] = piece
         self.communicator.all_gather(self.flat).wait()
         return StepResult(norm, coefficient, False, None)
 '''],

@@ -362,8 +362,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
         "Communicator(device), with rank, world_size, shard_of(), broadcast(), reduce_scatter(), all_reduce() and "
         "all_gather(), which return Handles; StepResult; or torch.distributed itself",
         "weights and norms, against plain PyTorch with AdamW; the state of the optimizer that you were given; every "
-        "tensor that lives in the process before and after a step; bytes that leave this rank. self.communicator has "
-        "to be the Communicator that you use. There is one param group, all in float32",
+        "tensor that lives in the process before and after a step; bytes that leave this rank. There is one param "
+        "group, all in float32",
         (Check("training equals plain PyTorch on the whole batch, with clipping",
                "Sharding memory must not change what is learned: with tied weights, with parameters that have no "
                "gradient on some ranks, or on none, with a scaled loss and a rate that changes.",
