@@ -489,28 +489,25 @@ class NaiveLoop:
         self.optimizer.zero_grad()
 
 
-def quickest_of(rounds: int, steps: list[Callable[[int], list[tuple]]]) -> list[list[tuple]]:
-    """For each of ``steps``, which give a step's events, those of its quickest of ``rounds`` calls."""
-    times, quickest = [float("inf")] * len(steps), [[] for _ in steps]
+def quickest_steps(rounds: int, stages: list[int | None]) -> list[list[tuple[str, float, float]]]:
+    """The events of the quickest of ``rounds`` steps at each of ``stages``; None: of the naive loop."""
+    recorder = Recorder()
+    recorder.watch()
+    loops: list[Any] = []
+    for stage in stages:
+        torch.manual_seed(0)
+        loops.append(NaiveLoop(GPT(256, 6, 4, 64), recorder) if stage is None else gpt(256, 6, 64, {
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 780_000}}))
+    times, quickest = [float("inf")] * len(loops), [[] for _ in loops]
     for number in range(rounds):  # in turns, so that a busy moment of the machine meets all of them
-        for index, step in enumerate(steps):
-            events = step(number)
+        for index, loop in enumerate(loops):
+            events = recorded_step(loop, recorder, number)
             slowest = torch.tensor([max(event[-1] for event in events)])
             dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks choose the same step
             if number > 1 and float(slowest) < times[index]:
                 times[index], quickest[index] = float(slowest), events
     return quickest
-
-
-def quickest_steps(rounds: int) -> list[list[tuple[str, float, float]]]:
-    """The events of the quickest of ``rounds`` steps: of the naive loop, and of each stage."""
-    recorder = Recorder()
-    recorder.watch()
-    engines = [gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {
-        "stage": stage, "reduce_bucket_size": 780_000}}) for stage in range(4)]
-    torch.manual_seed(0)
-    loops = [NaiveLoop(GPT(256, 6, 4, 64), recorder), *engines]
-    return quickest_of(rounds, [partial(recorded_step, loop, recorder) for loop in loops])
 
 
 COMPUTE = {"forward": SKY, "backward": BLUE, "update": GREEN}
@@ -519,7 +516,7 @@ NETWORK = {"all-reduce": RED, "reduce-scatter": ORANGE, "all-gather": PURPLE}
 
 def timeline() -> Figure:
     """The naive loop and stages 0 to 3 below each other: what the rank computes, and what its collectives do."""
-    rows = on_ranks(quickest_steps, 2, 30)[0]
+    rows = on_ranks(quickest_steps, 2, 30, [None, 0, 1, 2, 3])[0]
     figure = new_figure(8.6)
     axes = figure.subplots(5, 1, sharex=True)
     for name, axis, events in zip(("naive loop", *(f"stage {stage}" for stage in range(4))), axes, rows):
@@ -546,17 +543,9 @@ def timeline() -> Figure:
 # The life of units.
 
 
-def quickest_life(rounds: int) -> list[tuple[str, float, float]]:
-    """The events of the quickest of ``rounds`` steps at stage 3."""
-    recorder = Recorder()
-    recorder.watch()
-    engine = gpt(256, 6, 64, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}})
-    return quickest_of(rounds, [partial(recorded_step, engine, recorder)])[0]
-
-
 def unit_life() -> Figure:
     """A row for each unit, coloured while its gather is under way and while it is whole."""
-    events = on_ranks(quickest_life, 2, 30)[0]
+    (events,) = on_ranks(quickest_steps, 2, 30, [3])[0]
     phases = {what: 1e3 * end for what, _, end in events if what in COMPUTE}
     moments = defaultdict(list)  # by unit: (when, the colour from then on)
     for what, begin, end in events:
