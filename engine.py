@@ -1224,7 +1224,7 @@ class _Training(_State):
     def _check_scaled(self) -> None:
         """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
         scaled, self._scaled = self._scaled, False
-        if self.scaler.scale != 1 and not scaled and self.zero.has_taken:
+        if self.scaler.scale != 1 and not (scaled or self._incomplete) and self.zero.has_taken:
             self.zero.clear_gradients()
             raise RuntimeError("loss.backward() without the loss scale; call engine.backward(loss), or "
                                "engine.scale(loss).backward(). The window's gradients were dropped")

@@ -280,6 +280,32 @@ def test_an_error_anywhere_in_a_step_does_no_harm_to_what_follows(run_ranks, bod
     run_ranks(body, 2, stage, 80 if is_long else 5)
 
 
+@pytest.mark.parametrize("where", ["in a hook", "at the end"])
+def test_a_backward_that_raised_is_left_out_and_said(where, caplog):
+    """In fp16 too, where gradients without a loss scale are an error."""
+    def loss(engine):
+        return engine(torch.ones(2, oracle.WIDTH).half()).float().square().sum()
+
+    weights = []
+    for fails in (False, True):
+        model = oracle.twins(oracle.Mlp)[0]
+        engine = oracle.start(model, 1, fp16={"enabled": True, "initial_scale_power": 4})
+        if fails:
+            hook = model.blocks[1][0].weight.register_hook(lambda grad: 1 / 0 if where == "in a hook" else grad)
+            with pytest.raises(ZeroDivisionError), mock.patch.object(
+                    engine.zero, "finish_backward", side_effect=ZeroDivisionError):
+                engine.backward(loss(engine))
+            hook.remove()
+        engine.backward(loss(engine))
+        engine.step()
+        weights.append(oracle.whole(model))
+        engine.destroy()
+    for name, expected in weights[0].items():
+        assert torch.equal(weights[1][name], expected), name
+    assert [r.getMessage() for r in caplog.records if "backward() raised" in r.getMessage()] == [
+        "the last backward() raised: the gradients of its window are dropped"]
+
+
 def total(value: float) -> float:
     tensor = torch.tensor(value * (dist.get_rank() + 1))
     dist.all_reduce(tensor)
