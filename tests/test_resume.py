@@ -569,6 +569,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(tmp_path, is_long):
         engine.save_checkpoint(tmp_path, tag)
     engines = [make(stage, seed=1) for stage in STAGES]
     kept = shutil.copytree(tmp_path / "good", tmp_path / f"kept{dist.get_rank()}")
+    dist.barrier()  # before rank 0 removes what the other one copies
     for round_ in range(200 if is_long else 15):
         if dist.get_rank() == 0:
             shutil.rmtree(tmp_path / "good")
