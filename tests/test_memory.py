@@ -206,14 +206,15 @@ def test_an_engine_holds_and_sends_what_was_estimated_to_the_byte(
 
     for module in model.modules() if not offloads else ():
         module.register_forward_hook(watch)
-    for window in range(2):
-        engine.zero.communicator.traffic.clear()
-        for _ in range(steps):
-            ids = torch.randint(0, 256, (2, 8))
-            engine.backward(engine(ids, ids))
-            report = engine.memory_report()  # the last: gradients are complete, and there is state from before
-            for act in (watch, engine.step, watch):
-                act()
+    for micro_batch in range(2 * steps):
+        if micro_batch == steps:
+            engine.zero.communicator.traffic.clear()
+        ids = torch.randint(0, 256, (2, 8))
+        engine.backward(engine(ids, ids))
+        if micro_batch == 2 * steps - 1:  # gradients are complete, and there is state from the window before
+            report = engine.memory_report()
+        for act in (watch, engine.step, watch):
+            act()
     measured, estimated = report.measured, report.held
     for key in estimated.keys() | {key for key, size in measured.items() if size}:
         fits = measured.get(key, 0) <= estimated[key] if key[0] == "live" else \
