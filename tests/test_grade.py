@@ -685,7 +685,7 @@ def test_a_wrong_answer_is_told_with_the_reason_the_difference_and_what_it_print
     assert status == 1 and failed_checks(printed) == ["the same rates as DeepSpeed, at every step"], printed
     assert "Why it matters: One step off at the start" in printed and "AssertionError: step 1, group 0: rate" in printed
     assert "pass      each param group ends at its own rate" in printed and "3 of 4 pass" in printed
-    assert "What your code printed, on all ranks:\n    three 0\n" in printed
+    assert "What your code printed, on all ranks:\n    three 0  (" in printed
     assert "A hint: python tutorials/grade.py schedulers:WarmupLR --hint 1" in printed and not grade.done()
 
 
@@ -793,8 +793,9 @@ def test_an_error_is_told_with_the_readers_line_and_once_where_it_stops_everythi
     longer = grade.Outcome("failed", f"{told}\nValueError: WarmupLR: {told}")
     everywhere, _ = grade.report("x", checks, {"a::one": failed, "a::two": longer})
     assert everywhere.startswith("Every test stops at the same error:\n    my.py:47") and everywhere.count(told) == 1
-    once, _ = grade.report("x", checks, {"a::one": failed, "a::two": passed}, ["here", "there"])
-    assert "Every test" not in once and once.count(told) == 1 and "on all ranks:\n    here\n    there\n" in once
+    once, _ = grade.report("x", checks, {"a::one": failed, "a::two": passed}, ["here", "there", "here"])
+    assert "Every test" not in once and once.count(told) == 1
+    assert "on all ranks:\n    here  (2 times)\n    there\n" in once
 
 
 def test_a_timeline_has_a_letter_per_phase_and_a_mark_per_message():

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -374,8 +375,10 @@ def report(name: str, checks: tuple[Check, ...], outcomes: dict[str, Outcome],
         if len(bad) > 3:
             rows.append(f"          and {len(bad) - 3} more")
     if printed:
-        more = [f"    and {len(printed) - PRINTED} more lines"] if len(printed) > PRINTED else []
-        rows += ["What your code printed, on all ranks:", *(f"    {line}" for line in printed[:PRINTED]), *more]
+        lines = [f"    {line}" + (f"  ({times} times)" if times > 1 else "")
+                 for line, times in Counter(printed).items()]
+        more = [f"    and {len(lines) - PRINTED} more lines"] if len(lines) > PRINTED else []
+        rows += ["What your code printed, on all ranks:", *lines[:PRINTED], *more]
     rows.append(f"{name}: {passed} of {len(checks)} pass" + (". Well done." if passed == len(checks) else ""))
     return "\n".join(rows), passed == len(checks)
 
