@@ -859,12 +859,16 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def _check_data(dataset: Any) -> None:
     """Refuse what a ShardedLoader can't be made of."""
-    fits = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if dataset is not None and (not fits or isinstance(dataset, DataLoader | IterableDataset)):
+    if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
+        raise ValueError("training_data is an IterableDataset, which can't be divided among "
+                         f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
+                         "If yours shards itself, put it in a DataLoader of your own")
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    if isinstance(dataset, DataLoader) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
-                         "__getitem__, from which the engine makes the loader. Others, such as streams, need a loader "
-                         "of your own")
-    if dataset is not None and len(dataset) == 0:
+                         "__getitem__, from which the engine makes the loader, or on one rank an IterableDataset")
+    if len(dataset) == 0:
         raise ValueError("training_data is empty; allowed: at least one sample")
 
 
@@ -912,13 +916,15 @@ class ShardedLoader:
 
     def _loader(self) -> DataLoader:
         """This rank's share of what is left of the epoch."""
+        options = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
+                   "generator": self.generator, "pin_memory": self.device.type == "cuda"}
+        if isinstance(self.dataset, IterableDataset):
+            return DataLoader(_Rest(self.dataset, self.samples) if self.samples else self.dataset, **options)
         generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
         left = order[self.samples:]
         left += islice(cycle(order), -len(left) % self.world_size)
-        return DataLoader(self.dataset, self.batch_size, sampler=left[dist.get_rank()::self.world_size],
-                          collate_fn=self.collate_fn, drop_last=self.drop_last, generator=self.generator,
-                          pin_memory=self.device.type == "cuda")
+        return DataLoader(self.dataset, sampler=left[dist.get_rank()::self.world_size], **options)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data: the epoch, how many samples of it all ranks had together, and the order's seed."""
@@ -930,8 +936,18 @@ class ShardedLoader:
         A loop that runs goes on there; else the next one does.
         """
         self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
-        if not self._batches(len(self.dataset) - self.samples):
+        if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
             self.samples = 0
+
+
+class _Rest(IterableDataset):
+    """A stream without its first samples."""
+
+    def __init__(self, stream: IterableDataset, given: int):
+        self.stream, self.given = stream, given
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.stream), self.given, None)
 
 
 # --- The engine -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import amp
 import engine as deepspeed
@@ -273,6 +273,29 @@ def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch):
             break
     assert give(monkeypatch, [loader]) == whole[6:]
     assert len(loader) == 12 and loader.epoch == 1
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(4.0))
+
+
+@pytest.mark.parametrize("kind", [Stream, type("Sized", (Stream,), {"__len__": lambda self: 4})])
+@pytest.mark.parametrize("size, rest", [(1, [[1.0], [2.0], [3.0]]), (2, [[1.0, 2.0], [3.0]])])
+def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path, kind, size, rest):
+    engine, _, loader, _ = alone({"train_batch_size": 1}, training_data=kind())
+    next(iter(loader))
+    engine.save_checkpoint(tmp_path, 1)
+    engine, _, loader, _ = alone({"train_batch_size": size}, training_data=kind())
+    engine.load_checkpoint(tmp_path)
+    assert [batch.tolist() for batch in loader] == rest
+    assert sum(batch.numel() for batch in loader) == 4
+
+
+@on_ranks(2)
+def test_a_stream_is_for_one_rank_only():
+    with pytest.raises(ValueError, match="IterableDataset.*can't be divided among 2 ranks"):
+        deepspeed.initialize(model=Mlp(), training_data=Stream(), config={"train_micro_batch_size_per_gpu": 2})
 
 
 class Batch(dict):

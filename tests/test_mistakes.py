@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import ChainDataset, DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import engine as deepspeed
 from oracle import LENGTH, Mlp, Pair, twins
@@ -198,7 +198,7 @@ CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they 
         ("model", [None, 5, nn.Linear(2, 2, device="meta")]), ("mpu", [1]), ("mesh_param", [(1, 2)]),
         ("optimizer", [3, other_optimizer, "Adam", torch.optim.LBFGS([torch.ones(1)])]),
         ("lr_scheduler", [5, str, torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)]),
-        ("training_data", [7, DataLoader(DATA), ChainDataset([]), TensorDataset(torch.ones(0, 6))]),
+        ("training_data", [7, DataLoader(DATA), TensorDataset(torch.ones(0, 6))]),
         ("collate_fn", [4]),
         ("model_parameters", [5]), ("config", [None, "/nowhere.json", 3]), ("config_params", [CONFIG]),
         ("dist_init_required", ["no"]), ("distributed_port", [-1]), ("args", [argparse.Namespace(local_rank="a"),
