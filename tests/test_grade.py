@@ -803,3 +803,4 @@ def test_a_timeline_has_a_letter_per_phase_and_a_mark_per_message():
     phases, marks = grade.timeline("yours", measured, 2.0)
     assert phases == f"{'yours':<14}{'f' * 14}{'b' * 22} 1000.0 ms"
     assert [place - 14 for place, mark in enumerate(marks) if mark == "^"] == [17, 34]
+    assert grade.timeline("yours", measured | {"sends": []}, 2.0) == [phases]

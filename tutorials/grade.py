@@ -435,12 +435,12 @@ def beside(exercise: Exercise, folder: Path, slow: float) -> list[str]:
         rows.append(f"{name:<32}{texts[0]:>14}{texts[1]:>16}    yours {value / other:.1f} x")
     longest = max(measured["phases"][-1][2] for measured in found)
     phases = ", ".join(f"{name[0]} {name}" for name, *_ in yours["phases"])
-    rows += ["", f"One run, slowed by counting: {phases}; ^ something is sent"]
+    rows += ["", f"One run, slowed by counting: {phases}{'; ^ something is sent' if yours['sends'] else ''}"]
     return rows + timeline("yours", yours, longest) + timeline("this project", theirs, longest)
 
 
 def timeline(name: str, measured: dict[str, Any], longest: float) -> list[str]:
-    """A line with a letter per phase, and one with a mark under each moment at which something was sent."""
+    """A line with a letter per phase, and one with a mark under each moment at which something was sent, if any."""
     def column(moment: float) -> int:
         return min(WIDTH - 1, int(WIDTH * moment / longest))
 
@@ -451,7 +451,8 @@ def timeline(name: str, measured: dict[str, Any], longest: float) -> list[str]:
     for moment in measured["sends"]:
         marks[column(moment)] = "^"
     last = measured["phases"][-1][2]
-    return [f"{name:<14}{''.join(phases).rstrip()} {1000 * last:.1f} ms", f"{'':<14}{''.join(marks)}".rstrip()]
+    drawn = [f"{name:<14}{''.join(phases).rstrip()} {1000 * last:.1f} ms", f"{'':<14}{''.join(marks)}".rstrip()]
+    return drawn if measured["sends"] else drawn[:1]
 
 
 def done() -> dict[str, str]:
