@@ -46,7 +46,7 @@ import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -54,6 +54,7 @@ from functools import cached_property, partial, wraps
 from itertools import cycle, islice
 from numbers import Real
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -481,19 +482,19 @@ def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any
 
 
 def _check_param(value: Any, path: str, kind: type) -> Any:
-    """``value`` as its parameter's kind, bool, str or float, or a list of these; objects that are none may be.
+    """``value`` where it is of its parameter's kind: bool, str or float, or a list of these. Other objects may be.
 
-    PyTorch's classes would take any text for true, and true for 1.
+    PyTorch's classes take any text for true, and true for 1.
     """
     number = _number(value)
     if isinstance(value, (list, tuple)):
         return type(value)(_check_param(item, path, kind) for item in value)
-    if kind is str or not isinstance(value, (Real, str)):
-        return value
-    if kind is bool and _truth(value) is not None:
-        return _truth(value)
+    if kind is bool and value in (0, 1):
+        return bool(value)
     if kind is float and number is not None and math.isfinite(number):
         return value if not isinstance(value, str) else int(number) if number.is_integer() else number
+    if value is None or not isinstance(value, {bool: object, str: bool, float: (Real, str)}[kind]):
+        return value
     raise ConfigError(f"{path} is {value!r}; allowed: {'true or false' if kind is bool else 'a finite number'}")
 
 
@@ -1368,11 +1369,11 @@ class Engine(_Training):
                         exclude_frozen_parameters: bool = False) -> bool:
         """Save everything that training needs under ``save_dir/tag``; every rank must call it.
 
-        Each rank writes its own share, into files of this save's own; once all of it has reached the disk, its index
-        takes the place of the one before, and ``latest`` changes last. So whenever a save dies, the one before it still
-        loads, and two that run at once are never mixed. Other files in that folder stay; a link, a file or another
-        program's ``index`` in its place is refused before anything is written. Inside an accumulation window the
-        gradients so far are not saved, and a warning says so.
+        Each rank writes its own share, into files with names of this save's own; once all of it has reached the disk,
+        its index takes the place of the one before, and ``latest`` changes last. So whenever a save dies, the one
+        before it still loads, and two that run at once are never mixed. Other files in that folder stay; a link, a file
+        or another program's ``meta.json`` in its place is refused before anything is written. Inside an accumulation
+        window the gradients so far are not saved, and a warning says so.
 
         tag            a folder name, or a number; default: ``global_step`` and the step
         client_state   plain data of the caller's (numbers, text, tensors, containers), given back by load_checkpoint()
@@ -1438,10 +1439,13 @@ class Engine(_Training):
             seen = _agreed(lambda: _check_fits(self, reader, load_module_strict, with_optimizer, with_schedule))
             if len(set(seen)) > 1:
                 raise CheckpointError(f"{folder} was saved anew while it was read; load it again")
-            _restore(self, reader, with_optimizer, with_schedule, not load_module_only)
+            _take_over(self, reader, with_optimizer)
+        self.zero_grad()
+        if not load_module_only:
+            _restore(self, reader.state, with_optimizer, with_schedule)
         self._show_scale()
         self._tell_boundary()
-        return str(folder), reader.index["client_state"]
+        return str(folder), reader.state["client_state"]
 
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
@@ -1562,19 +1566,21 @@ class _Progress:
 
 # --- Save and resume --------------------------------------------------------------------------------------------------
 #
-# A checkpoint is a folder:
-#     save_ID/rank_00000.bin   what rank 0 saved, as raw numbers, one piece after the other; so for every rank
-#     index                    the ID, what lies where in its files, and plain data such as counters, schedule, buffers
+# A checkpoint is a folder. In the names of its files, ID is the save's own, so that two saves never mix:
+#     meta.json            the index: the parameters, and where each stretch of them lies; with its own checksum
+#     rank_00000.ID.bin    what rank 0 saved, as raw numbers, one stretch after the other; so for every rank
+#     state.ID             plain data: counters, schedule, generators, buffers, and state that is no value per element
+#     meta.ID              a claim: the files of this ID are no checkpoint, or soon will be none
 # Next to the folders is the file latest, with the name of the one that load_checkpoint() takes.
 #
-# A save writes all into save_ID, a folder of its own, on which rank 0 has a lock; one rename of its index makes it the
-# checkpoint. Every save removes such folders that no index names and nobody has locked. So what a dead save leaves
-# goes, and so does what a newer save replaces or keep_last lets go; and what another job writes stays.
+# The index of a save begins as its claim, on which rank 0 has a lock as long as the save lives; one rename makes it the
+# checkpoint's meta.json. What a newer save replaces, or keep_last lets go, gets a claim again. Every save removes the
+# files of the claims that nobody has locked. So what a dead save leaves goes, and what another job writes stays.
 
 
 CheckpointError = zero.CheckpointError
 
-VERSION = 3     # of this format
+VERSION = 2     # of this format
 CHUNK = 2**20   # bytes that are read at a time to check them
 
 
@@ -1594,16 +1600,12 @@ class _Piece(NamedTuple):
     key: str
     start: int
     end: int
-    dtype: torch.dtype
-    rank: int      # in whose file it is
+    dtype: str
+    file: str
     offset: int    # in bytes, in the file
+    size: int      # in bytes
     checksum: int  # crc32
-    shape: tuple[int, ...] | None  # of state in a shape of its own; None: 1-D, from start to end
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return (self.end - self.start) * self.dtype.itemsize
+    shape: list[int] | None = None  # of state in a shape of its own; None: 1-D, from start to end
 
 
 # Files, each written next to how it is read.
@@ -1631,49 +1633,41 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def _file_of(rank: int) -> str:
-    return f"rank_{rank:05d}.bin"
-
-
-def _write_pieces(shares: Iterable[zero.Share], folder: Path) -> list[tuple]:
-    """Write this rank's shares into a file, one after the other; returns the pieces of the index."""
-    offset, pieces, rank = 0, [], dist.get_rank()
-    with _synced(folder / _file_of(rank)) as file:
+def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
+    """Write a rank's shares into a file of its own, one after the other; returns the pieces of the index."""
+    offset, pieces = 0, []
+    with _synced(path) as file:
         for name, key, start, tensor in shares:
             data = _memory(tensor.detach().cpu().contiguous())
-            shape = None if tensor.dim() == 1 else tuple(tensor.shape)
-            end, checksum = start + tensor.numel(), zlib.crc32(data)
-            pieces.append((name, key, start, end, tensor.dtype, rank, offset, checksum, shape))
+            shape = None if tensor.dim() == 1 else list(tensor.shape)
+            pieces.append(_Piece(name, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name, offset,
+                                 len(data), zlib.crc32(data), shape)._asdict())
             file.write(data)
             offset += len(data)
     return pieces
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:
-    data = io.BytesIO()
-    torch.save(index | {"version": VERSION}, data)
+    content = json.dumps(index | {"version": VERSION}, sort_keys=True)
     with _synced(path) as file:
-        file.write(zlib.crc32(data.getbuffer()).to_bytes(4) + data.getbuffer())
+        file.write(f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}'.encode())
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """What the index says; CheckpointError unless it is the undamaged one of a checkpoint."""
-    path = folder / "index"
+    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    path = folder / "meta.json"
     try:
-        data = path.read_bytes()
-        if zlib.crc32(data[4:]) != int.from_bytes(data[:4]):
-            raise ValueError("its checksum does not match")
-        index = _from_bytes(data[4:])
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror}): this is no complete checkpoint; load another "
-                              "tag") from None
-    except Exception as error:  # what PyTorch raises for a pickle that is unsafe, or is none, is of many kinds
-        raise CheckpointError(f"{path} is damaged, or was not written by save_checkpoint() ({error}); load another tag"
+        wrapped = json.loads(path.read_text())
+        index, checksum, version = wrapped["content"], wrapped["checksum"], wrapped["content"].get("version", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): this is no complete checkpoint; load another tag"
                               ) from None
-    if index["version"] != VERSION:
-        raise CheckpointError(f"{path} is of version {index['version']} of the format, and this program reads version "
+    if checksum != zlib.crc32(json.dumps(index, sort_keys=True).encode()):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; load another tag")
+    if version != VERSION:
+        raise CheckpointError(f"{path} is of version {version} of the format, and this program reads version "
                               f"{VERSION}; load another tag, or load it with the program that wrote it")
-    return index
+    return index | {"checksum": checksum}
 
 
 def _to_bytes(value: Any, place: str = "") -> bytes:
@@ -1706,19 +1700,19 @@ def _folder_name(tag: Any) -> str:
 
 def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path:
     """The folder of ``tag``, or of the tag that ``latest`` names."""
-    if tag is not None:
-        return Path(directory) / _folder_name(tag)
     latest = Path(directory) / "latest"
     try:
-        return Path(directory) / _folder_name(latest.read_text().strip())
+        return Path(directory) / _folder_name(latest.read_text().strip() if tag is None else tag)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
     except ValueError as error:
+        if tag is not None:
+            raise
         raise CheckpointError(f"{latest} is damaged: it must hold the name of a checkpoint's folder ({error}); write "
                               "one into it, or load by a tag") from None
 
 
-# The life of a save: take, write, publish, sweep.
+# The life of a save: take, claim, write, publish, sweep.
 
 
 class _Save:
@@ -1727,9 +1721,9 @@ class _Save:
     def __init__(self, engine: Engine, folder: Path, client_state: Any, save_latest: bool, with_frozen: bool):
         """Take what will be written, and on rank 0 make the folder and the claim. All ranks must call it."""
         self.folder, self.save_latest, self.keep_last = folder, save_latest, engine.config.checkpoint.keep_last
-        self.lock = ExitStack()  # rank 0's, on the folder that the files go into
+        self.claim: Any = None  # rank 0's file, open and locked
         states = _agreed(lambda: self._take(engine, client_state, with_frozen))
-        self.own = folder / _on_rank_0(lambda: self._begin(states))
+        self.id = _on_rank_0(lambda: self._begin(states))
 
     def _take(self, engine: Engine, client_state: Any, with_frozen: bool) -> bytes:
         """Take this rank's numbers; returns its plain data, as the contents of a file."""
@@ -1743,80 +1737,95 @@ class _Save:
         return _to_bytes(_state_of(engine) | {"client_state": dict(client_state or {})})
 
     def _begin(self, states: list[bytes]) -> str:
-        """Refuse a folder that is not ours; make this save's own, and lock it. Returns its name."""
-        name = f"save_{secrets.token_hex(8)}"
-        self.index |= _merged([_from_bytes(data) for data in states]) | {"id": name}
+        """Refuse a folder that is not ours, and claim this save's files; returns their ID."""
+        meta, merged = self.folder / "meta.json", io.BytesIO()
+        torch.save(_merged([_from_bytes(data) for data in states]), merged)
+        self.state = merged.getvalue()
         if self.folder.is_symlink():
             raise CheckpointError(f"{self.folder} is a link, which a save would write through; allowed: a tag whose "
                                   "folder is none")
-        if (self.folder / "index").exists():
+        if meta.exists():
             try:
                 _read_index(self.folder)
             except CheckpointError:
-                raise CheckpointError(f"{self.folder / 'index'} is there, and is no index of a checkpoint that this "
-                                      "program can read; move it away, or save under another tag") from None
+                raise CheckpointError(f"{meta} is there, and is no index of a checkpoint that this program can read; "
+                                      "move it away, or save under another tag") from None
         _sweep(self.folder.parent)
-        (self.folder / name).mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.id = secrets.token_hex(8)
+        self.claim = open(self._file("meta"), "x")
         with suppress(OSError):  # a system without locks: _sweep can't lock it either, and leaves it
-            self.lock.enter_context(_locked(self.folder / name))
-        return name
+            _lock(self.claim)
+        return self.id
+
+    def _file(self, what: int | str) -> Path:
+        """A rank's file, or another one."""
+        return self.folder / (f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}")
 
     def write(self, group: Any = None) -> None:
         """Write this rank's file; rank 0 adds the rest and makes it the checkpoint. Talks only to ``group``."""
         failure = None
-        with self.lock:  # which ends here, as where the process dies
-            try:
-                pieces = _agreed(lambda: _write_pieces(self.shares, self.own), group)
-                _on_rank_0(lambda: self._publish(sum(pieces, [])), group)
-            except CheckpointError as error:  # on every rank
-                failure = error
+        try:
+            pieces = _agreed(lambda: _write_pieces(self.shares, self._file(dist.get_rank())), group)
+            _on_rank_0(lambda: self._publish(sum(pieces, [])), group)
+        except CheckpointError as error:  # on every rank
+            failure = error
+        finally:  # as the system does where the process dies
+            if self.claim is not None:
+                with suppress(OSError):
+                    _lock(self.claim, release=True)  # close() would not do where the process was forked since
+                self.claim.close()
         _on_rank_0(lambda: _sweep(self.folder.parent), group)
         if failure is not None:
             raise CheckpointError(f"{self.folder} was not saved: {failure}") from failure
 
-    def _publish(self, pieces: list[tuple]) -> None:
-        """Add the index to the ranks' files; then one rename makes them the checkpoint."""
-        _write_index(self.own / "index", self.index | {"pieces": pieces})
-        _sync_folder(self.own)
-        os.replace(self.own / "index", self.folder / "index")
+    def _publish(self, pieces: list[dict]) -> None:
+        """Add the plain data and the index to the ranks' files; then one rename makes them the checkpoint."""
+        state, latest, meta = self._file("state"), self._file("latest"), self.folder / "meta.json"
+        with _synced(state) as file:
+            file.write(self.state)
+        files = {path.name: {"size": path.stat().st_size} for path in (
+            *map(self._file, range(self.index["ranks"])), state)}
+        files[state.name]["checksum"] = zlib.crc32(self.state)
+        _write_index(self._file("meta"), self.index | {"files": files, "state": state.name, "pieces": pieces})
+        _sync_folder(self.folder)
+        if meta.exists():
+            _claim_of(self.folder).touch()
+        os.replace(self._file("meta"), meta)
         _sync_folder(self.folder)
         if self.save_latest:
-            with _synced(self.own / "latest") as file:
+            with _synced(latest) as file:
                 file.write(self.folder.name.encode())
-            os.replace(self.own / "latest", self.folder.parent / "latest")
+            os.replace(latest, self.folder.parent / "latest")
         _sync_folder(self.folder.parent)
         for old in [] if self.keep_last is None else _outdated(self.folder, self.keep_last):
-            os.unlink(old / "index")
+            os.replace(old / "meta.json", _claim_of(old))
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A lock on a folder; OSError where another save has one, or the system knows none."""
+def _claim_of(folder: Path) -> Path:
+    """The claim that makes the present checkpoint of ``folder`` go, once its index is gone."""
+    return folder / f"meta{Path(_read_index(folder)['state']).suffix}"
+
+
+def _lock(file: Any, release: bool = False) -> None:
+    """Lock a file, or release it; OSError where another process has locked it, or the system knows no such locks."""
     try:
         import fcntl  # here, as not all systems have it
     except ImportError:
-        raise OSError("no locks on folders") from None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # close() would not do where the process was forked since
-        os.close(descriptor)
+        raise OSError("no locks on files") from None
+    fcntl.flock(file, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sweep(save_dir: Path) -> None:
-    """Remove the folders of saves that no index names and nobody has locked. What can't be removed stays."""
-    for own in save_dir.glob(f"[!.]*/save_{'[0-9a-f]' * 16}"):
-        index = own.parent / "index"
-        if index.exists() and len([*own.parent.glob("save_*")]) == 1:  # the one that it names: no need to read it
-            continue
-        with suppress(OSError, CheckpointError), _locked(own):  # now no save is about to publish it
-            if not index.exists() or _read_index(own.parent)["id"] != own.name:
-                for path in [*own.glob("rank_*.bin"), own / "index", own / "latest"]:
+    """Remove the files of claims that nobody has locked, unless an index names them. What can't be removed stays."""
+    for claim in save_dir.glob(f"[!.]*/meta.{'[0-9a-f]' * 16}"):
+        folder = claim.parent
+        with suppress(OSError, CheckpointError), open(claim) as file:
+            _lock(file)
+            if not (folder / "meta.json").exists() or _claim_of(folder) != claim:
+                for path in [*folder.glob(f"[!m]*{claim.suffix}*"), claim]:
                     path.unlink(missing_ok=True)
-                own.rmdir()
-                own.parent.rmdir()  # stays where others' files are in it, or a checkpoint
+                folder.rmdir()  # stays where others' files are in it, or a checkpoint
 
 
 def _outdated(newest: Path, keep_last: int) -> list[Path]:
@@ -1828,10 +1837,10 @@ def _outdated(newest: Path, keep_last: int) -> list[Path]:
     kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
     with suppress(CheckpointError, OSError):  # latest is missing, or damaged
         kept.add(_checkpoint_folder(save_dir).resolve())
-    for folder in {path.parent for path in save_dir.glob("[!.]*/index")} - {newest}:
+    for folder in {path.parent for path in save_dir.glob("[!.]*/meta.json")} - {newest}:
         with suppress(CheckpointError):
             index = _read_index(folder)
-            found += [] if folder.is_symlink() else [(index["step"], index["time"], folder)]
+            found += [] if folder.is_symlink() else [(index["step"], index.get("time", 0), folder)]
     old = [folder for *_, folder in sorted(found)][:max(0, len(found) - keep_last + 1)]
     return [folder for folder in old if folder.resolve() not in kept]
 
@@ -1840,35 +1849,51 @@ def _outdated(newest: Path, keep_last: int) -> list[Path]:
 
 
 class _Reader:
-    """A checkpoint's folder. Nothing in it is run: it holds raw numbers and plain data.
+    """A checkpoint's folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
 
     A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files: dict[int, Any] = {}
+        self.files: dict[str, Any] = {}
         self.buffer = torch.empty(CHUNK, dtype=torch.uint8)
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What the index says."""
+        """What ``meta.json`` says."""
         return _read_index(self.folder)
 
     @cached_property
     def pieces(self) -> dict[str, dict[str, list[_Piece]]]:
         """By parameter and key, in order; they cover each element once."""
         pieces: dict[str, dict[str, list[_Piece]]] = {name: {"": []} for name in self.index["parameters"]}
-        for piece in sorted((_Piece(*raw) for raw in self.index["pieces"]), key=lambda piece: piece.start):
+        for piece in sorted((_Piece(**raw) for raw in self.index["pieces"]), key=lambda piece: piece.start):
             pieces[piece.name].setdefault(piece.key, []).append(piece)
         for name, facts in self.index["parameters"].items():
             for key, parts in pieces[name].items():
                 shape = parts[0].shape if parts and parts[0].shape is not None else facts["shape"]
                 ends = [0, *(part.end for part in parts)]
-                if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(shape):
-                    raise CheckpointError(f"{self.folder}: the pieces of {key or 'the values'} of {name} overlap or "
-                                          "leave gaps; load another tag")
+                if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(shape) or any(
+                        part.size != (part.end - part.start) * getattr(torch, part.dtype).itemsize for part in parts):
+                    raise CheckpointError(f"{self.folder}: the pieces of {key or 'the values'} of {name} overlap, "
+                                          "leave gaps, or have another size than their values; load another tag")
         return pieces
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The plain data."""
+        name = self.index["state"]
+        facts = self.index["files"][name]
+        data = bytearray(facts["size"])
+        if zlib.crc32(self._fill(memoryview(data), name)) != facts["checksum"]:
+            raise CheckpointError(f"{self.folder / name} is damaged: its checksum does not match; load another tag")
+        try:
+            return _from_bytes(data)
+        except UnpicklingError:
+            raise CheckpointError(f"{self.folder / name} holds something else than plain data, which weights_only=True "
+                                  "refuses to unpickle: it was not written by save_checkpoint(); load another tag"
+                                  ) from None
 
     def keys(self, name: str) -> list[str]:
         """The optimizer state that is there for a parameter, as numbers."""
@@ -1877,13 +1902,13 @@ class _Reader:
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state as ``zero.fill`` takes it."""
         def room(piece: _Piece) -> Any:
-            shape, dtype = piece.shape, piece.dtype
-            return dtype if shape is None else torch.empty(shape[1:], dtype=dtype, device="meta")
+            dtype = getattr(torch, piece.dtype)
+            return dtype if piece.shape is None else torch.empty(piece.shape[1:], dtype=dtype, device="meta")
 
-        return {name: {key: value if dtype is None else torch.tensor(value, dtype=dtype)
+        return {name: {key: torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
                        for key, (value, dtype) in entries.items()}
                 | {key: room(self.pieces[name][key][0]) for key in self.keys(name)}
-                for name, entries in self.index["optimizer_state"].items()}
+                for name, entries in self.state["optimizer_state"].items()}
 
     def verify(self, name: str, key: str = "", start: int = 0, end: float = math.inf) -> None:
         """Raise CheckpointError unless a parameter, or its state, is undamaged from ``start`` to ``end``."""
@@ -1893,9 +1918,9 @@ class _Reader:
             checksum = 0
             for low in range(0, piece.size, CHUNK):
                 chunk = _memory(self.buffer[:piece.size - low])
-                checksum = zlib.crc32(self._fill(chunk, piece.rank, piece.offset + low), checksum)
+                checksum = zlib.crc32(self._fill(chunk, piece.file, piece.offset + low), checksum)
             if checksum != piece.checksum:
-                raise CheckpointError(f"{self.folder}: {_file_of(piece.rank)} is damaged: the checksum of "
+                raise CheckpointError(f"{self.folder / piece.file} is damaged: the checksum of "
                                       f"{key or 'the values'} of {name} does not match; load another tag")
 
     def read(self, name: str, key: str, start: int, out: Tensor, stride: list[int]) -> None:
@@ -1912,31 +1937,31 @@ class _Reader:
         for piece in self.pieces[name][key]:
             low, high = max(start, piece.start), min(start + len(flat), piece.end)
             if low < high:
-                part = flat[low - start:high - start]
-                straight = part.is_cpu and part.dtype == piece.dtype
-                values = part if straight else torch.empty(high - low, dtype=piece.dtype)
-                self._fill(_memory(values), piece.rank, piece.offset + (low - piece.start) * piece.dtype.itemsize)
-                if not straight:
+                part, dtype = flat[low - start:high - start], getattr(torch, piece.dtype)
+                values = part if (part.dtype, part.is_cpu) == (dtype, True) else torch.empty(high - low, dtype=dtype)
+                self._fill(_memory(values), piece.file, piece.offset + (low - piece.start) * dtype.itemsize)
+                if values is not part:
                     part.copy_(values)
 
     def whole(self, name: str, key: str = "") -> Tensor:
         """A parameter, or its state, in the parameter's shape."""
         facts, pieces = self.index["parameters"][name], self.pieces[name][key]
-        flat = torch.empty(math.prod(facts["shape"]), dtype=pieces[0].dtype)
+        dtype = getattr(torch, pieces[0].dtype if pieces else facts["dtype"])
+        flat = torch.empty(math.prod(facts["shape"]), dtype=dtype)
         self.read(name, key, 0, flat, facts["stride"])
         return flat.as_strided(facts["shape"], facts["stride"])
 
-    def _fill(self, memory: memoryview, rank: int, start: int) -> memoryview:
-        """Fill ``memory`` with a rank's file from ``start`` on; returns what of it there was."""
-        if rank not in self.files:
-            path = self.folder / self.index["id"] / _file_of(rank)
+    def _fill(self, memory: memoryview, name: str, start: int = 0) -> memoryview:
+        """Fill ``memory`` with a file's bytes from ``start`` on; returns what of it there were."""
+        if name not in self.files:
+            path = self.folder / Path(name).name
             try:
-                self.files[rank] = open(path, "rb")
+                self.files[name] = open(path, "rb")
             except OSError as error:
                 raise CheckpointError(f"{path} can't be read ({error.strerror}): the checkpoint is not complete, or is "
                                       "being saved anew; load another tag") from None
-        self.files[rank].seek(start)
-        return memory[:self.files[rank].readinto(memory)]
+        self.files[name].seek(start)
+        return memory[:self.files[name].readinto(memory)]
 
     def close(self) -> None:
         """Close the files."""
@@ -1944,35 +1969,45 @@ class _Reader:
             file.close()
 
 
-def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: bool, with_schedule: bool) -> str:
-    """Raise CheckpointError unless all that this rank loads is undamaged and fits; returns the save's ID."""
-    index, own, folder = reader.index, zero.describe(engine.zero), reader.folder
-    saved = index["parameters"]
+def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: bool, with_schedule: bool) -> int:
+    """Raise CheckpointError unless all that this rank loads is undamaged and fits; returns the index's checksum."""
+    saved, own, state, folder = reader.index["parameters"], zero.describe(engine.zero), reader.state, reader.folder
 
     def described(buffers: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         return {f"the buffer {name}": {"shape": list(buffer.shape),
                                        "kind": "floating" if buffer.is_floating_point() else str(buffer.dtype)}
                 for name, buffer in buffers.items()}
 
-    zero.check_fits(own | described(_persistent_buffers(engine.module)), saved | described(_own_buffers(engine, index)),
+    zero.check_fits(own | described(_persistent_buffers(engine.module)), saved | described(_own_buffers(engine, state)),
                     str(folder), strict, with_optimizer)
     for name, key, start, values in zero.shares(engine.zero, whole=True):
         if name in saved and not key:
             mine = (start, start + len(values)) if saved[name]["stride"] == own[name]["stride"] else ()
             for each in ["", *(reader.keys(name) if with_optimizer else ())]:
                 reader.verify(name, each, *mine)
-    groups, now = len(index["groups"]), len(engine.optimizer.param_groups) if engine.optimizer else 0
-    with_schedule = with_schedule and index["schedule"] is not None
+    groups, now = len(state["groups"]), len(engine.optimizer.param_groups) if engine.optimizer else 0
+    with_schedule = with_schedule and state["schedule"] is not None
     for matters, what, there, here, key in (
-            (with_optimizer, "optimizer", index["optimizer"], type(engine.optimizer).__name__, "load_optimizer_states"),
-            (with_schedule, "scheduler", index["scheduler"], type(engine.lr_scheduler).__name__,
+            (with_optimizer, "optimizer", state["optimizer"], type(engine.optimizer).__name__, "load_optimizer_states"),
+            (with_schedule, "scheduler", state["scheduler"], type(engine.lr_scheduler).__name__,
              "load_lr_scheduler_states"),
             (with_optimizer or with_schedule, "number of param groups", groups, now,
              "load_optimizer_states=False and load_lr_scheduler_states")):
         if matters and there != here:
             raise CheckpointError(f"{folder} has the state of the {what} {there}, and this engine's {what} is {here}; "
                                   f"load it with {key}=False")
-    return index["id"]
+    return reader.index["checksum"]
+
+
+def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
+    """Take over weights, buffers and the optimizer's state."""
+    strides = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}
+    zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
+              reader.optimizer_state() if with_optimizer else None)
+    saved = _own_buffers(engine, reader.state)
+    for name, buffer in _persistent_buffers(engine.module).items():
+        if name in saved:
+            buffer.copy_(saved[name])
 
 
 def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
@@ -1988,7 +2023,7 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: boo
                 tensor = reader.whole(name)
                 whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 whole |= dict.fromkeys(facts["aliases"], whole[name])
-        return whole | reader.index["buffers"]
+        return whole | reader.state["buffers"]
 
 
 # What a checkpoint has of an engine as plain data: taken and put back.
@@ -1999,13 +2034,13 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 def _state_of(engine: Engine) -> dict[str, Any]:
     """This rank's plain data: all that is no share of a parameter."""
-    def entry(value: Any) -> tuple[Any, torch.dtype | None]:  # a number is small, and quickly compared
+    def entry(value: Any) -> tuple[Any, str | None]:  # a number is small, and quickly compared
         is_number = isinstance(value, Tensor) and value.dim() == 0
-        return (value.item(), value.dtype) if is_number else (value, None)
+        return (value.item(), str(value.dtype)[6:]) if is_number else (value, None)
 
     scheduler = engine.lr_scheduler
-    return {**{key: getattr(engine, key) for key in COUNTERS}, "optimizer": type(engine.optimizer).__name__,
-            "scaler": engine.scaler.state_dict(),
+    return {"training": {key: getattr(engine, key) for key in COUNTERS},
+            "optimizer": type(engine.optimizer).__name__, "scaler": engine.scaler.state_dict(),
             "groups": [{key: value for key, value in group.items() if key != "params"}
                        for group in (engine.optimizer.param_groups if engine.optimizer else ())],
             "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
@@ -2016,31 +2051,21 @@ def _state_of(engine: Engine) -> dict[str, Any]:
                                 for name, kept in zero.scalars(engine.zero).items()}}
 
 
-def _restore(engine: Engine, reader: _Reader, with_optimizer: bool, with_schedule: bool, with_rest: bool) -> None:
-    """Fill weights, buffers and the optimizer's state; put back what else the index has, ``with_rest``."""
-    strides, index = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}, reader.index
-    zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
-              reader.optimizer_state() if with_optimizer else None)
-    saved = _own_buffers(engine, index)
-    for name, buffer in _persistent_buffers(engine.module).items():
-        if name in saved:
-            buffer.copy_(saved[name])
-    engine.zero_grad()
+def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_schedule: bool) -> None:
+    """Put back counters, rates, schedule, loss scale, random state, and the place in the data."""
+    for key, value in state["training"].items():
+        setattr(engine, key, value)
     if with_optimizer:
-        for group, options in zip(engine.optimizer.param_groups, index["groups"], strict=True):
-            group.update(options)
-    if with_schedule and index["schedule"] is not None:
-        engine.lr_scheduler.load_state_dict(index["schedule"])
-    if not with_rest:
-        return
-    for key in COUNTERS:
-        setattr(engine, key, index[key])
-    if index["scaler"].keys() == engine.scaler.state_dict().keys():
-        engine.scaler.load_state_dict(index["scaler"])
-    if len(index["random"]) == engine.world_size:
-        _set_random_state(index["random"][engine.global_rank])
-    if engine.loader is not None and index["data"] is not None:
-        engine.loader.load_state_dict(index["data"])
+        for group, saved in zip(engine.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
+    if with_schedule and state["schedule"] is not None:
+        engine.lr_scheduler.load_state_dict(state["schedule"])
+    if state["scaler"].keys() == engine.scaler.state_dict().keys():
+        engine.scaler.load_state_dict(state["scaler"])
+    if len(state["random"]) == engine.world_size:
+        _set_random_state(state["random"][engine.global_rank])
+    if engine.loader is not None and state["data"] is not None:
+        engine.loader.load_state_dict(state["data"])
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -2412,14 +2437,15 @@ def main(argv: list[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> str:
     """What a checkpoint holds, a line per parameter."""
     reader = _Reader(_checkpoint_folder(options.directory, options.tag))
-    index, total = reader.index, 0
+    index = reader.index
     rows = [f"{reader.folder}: step {index['step']}, saved at stage {index['stage']} by {index['ranks']} rank(s)"]
     for name, facts in index["parameters"].items():
         size = sum(piece.size for pieces in reader.pieces[name].values() for piece in pieces)
         state = ", ".join(reader.keys(name)) or "no optimizer state"
         rows.append(f"  {name:<40} {str(tuple(facts['shape'])):<16} {facts['dtype']:<10}{size:>12,} bytes  {state}")
-        total += size
-    return "\n".join([*rows, f"{len(index['parameters'])} parameters, {total:,} bytes"])
+    rows.append(f"{len(index['parameters'])} parameters, {sum(f['size'] for f in index['files'].values()):,} bytes in "
+                f"{len(index['files'])} files")
+    return "\n".join(rows)
 
 
 def _consolidate(options: argparse.Namespace) -> str:

@@ -178,8 +178,6 @@ def built(name: str, model: nn.Module | None = None, parameters: Any = None, **p
     ("Adam", {}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}, False),
     ("AdamW", {}, torch.optim.AdamW, {"weight_decay": 0.0, "fused": True}, False),
     ("Adam", {"adam_w_mode": False}, torch.optim.Adam, {"weight_decay": 0.0}, False),
-    ("Adam", {"adam_w_mode": "false"}, torch.optim.Adam, {"weight_decay": 0.0}, False),
-    ("SGD", {"maximize": "false", "fused": "true"}, torch.optim.SGD, {"maximize": False, "fused": True}, False),
     ("AdamW", {"torch_adam": True}, torch.optim.AdamW, {"weight_decay": 0.01}, False),
     ("adam", {"torch_adam": True, "adam_w_mode": False, "betas": [0.5, 0.6]}, torch.optim.Adam,
      {"betas": (0.5, 0.6)}, False),

@@ -72,6 +72,7 @@ VALUES: dict[str, list] = {  # that a key can't have
     "bf16": [True], "optimizer": ["Adam"], "optimizer.type": ["LBFGS", ""], "optimizer.params.fused": [NAN],
     "optimizer.params.lr": ["fast", True, INF, HUGE], "optimizer.params.momentum": ["much"]}
 PARAMS = [  # of an optimizer, and what the error says
+    ("Adam", {"adam_w_mode": "false"}, ""), ("SGD", {"maximize": "false"}, ""), ("AdamW", {"fused": "true"}, ""),
     ("RMSprop", {"centered": "no"}, ""), ("AdamW", {"amsgrad": 2}, ""), ("Adam", {"torch_adam": "on"}, ""),
     ("AdamW", {"weight_decay": NAN}, ""), ("AdamW", {"betas": [0.9, True]}, ""),
     ("AdamW", {"betas": [0.9]}, "for AdamW"), ("AdamW", {"betas": [2.0, 0.9]}, ""),

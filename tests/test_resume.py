@@ -4,6 +4,7 @@
     .venv/bin/python -m pytest -q tests/test_resume.py --long     with many more draws
 """
 
+import json
 import logging
 import os
 import pickle
@@ -447,9 +448,8 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
     engine, first = make(checkpoint={"keep_last": 2}), dist.get_rank() == 0
     if first:
         (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "index").write_text('{"fps": 30}')
-        (tmp_path / "step7" / "save_0123456789abcdef").mkdir(parents=True)
-        (tmp_path / "step7" / "save_0123456789abcdef" / "notes").write_text("of another program")
+        (tmp_path / "data" / "meta.json").write_text('{"fps": 30}')
+        (tmp_path / "step7").mkdir(parents=True)
         (tmp_path / "step7" / "tokenizer.json").write_text("{}")
     for step in (3, 9, 5, 7, 7):
         engine.global_steps = step
@@ -457,22 +457,21 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
         if first and step == 3:
             os.symlink("step3", tmp_path / "best")
         if first and step == 9:
-            os.utime(tmp_path / "step9" / "index", (1, 1))  # where the clock was behind
+            os.utime(tmp_path / "step9" / "meta.json", (1, 1))  # where the clock was behind
     dist.barrier()
     left = ["best", "data", "latest", "step3", "step7", "step9"]
     assert folders(tmp_path) == left
-    assert (tmp_path / "step7" / "save_0123456789abcdef" / "notes").exists()
     files = folders(tmp_path / "step7")
-    assert [name.split("_")[0] for name in files] == ["index", "save", "save", "tokenizer.json"]
+    assert [name.split(".")[0] for name in files] == ["meta", "rank_00000", "rank_00001", "state", "tokenizer"]
     dist.barrier()
     if first:
         (tmp_path / "step7" / "file").write_text("")
     for save_dir, tag, told in ((tmp_path, "best", "best is a link"),
-                                (tmp_path, "data", "data/index is there, and is no index"),
+                                (tmp_path, "data", "data/meta.json is there, and is no index"),
                                 (tmp_path / "step7", "file", "File exists|Not a directory")):
         with pytest.raises(zero.CheckpointError, match=told):
             engine.save_checkpoint(save_dir, tag)
-    assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 5
+    assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 6
     assert engine.load_checkpoint(tmp_path)[0].endswith("step9") and engine.load_checkpoint(tmp_path, "best")
 
 
@@ -507,7 +506,7 @@ def test_two_jobs_that_save_to_one_tag_never_mix_and_dead_saves_leave_nothing(tm
         engine.save_checkpoint(tmp_path, "dead")
     engine.save_checkpoint(tmp_path, "best")
     assert os.listdir(tmp_path).count("dead") == 0 and len(os.listdir(tmp_path)) == 3
-    assert len(os.listdir(tmp_path / "best")) == 2
+    assert len(os.listdir(tmp_path / "best")) == 3
 
 
 @on_ranks(2)
@@ -555,7 +554,7 @@ def damage(folder: Path, generator: random.Random) -> str:
     elif how == "remove":
         file.unlink()
     else:  # with the same file of another tag
-        shutil.copy(next((folder.parent / "other").rglob(file.name)), file)
+        shutil.copy(next((folder.parent / "other").glob(f"{file.name.split('.')[0]}.*")), file)
         if file.read_bytes() == data:
             file.unlink()
     return f"{how} {file.name}"
@@ -592,9 +591,12 @@ class Bad:
 @on_ranks(1)
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     engine = saved(tmp_path)
-    evil = pickle.dumps(Bad(tmp_path / "ran-code"))
-    (tmp_path / "global_step2" / "index").write_bytes(zlib.crc32(evil).to_bytes(4) + evil)
-    unchanged_by(engine, "(?is)global_step2/index .*weights_only", lambda: engine.load_checkpoint(tmp_path))
+    folder, evil = tmp_path / "global_step2", pickle.dumps(Bad(tmp_path / "ran-code"))
+    index = deepspeed._read_index(folder)
+    (folder / index["state"]).write_bytes(evil)
+    index["files"][index["state"]] = {"size": len(evil), "checksum": zlib.crc32(evil)}
+    deepspeed._write_index(folder / "meta.json", index)
+    unchanged_by(engine, "(?is)/state[.].*weights.only", lambda: engine.load_checkpoint(tmp_path))
     assert not (tmp_path / "ran-code").exists()
 
 
@@ -602,19 +604,25 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_pieces_that_overlap_or_are_short_and_newer_versions_are_refused(tmp_path):
     """Each with its right checksum."""
     engine = saved(tmp_path)
-    path = tmp_path / "global_step2" / "index"
-    index, load = deepspeed._read_index(path.parent), partial(engine.load_checkpoint, tmp_path)
-    piece = deepspeed._Piece(*index["pieces"][0])
+    path, load = tmp_path / "global_step2" / "meta.json", partial(engine.load_checkpoint, tmp_path)
+    kept = path.read_text()
     for count in (None, 1, 2):
-        data = torch.full((count or piece.end - piece.start,), 666.0).numpy().tobytes()
-        (path.parent / index["id"] / "rank_00007.bin").write_bytes(data)
-        new = piece._replace(rank=7, offset=0, checksum=zlib.crc32(data), end=piece.start + (count or len(data) // 4))
-        pieces = index["pieces"] + [tuple(new)] if count is None else [tuple(new)] + index["pieces"][1:]
-        deepspeed._write_index(path, index | {"pieces": pieces})
-        unchanged_by(engine, "overlap or", load)
-    with mock.patch.object(deepspeed, "VERSION", 7):
+        index = json.loads(kept)["content"]
+        piece = index["pieces"][0]
+        data = torch.full((count or piece["end"] - piece["start"],), 666.0).numpy().tobytes()
+        path.with_name("extra").write_bytes(data)
+        index["files"]["extra"] = {"size": len(data)}
+        new = {**piece, "file": "extra", "offset": 0, "size": len(data), "checksum": zlib.crc32(data),
+               "end": piece["start"] + 2 if count == 2 else piece["end"]}
+        index["pieces"] = index["pieces"] + [new] if count is None else [new] + index["pieces"][1:]
         deepspeed._write_index(path, index)
-    unchanged_by(engine, "version 7 of the", load)
+        unchanged_by(engine, "overlap|lacks a part", load)
+    index = json.loads(kept)["content"]
+    for version in (3, 1):
+        saved_version = {} if version == 1 else {"version": version}  # the first had no number
+        content = json.dumps({k: v for k, v in index.items() if k != "version"} | saved_version, sort_keys=True)
+        path.write_text(f'{{"checksum": {zlib.crc32(content.encode())}, "content": {content}}}')
+        unchanged_by(engine, f"is of version {version} of the format", load)
 
 
 # --- Everything is checked first --------------------------------------------------------------------------------------
@@ -763,7 +771,7 @@ class Countdown:
 @on_ranks(1, tag=["global_step1", "new"])
 def test_a_save_that_ends_before_any_of_its_changes_of_files_leaves_one_that_loads(tag, tmp_path):
     """The save ends before its n-th change of files, for every n."""
-    calls = [(os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (deepspeed, "_write_pieces")]
+    calls = [(os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (deepspeed, "_write_pieces")]
     for n in range(1000):
         folder, countdown = tmp_path / str(n), Countdown(n)
         engine = saved(folder, steps=1)
