@@ -43,7 +43,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only  # has no public name
 
@@ -125,8 +125,24 @@ class _Keep(torch.autograd.Function):
 def _keep(tensors: list[Tensor], on_host: bool) -> Any:
     """An object whose ``saved_tensors`` are ``tensors``, with the graphs they came from."""
     anchor = torch.empty(0, requires_grad=True)  # without it there is no node where no tensor needs a gradient
-    with save_on_cpu(pin_memory=True) if on_host and torch.cuda.is_initialized() else nullcontext():
+    with saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext():
         return _Keep.apply(anchor, *tensors).grad_fn
+
+
+# PyTorch's save_on_cpu loses strides, which a view in the region may need, and copies parameters at each call.
+
+
+def _to_host(tensor: Tensor) -> tuple[Tensor, torch.device]:
+    """A copy in pinned memory, and the device it goes back to; parameters stay where they are, as they exist anyway."""
+    if not tensor.is_cuda or isinstance(tensor, nn.Parameter):
+        return tensor, tensor.device
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor), tensor.device
+
+
+def _from_host(packed: tuple[Tensor, torch.device]) -> Tensor:
+    """The inverse of ``_to_host``."""
+    tensor, device = packed
+    return tensor.to(device, non_blocking=True)
 
 
 # --- A region ---------------------------------------------------------------------------------------------------------

@@ -738,6 +738,30 @@ def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
+def test_in_host_memory_inputs_keep_their_strides_and_parameters_are_not_copied(monkeypatch):
+    copied, empty_like = [], torch.empty_like
+
+    def unpinned(tensor: torch.Tensor, device: str, pin_memory: bool) -> torch.Tensor:
+        assert device == "cpu" and pin_memory
+        copied.append(tensor)
+        return empty_like(tensor)
+
+    def function(x, weight):
+        weights.append(weight)
+        return (x.permute(0, 2, 3, 1).view(-1) @ weight).sin()  # a view that the strides of channels_last allow
+
+    weights, weight = [], nn.Parameter(torch.randn(24, dtype=torch.double))
+    image = torch.randn(1, 2, 3, 4, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    expected = torch.autograd.grad(function(image, weight), [image, weight])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # whose random state is another matter
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    checkpointing.configure(CheckpointingConfig(cpu_checkpointing=True))
+    assert_equal(torch.autograd.grad(checkpoint(function, image, weight), [image, weight]), expected)
+    assert len(copied) == 1 and copied[0] is image
+    assert len(weights) == 3 and all(each.data_ptr() == weight.data_ptr() for each in weights)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [{}, {"cpu_checkpointing": True}, {"mode": "selective"}])
 def test_on_a_gpu_dropout_and_host_memory(config):
