@@ -76,7 +76,7 @@ logger = logging.getLogger("engine")
 
 def _warn(text: str, *values: Any) -> None:
     """Log a warning, on rank 0."""
-    if int(os.environ.get("RANK", dist.get_rank() if dist.is_initialized() else 0)) == 0:
+    if (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0:
         logger.warning(text, *values)
 
 
@@ -154,7 +154,7 @@ class Config(amp.PrecisionConfig):
     zero_optimization: zero.ZeroConfig = field(default_factory=zero.ZeroConfig)
     gradient_allreduce_op: str = _key("mean", choices=("mean", "sum"))  # over ranks
     prescale_gradients: bool = False                   # divide gradients before they are summed over ranks, not after
-    activation_checkpointing: recompute.CheckpointingConfig | None = None  # there: recompute, see _says_off
+    activation_checkpointing: recompute.CheckpointingConfig | None = None  # there: recompute, unless all it says is no
     gradient_predivide_factor: float = _key(1.0, above=0)  # divide by it before the sum, and by ranks / factor after
     comms_logger: CommsLoggerConfig = field(default_factory=CommsLoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -350,7 +350,7 @@ class _Parser:
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
         needed = {f.name for f in fields(cls) if f.default is f.default_factory}  # where both are MISSING
         switches = {"enabled", "device"} & known.keys()
-        if switches and _is_off(raw):  # then the other keys are not checked
+        if _is_off({key: raw[key] for key in switches & raw.keys()}):  # then the other keys are not checked
             raw = {key: raw[key] for key in switches & raw.keys() if raw[key] is not None}
         for key, value in raw.items():
             if key not in known:
@@ -1031,9 +1031,12 @@ class _State(nn.Module):
     get_global_grad_norm = _reads("_grad_norm", "The last update's 2-norm of the averaged gradient, before clipping.")
 
     def __getattr__(self, name: str) -> Any:
-        """The model's own attribute, as in DeepSpeed."""
-        if name == "module" or name.startswith("__"):  # such as of a copy in the making
+        """What was set on the engine, else the model's own attribute, as in DeepSpeed."""
+        try:
             return super().__getattr__(name)
+        except AttributeError:
+            if name == "module" or name.startswith("__"):  # such as of a copy in the making
+                raise
         try:
             return getattr(self.module, name)
         except AttributeError as error:
@@ -1206,14 +1209,14 @@ class _Training(_State):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"backward() takes the loss, a tensor of one element; given: {given}")
-        self._drop_incomplete()
         self.communicator.enter(self.micro_steps + 1)
         self._progress.add_loss(loss.detach())
         steps = self.gradient_accumulation_steps()
         with self._phase("backward"):
             self._check_scaled()
+            scaled = self.scale(loss if scale_wrt_gas else loss * steps)
             self._incomplete = True  # until all of it has run
-            self.scale(loss if scale_wrt_gas else loss * steps).backward(retain_graph=retain_graph)
+            scaled.backward(retain_graph=retain_graph)
             self._scaled = False
             self.zero.finish_backward()
             self._incomplete = False
@@ -1225,6 +1228,7 @@ class _Training(_State):
         They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
         Without a loss scale that is the loss itself, and ``loss.backward()`` does the same.
         """
+        self._drop_incomplete()
         self._scaled = True
         if self.scaler.scale == 1:
             return loss
@@ -1232,11 +1236,13 @@ class _Training(_State):
         factor = self.scaler.scale / self.gradient_accumulation_steps()
         return (loss if loss.dtype == torch.float64 else loss.float()) * factor
 
-    def _drop_incomplete(self) -> None:
+    def _drop_incomplete(self) -> bool:
         """Drop the window's gradients where the last ``backward()`` raised, and left those of a part of the model."""
-        if self._incomplete:
-            logger.warning("the last backward() raised: the gradients of its window are dropped")
-            self.zero_grad()
+        if not self._incomplete:
+            return False
+        logger.warning("the last backward() raised: the gradients of its window are dropped")
+        self.zero_grad()
+        return True
 
     def _check_scaled(self) -> None:
         """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
@@ -1255,9 +1261,10 @@ class _Training(_State):
         self._groups("step()")
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
-        self._drop_incomplete()
-        self.communicator.enter(self.micro_steps + 1)
         self._step_applied = False
+        if self._drop_incomplete():
+            return  # its micro-batch does not count
+        self.communicator.enter(self.micro_steps + 1)
         self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
             self._update(lr_kwargs)
@@ -2165,11 +2172,12 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         nonlocal engine
         if failure is not None:
             raise failure
+        _check_data(training_data)
         engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
         engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
         engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
         lines = _describe(engine, training_data)
-        _check_fit(settings, model, training_data)
+        _check_fit(settings, model)
         return lines
 
     with _undone_if_refused(optimizer, started):
@@ -2213,10 +2221,9 @@ def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
         raise
 
 
-def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
+def _check_fit(settings: Config, model: nn.Module) -> None:
     """Refuse what does not fit the model, the number of ranks or their memory."""
     settings.settle_batch_sizes(dist.get_world_size())
-    _check_data(training_data)
     zero.check_memory(model)
     zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
     _recomputed(settings, model)
@@ -2327,11 +2334,19 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
     placed: dict[int, Tensor] = {}
     for module in model.modules():
         for name, b in module._buffers.items():
-            if b is not None and id(b) not in placed:  # contiguous, as elements of expand() share memory
-                placed[id(b)] = b.to(device).contiguous() if b.layout is torch.strided else b.to(device)
-            module._buffers[name] = placed.get(id(b))
-    for b in placed.values() if dist.get_world_size() > 1 else ():
-        dist.broadcast(b.view(-1).view(torch.uint8), src=0)  # as bytes, since backends don't know every dtype
+            if b is not None:
+                module._buffers[name] = placed.setdefault(id(b), _writable(b.to(device)))
+    for b in model.buffers() if dist.get_world_size() > 1 else ():
+        dense = b.contiguous()
+        dist.broadcast(dense.view(-1).view(torch.uint8), src=0)  # as bytes, since backends don't know every dtype
+        if dense is not b:
+            b.copy_(dense)
+
+
+def _writable(buffer: Tensor) -> Tensor:
+    """A buffer, or a copy of it where its elements share memory, as expand() makes them."""
+    overlaps = buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
+    return buffer.contiguous() if overlaps else buffer
 
 
 def _only_config(args: Any, config: Any, config_params: Any) -> Any:

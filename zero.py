@@ -99,8 +99,8 @@ class LeafModules:
 @dataclass
 class _OffloadSection:
     """What both sections of offload have."""
-    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, and reduced
-                                   # gradients to host memory; "none": stay
+    device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, but reduced
+                                   # gradients always to host memory; "none": stay
     nvme_path: str | None = None   # the folder of the files
     pin_memory: bool = True        # host memory that a GPU copies from and to while it computes
 

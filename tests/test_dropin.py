@@ -261,6 +261,9 @@ def test_the_models_attributes_are_the_engines(alone):
         engine.colour
     Net.steps_per_print = 5  # the model's own, of a name that DeepSpeed's engine has
     assert engine.steps_per_print == 5
+    engine.head, engine.alpha = nn.Linear(1, 1), nn.Parameter(torch.ones(1))  # what a script sets comes first
+    engine.register_buffer("seen", torch.ones(2))
+    assert isinstance(engine.head, nn.Linear) and engine.alpha.shape == (1,) and engine.seen.sum() == 2
 
 
 def test_dump_state_prints_the_whole_config(alone, capsys):

@@ -182,6 +182,8 @@ class Expanded(nn.Module):
         self.register_buffer("mask", torch.full((1, 2), float(dist.get_rank())).expand(3, 2))
         self.register_buffer("small", torch.full((2,), dist.get_rank(), dtype=torch.int16))
         self.other.register_buffer("mask", self.mask)
+        self.register_buffer("table", torch.full((2, 3), float(dist.get_rank())))
+        self.register_buffer("turned", self.table.t())  # a view, which follows it
 
 
 @on_ranks(ranks=[1, 2])
@@ -190,6 +192,8 @@ def test_buffers_start_as_on_rank_0_and_are_saved_and_loaded_also_expanded_ones(
         engine = start(Expanded(), 0, **precision)
         mask = engine.module.mask
         assert torch.equal(mask, torch.zeros(3, 2)) and mask.is_contiguous() and not engine.module.small.any()
+        engine.module.table[0, 1] = 7
+        assert precision or engine.module.turned[1, 0] == 7 and engine.module.turned.sum() == 7
         mask.fill_(5)
         engine.save_checkpoint(tmp_path, "a")
         mask.zero_()

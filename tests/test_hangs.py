@@ -306,6 +306,32 @@ def test_a_backward_that_raised_is_left_out_and_said(where, caplog):
         "the last backward() raised: the gradients of its window are dropped"]
 
 
+def fail_in_a_window(engine) -> None:
+    """A micro-batch whose backward raises, in a script that goes on to step()."""
+    with suppress(ZeroDivisionError), mock.patch.object(engine.zero, "finish_backward", side_effect=ZeroDivisionError):
+        engine.backward(oracle.square(engine, oracle.mine(oracle.batches(9))))
+
+
+@on_ranks(1, calls=[("step",), ("scale",), ("step", "scale"), ()])
+def test_the_micro_batch_of_a_backward_that_raised_does_not_count(calls):
+    """Its window begins anew, whatever the script calls next."""
+    pair = oracle.Pair(oracle.Mlp, 1, gradient_accumulation_steps=2)
+    pair.backward(8)
+    pair.engine.step()
+    fail_in_a_window(pair.engine)
+    if "step" in calls:
+        pair.engine.step()
+        assert not pair.engine.was_step_applied()
+    for step in (1, 2):
+        loss = oracle.square(pair.engine, oracle.mine(oracle.batches(step)))
+        pair.engine.scale(loss / 2).backward() if "scale" in calls and step == 1 else pair.engine.backward(loss)
+        pair.engine.step()
+    assert pair.engine.was_step_applied()
+    if "scale" not in calls:
+        pair.plain(1, 2)
+        pair.check()
+
+
 def total(value: float) -> float:
     tensor = torch.tensor(value * (dist.get_rank() + 1))
     dist.all_reduce(tensor)

@@ -96,6 +96,8 @@ CONTRADICTIONS = [  # sections, and what the error says
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights"),
     ({"zero_optimization": {"leaf_module": {"classes": ["Nothing"]}}}, "leaf_module.*Nothing"),
     ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.nvme_path is missing"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "enabled": False, "ratio": 2}}}, "offload_optimizer"),
+    ({"fp16": ON | {"device": "none", "loss_scale": 1}}, "fp16.device"),
     ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
      "cpu_offload.*zero_optimization.offload_optimizer"),
     ({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "live_parameters.* 1,.* 2"),
@@ -194,12 +196,13 @@ def fail(*_: Any) -> None:
 
 
 DATA = TensorDataset(torch.ones(8, 6))
+STREAM = torch.utils.data.ChainDataset([])
 CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they can't have; the error names the argument
     "initialize": [
         ("model", [None, 5, nn.Linear(2, 2, device="meta")]), ("mpu", [1]), ("mesh_param", [(1, 2)]),
         ("optimizer", [3, other_optimizer, "Adam", torch.optim.LBFGS([torch.ones(1)])]),
         ("lr_scheduler", [5, str, torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)]),
-        ("training_data", [7, DataLoader(DATA), TensorDataset(torch.ones(0, 6))]),
+        ("training_data", [7, DataLoader(DATA), DataLoader(STREAM), TensorDataset(torch.ones(0, 6))]),
         ("collate_fn", [4]),
         ("model_parameters", [5]), ("config", [None, "/nowhere.json", 3]), ("config_params", [CONFIG]),
         ("dist_init_required", ["no"]), ("distributed_port", [-1]), ("args", [argparse.Namespace(local_rank="a"),
