@@ -137,7 +137,7 @@ def set_rendezvous(options: argparse.Namespace) -> None:
         if is_wrong:
             raise ValueError(f"--nnodes is {options.nnodes}{told}")
     if not endpoint:
-        options.rdzv_backend, endpoint = "c10d", "localhost:0"  # any port that is free
+        options.rdzv_backend, endpoint = "c10d", "127.0.0.1:0"  # any port that is free
     options.rdzv_endpoint = endpoint if ":" in endpoint else f"{endpoint}:{options.master_port or PORT}"
     if options.rdzv_backend == "static" and (fewest < most or options.max_restarts):
         options.rdzv_backend = "c10d"
@@ -155,6 +155,7 @@ def set_addresses(options: argparse.Namespace, most: int) -> None:
     """
     host, _, port = options.rdzv_endpoint.rpartition(":")
     try:
+        port = PORT if port == "0" else port  # any does, but 0, to which macOS and Windows connect nothing
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # a datagram socket chooses its route, and sends nothing

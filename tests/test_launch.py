@@ -4,11 +4,14 @@
 """
 
 import contextlib
+import errno
 import io
+import ipaddress
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,12 +105,28 @@ def test_deepspeeds_launcher_options_are_pytorchs():
         found = settled(*argv.split())
         assert {key: found[key] for key in expected} == expected, argv
 
-    expect("--num_gpus 2", nproc_per_node="2", nnodes="1", rdzv_endpoint="localhost:0")
+    expect("--num_gpus 2", nproc_per_node="2", nnodes="1", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1")
     expect("--num_gpus 2 --master_port 1234", rdzv_endpoint="127.0.0.1:1234", rdzv_backend="static", node_rank=0)
     expect("--num_nodes 2 --no_ssh --node_rank 1 --master_addr 127.0.0.1 --module", nnodes="2", node_rank=1,
            module=True, rdzv_endpoint="127.0.0.1:29500", rdzv_backend="static", local_addr="127.0.0.1", card="lo")
     expect("--nnodes 1:2 --node_rank 1 --rdzv_endpoint 127.0.0.1:1234 --rdzv_conf a=1", rdzv_backend="c10d",
            rdzv_conf="a=1,is_host=0", rdzv_endpoint="127.0.0.1:1234")
+
+
+def test_processes_of_one_machine_need_no_connection_to_port_0(monkeypatch):
+    """Linux makes one; macOS and Windows refuse."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: tuple) -> None:
+        if address[1] == 0:
+            raise OSError(errno.EADDRNOTAVAIL, "Can't assign requested address")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for argv in ["--num_gpus", "2"], ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]:
+        options = launch.build_parser().parse_args([*argv, __file__])
+        launch.settle(options)
+        assert options.rdzv_endpoint.endswith(":0") and ipaddress.ip_address(options.local_addr).is_loopback
 
 
 def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
