@@ -62,7 +62,7 @@ LAST_LINES = 60  # of a failed process's stderr: a traceback through a model and
 
 
 class SimpleModel(nn.Module):
-    """The document's model: one layer, (batch, 10) to (batch, 1)."""
+    """The example's model: one layer, (batch, 10) to (batch, 1)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class SimpleModel(nn.Module):
 
 
 def documented_example(zero_stage: int = 0) -> None:
-    """DeepSpeed's documented example. What is ours, apart from the printing, is marked so."""
+    """The example of the introduction in tutorials/README.md. What is ours, apart from the printing, is marked so."""
     torch.manual_seed(0)  # ours: the same figures every time
 
     model = SimpleModel()
@@ -99,8 +99,8 @@ def documented_example(zero_stage: int = 0) -> None:
 
     model_engine.backward(loss)
     # Two steps of the schedule in one of training: the engine's step() takes one, as DeepSpeed's does, and then the
-    # document takes another. Its 0.0023 is the rate after both, 0.001 + 0.009 * log(2) / log(100): a schedule's first
-    # value is in force for two steps, so after one alone the rate would still be 0.001.
+    # example takes another. Its 0.0023 is the rate after both, 0.001 + 0.009 * log(2) / log(100): a schedule's
+    # first value is in force for two steps, so after one alone the rate would still be 0.001.
     model_engine.step()
     lr_scheduler.step()
 

@@ -29,9 +29,9 @@ micro-batch. Elements sent per rank, for P parameters and m micro-batches, times
 
 Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the
 reduction of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in
-``sum``. ``Zero.step`` takes the global norm (``_agree``) and folds every factor into one (``Updater.update``).
-``Gradients.arm`` gives the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result to
-all ranks.
+``sum``. ``Zero.step`` takes the global norm (``_agree``) and folds every factor into one; ``Updater.update`` applies
+it. ``Gradients.arm`` gives the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result
+to all ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
