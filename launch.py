@@ -136,6 +136,9 @@ def set_rendezvous(options: argparse.Namespace) -> None:
              f" and --node_rank {options.node_rank}; allowed: 0 to {most - 1}")):
         if is_wrong:
             raise ValueError(f"--nnodes is {options.nnodes}{told}")
+    if options.rdzv_endpoint and options.master_addr:
+        raise ValueError(f"--rdzv_endpoint is {options.rdzv_endpoint} and --master_addr {options.master_addr}; "
+                         f"allowed: one of them")
     if not endpoint:
         options.rdzv_backend, endpoint = "c10d", "127.0.0.1:0"  # any port that is free
     options.rdzv_endpoint = endpoint if ":" in endpoint else f"{endpoint}:{options.master_port or PORT}"
@@ -196,13 +199,13 @@ def join_with_new_store(handler: DynamicRendezvousHandler,
     return joined
 
 
-def stderr_of(failure: ProcessFailure, log_dir: str) -> Path:
+def stderr_of(failure: ProcessFailure, run_dir: str) -> Path:
     """The file to which a process of the latest start wrote its stderr, by PyTorch's names; none: the empty one."""
-    files = Path(log_dir).glob(f"*/attempt_*/{failure.local_rank}/stderr.log")
+    files = Path(run_dir).glob(f"attempt_*/{failure.local_rank}/stderr.log")
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=Path(os.devnull))
 
 
-def report_failure(error: ChildFailedError, script: str, log_dir: str) -> int:
+def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
     """Report which process failed first, and the end of its stderr, if that is in a file; returns the exit code."""
     # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
     # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
@@ -211,7 +214,7 @@ def report_failure(error: ChildFailedError, script: str, log_dir: str) -> int:
     began = min(failure.timestamp for failure in error.failures.values())
     first = {rank: failure for rank, failure in error.failures.items() if failure.timestamp < began + 2}
     alone = {rank: failure for rank, failure in first.items() if failure.exitcode != -signal.SIGTERM}
-    files = {rank: stderr_of(failure, log_dir) for rank, failure in error.failures.items()}
+    files = {rank: stderr_of(failure, run_dir) for rank, failure in error.failures.items()}
     rank, failure = min((alone or first).items(), key=lambda item: files[item[0]].stat().st_mtime_ns)
     code, how = failure.exitcode, f"exit code {failure.exitcode}"
     if code < 0:
@@ -239,7 +242,9 @@ def start_processes(options: argparse.Namespace) -> int:
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            return report_failure(error, options.training_script, options.log_dir)
+            # Private: this launcher's own folder in --log_dir, which other jobs and machines may share.
+            run_dir = getattr(config.logs_specs, "_run_log_dir", None) or folder
+            return report_failure(error, options.training_script, run_dir)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
@@ -307,7 +312,8 @@ def settle(options: argparse.Namespace) -> None:
     if run.determine_local_world_size(options.nproc_per_node) < 1:
         raise ValueError(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up, or auto")
     if options.tee is None:
-        options.tee = "2" if options.redirects == "0" else "0"  # stderr to files and the screen, unless told where to
+        # Stderr to files and the screen, unless told where to; "1" is stdout's.
+        options.tee = "2" if options.redirects in ("0", "1") else "0"
     set_rendezvous(options)
 
 

@@ -77,6 +77,8 @@ def test_user_errors_take_one_line_and_a_code():
             (["--nnodes", "3:2", "--master_addr", "h"], "allowed: N or MIN:MAX from 1 up"), \
             (["--nnodes", "2", "--node_rank", "2", "--master_addr", "h"], "--node_rank 2; allowed: 0 to 1"), \
             (["--nnodes", "2", "--node_rank", "1", "--master_addr", "no.such.host.invalid"], "no way to node 0"), \
+            (["--nproc_per_node", "2", "--rdzv_endpoint", "a:1", "--master_addr", "b"],
+             "--rdzv_endpoint is a:1 and --master_addr b; allowed: one of them"), \
             (["--launcher", "pdsh", __file__], "--launcher is not an option here: nothing is started on other"), \
             (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
             (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that are meant"), \
@@ -106,6 +108,9 @@ def test_deepspeeds_launcher_options_are_pytorchs():
         assert {key: found[key] for key in expected} == expected, argv
 
     expect("--num_gpus 2", nproc_per_node="2", nnodes="1", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1")
+    for argv, tee in ("", "2"), ("--redirects 1", "2"), ("--redirects 2", "0"), ("--redirects 3", "0"), \
+            ("--redirects 0:1", "0"), ("--redirects 1 --tee 0", "0"):
+        expect(argv, tee=tee)
     expect("--num_gpus 2 --master_port 1234", rdzv_endpoint="127.0.0.1:1234", rdzv_backend="static", node_rank=0)
     expect("--num_nodes 2 --no_ssh --node_rank 1 --master_addr 127.0.0.1 --module", nnodes="2", node_rank=1,
            module=True, rdzv_endpoint="127.0.0.1:29500", rdzv_backend="static", local_addr="127.0.0.1", card="lo")
@@ -134,7 +139,7 @@ def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
     failures = {}
     for rank, (code, seen, wrote) in enumerate(ranks):
         for attempt, words in enumerate(("of the start before\n", f"words of {rank}\n")):
-            stderr = folder / "launch_1" / f"attempt_{attempt}" / str(rank) / "stderr.log"
+            stderr = folder / f"attempt_{attempt}" / str(rank) / "stderr.log"
             stderr.parent.mkdir(parents=True, exist_ok=True)
             stderr.write_text(words)
             os.utime(stderr, (1e9 + wrote - 100 * (1 - attempt), 1e9 + wrote - 100 * (1 - attempt)))
@@ -227,7 +232,11 @@ class Launches:
             OMP_NUM_THREADS="1") for node in "01"]
         self.failing = self._start(
             ["--nproc_per_node", "2", str(folder / "fails.py"), str(folder / "lock"), "--x", "1"])
-        self.killed = self._start([str(folder / "killed.py")])
+        other_job = folder / "logs" / "none_1" / "attempt_0" / "0" / "stderr.log"
+        other_job.parent.mkdir(parents=True)
+        other_job.write_text("words of another job")
+        os.utime(other_job, (2e9, 2e9))
+        self.killed = self._start(["--redirects", "1", "--log_dir", str(folder / "logs"), str(folder / "killed.py")])
         self.example = self._start(["--nproc_per_node", "2"])
 
     def _start(self, arguments: list[str], **variables: str) -> Program:
@@ -270,6 +279,7 @@ def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launcher
     code, out, err = launches.killed.end()
     assert code == 137 and err.startswith("[rank0]: 10%\n20%\n"), err  # as text, in which "\r" is read as "\n"
     assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
+    assert err.endswith("\n10%\n20%\n"), err
 
 
 def test_a_run_goes_on_by_itself_after_kill_9_and_without_a_machine_that_is_gone(launches, run_ranks):
