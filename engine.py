@@ -2176,9 +2176,8 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
         engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
         engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-        lines = _describe(engine, training_data)
         _check_fit(settings, model)
-        return lines
+        return _describe(engine, training_data)
 
     with _undone_if_refused(optimizer, started):
         zero.agree(build, same=True)
