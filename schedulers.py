@@ -8,7 +8,7 @@ Training calls ``optimizer.step()`` and then ``scheduler.step()``, so optimizer 
 ``rate(n)``. DeepSpeed counts the same events from -1: iteration -1 after construction, 0 after the first step; and its
 warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that two optimizer steps see.
 
-    CURVES      how a rate goes from one value to another: linear, cosine, log
+    CURVES      how a rate goes from one value to another: linear, cosine, log, exponential
     Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
     DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
     Of our own: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
@@ -49,7 +49,9 @@ CURVES: dict[str, Callable[[float, float, int, int], float]] = {
     # Half a cosine wave, flat at both ends (SGDR, arXiv 1608.03983, equation 5, without restarts).
     "cosine": lambda start, end, k, n: start + (end - start) * (1 - math.cos(math.pi * k / n)) / 2,
     # Fast at first, then ever slower.
-    "log": lambda start, end, k, n: start + (end - start) * (math.log(1 + k) / math.log(1 + n))}
+    "log": lambda start, end, k, n: start + (end - start) * (math.log(1 + k) / math.log(1 + n)),
+    # The same factor at every step, so both ends must be above 0.
+    "exponential": lambda start, end, k, n: start ** (1 - k / n) * end ** (k / n)}
 
 
 # --- Checks of what the user gave -------------------------------------------------------------------------------------
@@ -146,6 +148,9 @@ class Schedule(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a saved position, and put its rates in force at once; DeepSpeed's states have the position alone."""
+        if "last_batch_iteration" not in state_dict:
+            raise ValueError(f"the saved schedule has {', '.join(map(str, state_dict)) or 'no keys'}; needed: "
+                             f"last_batch_iteration, as in the states of this class and of DeepSpeed's")
         base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
         if len(base_lrs) != len(self.base_lrs):
             raise ValueError(f"the saved schedule has {len(base_lrs)} param group(s), this one {len(self.base_lrs)}")
@@ -350,7 +355,9 @@ class Phase:
             _one_of(f"{name}: a key of a {kind} phase", key, ("type", *cls.NEEDS[kind], "start_lr"))
         for key in (*cls.NEEDS[kind], "start_lr"):
             value, where, counts = raw.get(key), f"{name}.{key}", key in ("steps", "step_size")
-            if value is not None or key not in may_miss:
+            if value is None and key not in may_miss:
+                raise ValueError(f"{where} is missing; a {kind} phase needs {', '.join(cls.NEEDS[kind])}")
+            if value is not None:
                 values[key] = _rates(optimizer, where, value) if key.endswith("_lr") else \
                     _number(where, value, low=int(counts), whole=counts)
         return cls(kind, **values)
@@ -363,6 +370,8 @@ class Phase:
         if self.type == "step":
             return start * self.decay_rate ** (k // self.step_size)
         end = self.end_lr[group]
+        if self.type == "exponential" and 0 in (start, end):
+            raise ValueError(f"an exponential phase leads from {start} to {end}; allowed: rates above 0")
         return end if k == self.steps else CURVES[self.type](start, end, k, self.steps)
 
 
@@ -383,6 +392,8 @@ class MultiPhaseLR(Schedule):
                        for i, raw in enumerate(phases)]
         self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases) or self.span
         super().__init__(optimizer, last_batch_iteration)
+        for group in range(len(self.base_lrs)):  # through all borders once: a bad curve is refused now
+            self.rate(sum(phase.steps or 0 for phase in self.phases), group)
 
     def rate(self, t: int, group: int) -> float:
         """Walk through the phases up to ``t``, handing the rate at which each ends to the next."""
@@ -442,7 +453,9 @@ def named(name: str) -> type[LRScheduler]:
 
 def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None) -> LRScheduler:
     """The schedule ``name`` with ``params``."""
-    cls, params = named(name), params or {}
+    cls, params = named(name), {} if params is None else params
+    if not isinstance(params, dict):
+        raise ValueError(f"{name}: params is {params!r}; allowed: a section of parameters by name")
     for key in params:
         _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
     try:
@@ -464,8 +477,7 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) ->
         schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
             build(stand_in, source.get("type"), source.get("params"))
         seen = []
-        for _ in range(int(1.1 * getattr(schedule, "span", Schedule.span)) + 1 if steps is None else
-                       _number("steps", steps, low=1, whole=True)):
+        for _ in range(int(1.1 * getattr(schedule, "span", Schedule.span)) + 1 if steps is None else steps):
             seen.append([dict(group) for group in stand_in.param_groups])
             schedule.step()
     return seen
@@ -478,6 +490,7 @@ def preview(schedule: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.00
     optimizer with the rate ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
     and neither it nor its optimizer is touched.
     """
+    steps = _number("steps", steps, whole=True)
     return [[float(group["lr"]) for group in groups] for groups in _walk(schedule, steps, lr)]
 
 
@@ -534,6 +547,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
     options = parser.parse_args(argv)
     try:
+        if options.steps is not None:
+            _number("--steps", options.steps, low=1)
         if options.config:
             from engine import read_scheduler  # the reader of configs; only the command line needs it
 

@@ -115,7 +115,7 @@ def phases(draw) -> list[dict]:
     """Phases with a start only at the very start, so that they must join."""
     drawn = []
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["constant", "linear", "cosine", "log", "step"]))
+        kind = draw(st.sampled_from(["constant", "linear", "cosine", "log", "exponential", "step"]))
         phase = {"type": kind, "steps": draw(COUNT)}
         if kind in schedulers.CURVES:
             phase["end_lr"] = draw(RATE)
@@ -225,6 +225,14 @@ def test_phases_meet_at_their_borders(drawn):
     assert seen[-1] == seen[-2], "after the last phase its final rate stays"
 
 
+def test_an_exponential_phase_multiplies_by_the_same_factor_at_every_step():
+    config = {"type": "MultiPhaseLR", "params": {"phases": [{"type": "exponential", "steps": 3, "end_lr": 0.008}]}}
+    assert [rate for rate, in schedulers.preview(config, 5, lr=1.0)] == pytest.approx([1, 0.2, 0.04, 0.008, 0.008])
+    far = {"type": "MultiPhaseLR", "params": {"phases": [{"type": "exponential", "steps": 2, "end_lr": 1e-300}]}}
+    assert schedulers.preview(far, 2, lr=1e300)[1] == pytest.approx([1.0])
+    assert schedulers.preview(config, 0) == []
+
+
 def test_phases_with_a_list_give_each_group_its_own_rates():
     config = {"type": "MultiPhaseLR", "params": {"phases": [
         {"type": "linear", "steps": 2, "start_lr": [0.0, 0.2], "end_lr": [0.1, 0.4]}, {"type": "constant"}]}}
@@ -318,12 +326,18 @@ def test_one_cycle_moves_sgds_momentum_only_where_it_has_one():
     ("MultiPhaseLR", {"phases": []}, "a list of one phase or more"),
     ("MultiPhaseLR", {"phases": ["linear"]}, r"phases\[0\] is 'linear'"),
     ("MultiPhaseLR", {"phases": [{"type": "cos", "steps": 1}]}, r"phases\[0\].type is 'cos'; did you mean"),
-    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 1}]}, r"phases\[0\].end_lr is None; allowed: a number"),
-    ("MultiPhaseLR", {"phases": [{"type": "linear", "end_lr": 1}]}, r"phases\[0\].steps is None; allowed: a whole"),
-    ("MultiPhaseLR", {"phases": [{"type": "constant"}, {"type": "constant"}]}, r"phases\[0\].steps is None; allowed"),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 1}]},
+     r"phases\[0\].end_lr is missing; a linear phase needs steps, end_lr$"),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "end_lr": 1}]}, r"phases\[0\].steps is missing"),
+    ("MultiPhaseLR", {"phases": [{"type": "constant"}, {"type": "constant"}]}, r"phases\[0\].steps is missing"),
     ("MultiPhaseLR", {"phases": [{"type": "constant", "steps": 1, "end_lr": 1}]},
      r"phases\[0\]: a key of a constant phase is 'end_lr' \(allowed: type, steps, start_lr\)"),
     ("MultiPhaseLR", {"phases": [{"type": "constant", "step": 1}]}, "did you mean 'steps'"),
+    ("MultiPhaseLR", {"phases": [{"type": "exponential", "steps": 9, "end_lr": 0.0}]}, "phase leads from 0.01 to 0.0"),
+    ("MultiPhaseLR", {"phases": [{"type": "linear", "steps": 9, "end_lr": 0.0},
+                                 {"type": "exponential", "steps": 9, "end_lr": 1.0}]}, "phase leads from 0.0 to 1.0"),
+    ("WarmupLR", 5, "WarmupLR: params is 5; allowed: a section of parameters by name"),
+    ("WarmupLR", [], r"WarmupLR: params is \[\]"),
 ])
 def test_wrong_parameters_are_refused_by_name(name, params, told):
     with warnings.catch_warnings(), pytest.raises(ValueError, match=told):
@@ -335,6 +349,11 @@ def test_a_state_for_other_groups_is_refused():
     one, two = (schedulers.WarmupLR(adam(lrs)) for lrs in ((0.1,), (0.1, 0.2)))
     with pytest.raises(ValueError, match=r"2 param group\(s\), this one 1"):
         one.load_state_dict(two.state_dict())
+
+
+def test_a_state_without_a_position_is_refused_by_its_keys():
+    with pytest.raises(ValueError, match="has last_epoch; needed: last_batch_iteration"):
+        schedulers.WarmupLR(adam()).load_state_dict({"last_epoch": 4})
 
 
 def test_momentum_that_would_grow_to_one_is_an_error_not_a_divergence():
@@ -392,3 +411,5 @@ def test_command_line_draws_a_picture_and_refuses_in_one_line(tmp_path, capsys):
             schedulers.main([str(config), "--output", str(picture)])
     with pytest.raises(SystemExit, match="^schedulers.py: error: .*$"):
         schedulers.main([str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="^schedulers.py: error: --steps is 0; allowed: a number, at least 1, finite$"):
+        schedulers.main(["--steps", "0"])
