@@ -261,7 +261,8 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         for key, item in value.items():  # such a class may refuse update()
             changed[key] = mapped(item, change)
         return changed
-    make = getattr(value, "_make", type(value) if type(value) in (list, tuple) else None)  # _make: a named tuple's
+    named = isinstance(value, tuple) and hasattr(value, "_make")
+    make = value._make if named else type(value) if type(value) in (list, tuple) else None
     return make(mapped(item, change) for item in value) if make else value
 
 

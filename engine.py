@@ -253,7 +253,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     parser.respell(raw)
     result = parser.section(Config, raw)
     off = raw.get("activation_checkpointing")  # DeepSpeed's keys alone, and all of them say no
-    if off and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
+    if off and isinstance(off, dict) and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
         result.activation_checkpointing = None
     if "scheduler.params.warmup_max_lr" in parser.autos:
         result.scheduler.params["warmup_max_lr"] = None  # the optimizer's own rate
@@ -664,9 +664,11 @@ class Muon(_Named):
                    False: {"lr": others, "betas": betas, "eps": eps}}
         groups = list(params)
         for group in groups:
-            if not isinstance(group, dict) or not isinstance(group.get("use_muon"), bool):
-                raise ValueError("a param group of Muon has no use_muon; needed: True for hidden matrices, False for "
-                                 "other parameters; muon_groups() makes such groups")
+            group = group if isinstance(group, dict) else {}
+            if not isinstance(group.get("use_muon"), bool):
+                said = f"use_muon {group['use_muon']!r}" if "use_muon" in group else "no use_muon"
+                raise ValueError(f"a param group of Muon has {said}; needed: True for hidden matrices, False for other "
+                                 "parameters; muon_groups() makes such groups")
         Optimizer.__init__(self, [{**options[group["use_muon"]], "weight_decay": weight_decay, **group}
                                   for group in groups], {})
         for group in self.param_groups:
@@ -698,7 +700,7 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     parameters   tensors, or param groups
     model        theirs, which knows the names; None: all have none
     """
-    model = model or nn.Module()
+    model = nn.Module() if model is None else model
     names = {id(p): name for name, p in model.named_parameters()}
     embeddings = {id(p) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
                   for p in module.parameters()}
@@ -715,7 +717,8 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
     given, found = list(parameters), []
     for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
         params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # tuples: from named_parameters()
-        parts = {group["use_muon"]: params} if "use_muon" in group else {
+        said = group.get("use_muon")
+        parts = {bool(said) if said in (True, False) else said: params} if "use_muon" in group else {
             choice: [p for p in params if use_muon(p) is choice] for choice in (True, False)}
         found += [{**group, "params": part, "use_muon": choice} for choice, part in parts.items() if part]
     return found
@@ -816,7 +819,7 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     _check("init_method", init_method, init_method is None or isinstance(init_method, str) and "://" in init_method,
            "an address such as 'tcp://host:port', or None")
     _check("dist_backend", dist_backend, dist_backend is None or dist.is_backend_available(str(dist_backend)),
-           "a backend of this PyTorch, such as gloo")
+           f"one of {', '.join(b for b in dist.Backend.backend_list if dist.is_backend_available(b))}")
     device, by_address = zero.own_device(int(os.environ.get("LOCAL_RANK", 0))), rank != -1 or init_method is not None
     if by_address and not dist.is_initialized() and dist_init_required is not False:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
@@ -970,8 +973,8 @@ def _by_all_ranks(*own: str) -> Callable:
                      for key, value in bound.arguments.items() if key not in ("self", *own)}
             if self.world_size > 1:
                 zero.meet(name, self.config.collective_timeout())
-                said = [f"{name}, where {key} is {value!r}" for key, value in given.items()]
-                zero.agree(lambda: [name, *said], same=True)
+                zero.agree(lambda: [name, *(f"{name}, where {key} is {value!r}" for key, value in given.items())],
+                           same=True)
             for key, value in given.items():
                 kind = signature.parameters[key].annotation
                 _check(key, value, kind not in CHECKED or isinstance(value, kind), CHECKED.get(kind, ""))
@@ -1228,7 +1231,9 @@ class _Training(_State):
         They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
         Without a loss scale that is the loss itself, and ``loss.backward()`` does the same.
         """
-        self._drop_incomplete()
+        if self._incomplete:  # the script went on without step(), so on every rank
+            logger.warning("the last backward() raised: the gradients of its window are dropped")
+            self.zero_grad()
         self._scaled = True
         if self.scaler.scale == 1:
             return loss
@@ -1236,13 +1241,11 @@ class _Training(_State):
         factor = self.scaler.scale / self.gradient_accumulation_steps()
         return (loss if loss.dtype == torch.float64 else loss.float()) * factor
 
-    def _drop_incomplete(self) -> bool:
-        """Drop the window's gradients where the last ``backward()`` raised, and left those of a part of the model."""
-        if not self._incomplete:
-            return False
-        logger.warning("the last backward() raised: the gradients of its window are dropped")
-        self.zero_grad()
-        return True
+    def _spoil(self) -> None:
+        """Where the last ``backward()`` raised, perhaps on this rank alone: all ranks drop its window at the end."""
+        if self._incomplete:
+            self.zero.spoiled, self._incomplete = True, False
+            self.zero.finish_backward()  # the others have, if it is this rank alone
 
     def _check_scaled(self) -> None:
         """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
@@ -1262,8 +1265,7 @@ class _Training(_State):
         if self._in_no_sync:
             raise RuntimeError("step() inside no_sync(): leave no_sync() before the window's last backward()")
         self._step_applied = False
-        if self._drop_incomplete():
-            return  # its micro-batch does not count
+        self._spoil()
         self.communicator.enter(self.micro_steps + 1)
         self._check_scaled()
         if self.is_gradient_accumulation_boundary() or not self.config.managed_gradient_accumulation:
@@ -1281,7 +1283,7 @@ class _Training(_State):
         equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
         """
         self._groups("flush()")
-        self._drop_incomplete()
+        self._spoil()
         self._check_scaled()
         if not self._window:
             return False
@@ -1300,7 +1302,10 @@ class _Training(_State):
         with self._phase("update"):
             result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
                                     self.precision.skips_overflow)
-        self._grad_norm, self._window, self._step_applied = result.norm, 0, not result.overflow
+        self._grad_norm, self._window, self._step_applied = result.norm, 0, not (result.overflow or result.spoiled)
+        if result.spoiled:
+            _warn("step left out: a backward() of its window raised on some rank, so all drop the window's gradients")
+            return
         before, self.skipped_steps = self.scaler.scale, self.skipped_steps + result.overflow
         self.scaler.update(result.overflow, result.culprit)
         self._show_scale()
@@ -1498,8 +1503,10 @@ class Engine(_Training):
 
     def memory_report(self) -> zero.Estimate:
         """The bytes that this rank holds now, by category, compared with what ``estimate`` says; print it."""
-        found = estimate(self.module, self.config, self.world_size, dtypes=self.precision.path, device=self.device,
-                         rank=self.global_rank, groups=zero.groups_to_estimate(self.zero))
+        found = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
+                              dtypes=self.precision.path, device=self.device, rank=self.global_rank,
+                              micro_batches=self.gradient_accumulation_steps(),
+                              groups=zero.groups_to_estimate(self.zero))
         return replace(found, measured=zero.measure(self.zero, self.module))
 
     def destroy(self) -> None:
@@ -2172,11 +2179,10 @@ def initialize(args: Any = None, model: nn.Module | None = None,
         nonlocal engine
         if failure is not None:
             raise failure
-        _check_data(training_data)
+        _check_fit(settings, model, training_data)
         engine = Engine(model, settings, _precision(settings, model, device), device, local_rank, started)
         engine.optimizer = _choose_optimizer(optimizer, settings.optimizer, model, model_parameters, device)
         engine.lr_scheduler = _choose_scheduler(lr_scheduler, settings.scheduler, engine.optimizer)
-        _check_fit(settings, model)
         return _describe(engine, training_data)
 
     with _undone_if_refused(optimizer, started):
@@ -2189,7 +2195,7 @@ def _describe(engine: Engine, data: Any) -> list[str]:
     """What all ranks must have in common, a line each."""
     model, groups = engine.module, engine.optimizer.param_groups if engine.optimizer else ()
     names = {id(p): name for name, p in model.named_parameters()}
-    settings, _ = tree_flatten_with_path(asdict(engine.config), lambda part: not isinstance(part, dict))
+    settings, _ = tree_flatten_with_path(asdict(engine.config), lambda part: not (isinstance(part, dict) and part))
     lines = [f"{'.'.join(key.key for key in path)} {value!r} in its config" for path, value in settings
              if path[-1].key != "nvme_path"]  # each rank may have a disk of its own
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
@@ -2199,7 +2205,8 @@ def _describe(engine: Engine, data: Any) -> list[str]:
     for index, group in enumerate(groups):
         options = {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
         lines.append(f"param group {index} with {options} over {[names[id(p)] for p in group['params']]}")
-    return [*lines, f"training_data: {len(data) if hasattr(data, '__len__') else data} samples"]
+    samples = "none" if data is None else len(data) if hasattr(data, "__len__") else "some"
+    return [*lines, f"training_data: {samples} samples"]
 
 
 @contextmanager
@@ -2220,9 +2227,10 @@ def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
         raise
 
 
-def _check_fit(settings: Config, model: nn.Module) -> None:
+def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
     """Refuse what does not fit the model, the number of ranks or their memory."""
     settings.settle_batch_sizes(dist.get_world_size())
+    _check_data(training_data)
     zero.check_memory(model)
     zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
     _recomputed(settings, model)

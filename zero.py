@@ -2548,6 +2548,7 @@ class StepResult(NamedTuple):
     clip: float            # what clipping multiplied the gradient by, at most 1
     overflow: bool         # the norm is not finite, and nothing was updated
     culprit: str | None    # the first parameter whose gradient is not finite
+    spoiled: bool = False  # a backward of the window raised on some rank, and nothing was updated
 
 
 class Updater:
@@ -2660,6 +2661,7 @@ class Zero:
     ``step`` updates the weights.
 
     boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
+    spoiled    whether a backward pass of the window has raised, and left the gradients of a part of the model
     divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
     """
 
@@ -2677,7 +2679,7 @@ class Zero:
         self.sharded = SHARDED[0 if alone else config.stage]
         check_room(self._room_needed(), self.communicator)
         self.offload = Offload(config, device, self.communicator.clock)
-        self.boundary = True
+        self.boundary, self.spoiled = True, False
         self.divisor = float(self.communicator.world_size)
         self.reducer = Reducer(self)
         self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
@@ -2821,6 +2823,7 @@ class Zero:
         """Forget the window's gradients. Every rank must call it."""
         self.end_if_pending()
         self.reducer.clear()
+        self.spoiled = False
         if self.gatherer is not None:
             self.gatherer.end_backward()
 
@@ -2839,15 +2842,16 @@ class Zero:
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
-        culprit = self.reducer.first_not_finite() if overflow else None
-        if not overflow:
+        spoiled, self.spoiled = self.spoiled, False  # on any rank, as all have agreed
+        culprit = self.reducer.first_not_finite() if overflow and not spoiled else None
+        if not (overflow or spoiled):
             for bucket in self.trained:
                 if bucket.unit is None:
                     bucket.keep_writes()
             self.updater.update(coefficient / divisor)
         for gradients in self.reducer.every:
             gradients.reset()
-        return StepResult(norm, coefficient, overflow, culprit)
+        return StepResult(norm, coefficient, overflow, culprit, spoiled)
 
     def _reduce_the_rest(self) -> None:
         """End the backward pass, and a window that ends without a boundary, as flush() ends it; check the model."""
@@ -2862,16 +2866,21 @@ class Zero:
         self.reducer.settle()
 
     def _agree(self, exact: bool = False) -> float:
-        """The norm of the summed gradients and which parameters have one, agreed by all ranks in one all-reduce."""
+        """The norm of the summed gradients, which parameters have one and whether the window is spoiled on any rank.
+
+        The ranks agree on all of it in one all-reduce.
+        """
         every, communicator = self.reducer.every, self.communicator
         places = [(gradients, slot) for gradients in every for slot in gradients.bucket.slots]
         flags = [float(slot in gradients.used) for gradients, slot in places] + [bool(g.late) for g in every]
+        flags.append(self.spoiled)
         for digest in (communicator.gathered, self.reducer.dropped):
             flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
         square = Gradients.square(every, communicator.device, exact)
         message = torch.cat([square.view(1), _numbers(flags, communicator.device)])
         communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
-        square, *flags, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
+        square, *flags, spoiled, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
+        self.spoiled = spoiled > 0
         if dropped ** 2 != dropped_squares * communicator.world_size:
             raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were "
                                "summed over all already; drop them on every rank")
@@ -2889,7 +2898,8 @@ class Zero:
         for (gradients, slot), flag in zip(places, flags):
             if flag:
                 gradients.used.add(slot)
-        check_used(self)
+        if not self.spoiled:
+            check_used(self)
         return math.sqrt(square)
 
 

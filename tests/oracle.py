@@ -398,7 +398,8 @@ def draws(draw: Callable) -> dict:
         "layers": st.integers(1, 3), "output": st.sampled_from(["tensor", "tuple", "dict", "dataclass"]),
         "accumulation": st.sampled_from([1, 1, 2, 3]), "clip": st.sampled_from([0.0, 0.1, 1.0]),
         "bucket": st.sampled_from(["auto", 1, 100, 500]), "threshold": st.sampled_from([0, 0, 20]),
-        "dtype": st.sampled_from([torch.float64, torch.float32])}))}
+        # Centered RMSprop subtracts squares that are nearly equal, which in float32 leaves rounding errors.
+        "dtype": st.sampled_from([torch.float64, *([] if "centered" in params else [torch.float32])])}))}
 
 
 def fitting(draw: dict, ranks: int) -> dict:

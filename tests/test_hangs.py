@@ -6,6 +6,7 @@ So it is in the tests' own tools: a failing rank must fail the test, with its ow
 """
 
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,7 @@ def test_the_micro_batch_of_a_backward_that_raised_does_not_count(calls):
     pair.engine.step()
     fail_in_a_window(pair.engine)
     if "step" in calls:
-        pair.engine.step()
+        pair.engine.step()  # the window's end
         assert not pair.engine.was_step_applied()
     for step in (1, 2):
         loss = oracle.square(pair.engine, oracle.mine(oracle.batches(step)))
@@ -330,6 +331,25 @@ def test_the_micro_batch_of_a_backward_that_raised_does_not_count(calls):
     if "scale" not in calls:
         pair.plain(1, 2)
         pair.check()
+
+
+@on_ranks(2, case=list(itertools.product(range(3), (1, 2), ("in autograd", "before"))))
+def test_where_a_backward_raises_on_one_rank_alone_all_drop_its_window(case):
+    """At stage 3 ranks can't: they wait for each other's weights within a backward."""
+    stage, window, cause = case
+    pair = oracle.Pair(oracle.Mlp, stage, gradient_accumulation_steps=window)
+    for step in range(2 * window):
+        fails = dist.get_rank() == 1 and step == 0
+        loss = oracle.square(pair.engine, oracle.mine(oracle.batches(step)))
+        hook = loss.register_hook(lambda grad: 1 / 0) if fails and cause == "in autograd" else None
+        with pytest.raises((ZeroDivisionError, RuntimeError)) if fails else nullcontext():
+            pair.engine.backward(loss.detach() if fails and cause == "before" else loss)
+        if hook is not None:
+            hook.remove()
+        pair.engine.step()
+        assert pair.engine.was_step_applied() == (step == 2 * window - 1)
+    pair.plain(*range(window, 2 * window))
+    pair.check(str(case))
 
 
 def total(value: float) -> float:
