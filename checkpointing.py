@@ -186,6 +186,7 @@ class _Region:
     def run(self, args: tuple, kwargs: dict) -> Any:
         """The call, of which autograd keeps slots."""
         def pack(tensor: Tensor) -> _Slot:
+            """A slot in the tensor's place."""
             slot = _Slot(self)
             self.saved.append((weakref.ref(slot), _metadata(tensor)))
             return slot
@@ -206,6 +207,7 @@ class _Region:
         filled = 0
 
         def pack(tensor: Tensor) -> Tensor:
+            """Fill the next slot; end the run with the last one."""
             nonlocal filled
             if filled < len(self.saved):
                 tensor = self._fill(filled, tensor)

@@ -578,6 +578,7 @@ class Lion(_Named):
         return True
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """One step of Lion."""
         (beta1, beta2), rate = group["betas"], group["lr"]
         for p in params:
             if not self.state[p]:
@@ -620,6 +621,7 @@ class Lamb(_Named):
             raise ValueError(f"min_coeff is {min_coeff}; allowed: at most max_coeff, which is {max_coeff}")
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """One step of LAMB, parameter by parameter."""
         (beta1, beta2), eps = group["betas"], group["eps"]
         for p in params:
             state = self.state[p]
@@ -686,6 +688,7 @@ class Muon(_Named):
         return not group["use_muon"]
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of the group's own kind."""
         optimizer = self._pytorchs(group)
         type(optimizer).step.__wrapped__(optimizer)  # without the global step hooks, which run once, around this
 
@@ -706,6 +709,7 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
                   for p in module.parameters()}
 
     def use_muon(p: Tensor) -> bool:
+        """Whether the parameter says so itself, or is a hidden matrix."""
         name = names.get(id(p), "")
         edge = id(p) in embeddings or "embed" in name.lower() or {"head", "lm_head"} & set(name.lower().split("."))
         chosen = getattr(p, "use_muon", p.dim() == 2 and not edge)

@@ -220,8 +220,8 @@ def own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count, needed = torch.cuda.device_count(), max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or "TORCHELASTIC_RUN_ID" not in os.environ
-    if count == 1 and chosen:  # such as by Slurm, or by a script around this one, which show each process its own GPU
+    shown_one = count == 1 and (os.environ.get("CUDA_VISIBLE_DEVICES") or "TORCHELASTIC_RUN_ID" not in os.environ)
+    if shown_one:  # Slurm, or a script around this one, may show each process its own GPU alone
         local_rank = 0
     elif needed > count:  # the same on all ranks: all raise, none waits
         raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {count}")
@@ -1037,7 +1037,8 @@ class Slot:
     stride: tuple[int, ...]
     kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
     bucket: "Bucket | None" = None
-    place: tuple[int, int] = (0, 0)    # in what this rank updates of the bucket: its first element, and how many
+    place: tuple[int, int] = (0, 0)    # in what this rank updates of the bucket: its first element, and how many; kept,
+                                       # as each step asks for that of each parameter
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     version: int = 0                   # the parameter's, when master and shard were known to have its values
     taken: "TakenGradient | None" = None  # what the parameter's grad is once the bucket has it

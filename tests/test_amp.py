@@ -538,3 +538,23 @@ def test_contradictions_are_refused_by_key(change, told):
     with pytest.raises(ValueError, match=told):
         deepspeed.initialize(model=Net(), config={"train_batch_size": 8, "optimizer": ADAM} | change)
     assert not dist.is_initialized() and issubclass(ConfigError, ValueError)
+
+
+def test_a_cast_leaves_an_object_that_answers_any_attribute_alone():
+    class Proxy:
+        def __getattr__(self, name: str):
+            return lambda *args: name
+
+    given = {"x": torch.ones(1), "proxy": Proxy()}
+    cast = amp.cast(given, torch.float16)
+    assert cast["x"].dtype == torch.float16 and cast["proxy"] is given["proxy"]
+
+
+def test_a_memory_report_needs_no_module_of_the_config_by_name():
+    model = Net()
+    engine = began(model, bf16={"enabled": True, "keep_fp32": ["LayerNorm"]})
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = type("Renamed", (nn.LayerNorm,), {})
+    assert engine.memory_report().measured["masters", "device"] > 0
+    engine.destroy()

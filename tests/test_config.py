@@ -230,6 +230,13 @@ def test_muon_takes_hidden_matrices_alone_and_each_parameter_may_say_otherwise()
     model["lm_head"].bias.use_muon = True
     with pytest.raises(deepspeed.ConfigError, match=r"use_muon of the parameter lm_head.bias of shape \(5,\) is True"):
         built("Muon", model)
+    said = [{"params": list(model["body"].parameters())[:1], "use_muon": 0}]
+    assert [group["use_muon"] is False for group in deepspeed.muon_groups(said, model)] == [True]
+    empty = type("Empty", (nn.Linear,), {"__len__": lambda self: 0})(2, 2)  # counts as False
+    empty.weight, empty.head = None, nn.Linear(2, 2, bias=False)
+    assert [group["use_muon"] for group in deepspeed.muon_groups(empty.parameters(), empty)] == [False]
+    with pytest.raises(ValueError, match="a param group of Muon has use_muon 'yes'"):
+        deepspeed.Muon([{"params": [torch.ones(2, 2)], "use_muon": "yes"}])
     with pytest.raises(ValueError, match="a param group of Muon has no use_muon"):
         deepspeed.Muon(model.parameters())
 
