@@ -2642,11 +2642,10 @@ class Updater:
 
 
 def groups_of_whole_parameters(optimizer: Optimizer | None, allow_untested: bool) -> set[int]:
-    """The param groups whose parameters the optimizer looks at as a whole, so that none may be cut.
+    """The param groups whose optimizer needs whole parameters, so that none may be cut.
 
     An optimizer class says of a group by ``is_elementwise(group)`` whether every element is treated alike. One that
-    says nothing, and is not known here, is untested: it counts as one that looks at whole parameters, unless the caller
-    allows to cut them.
+    says nothing, and is not known here, is untested: its parameters stay whole, unless the caller allows cutting them.
     """
     if optimizer is None or type(optimizer) in ELEMENTWISE:
         return set()
@@ -3697,7 +3696,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
     device            the ranks' kind of device: it decides how large buckets are. None: the model's; meta is a GPU
     micro_batches     per optimizer step, for the traffic
     groups            the optimizer's param groups, each with "params", and perhaps "state_tensors" of its own, and
-                      "whole" if it looks at whole parameters, as Muon does. None: all that require grad, in one
+                      "whole" if no parameter may be cut, as for Muon. None: all that require grad, in one
     rank              which one; they differ by padding alone
 
     Raises ValueError, which names the argument, what was given and what is allowed.

@@ -1,4 +1,4 @@
-"""The config: what people have is read as it is meant, what is not taken literally is told; optimizers by name.
+"""The config: what people have is read as it is meant, what is not taken literally is reported; optimizers by name.
 
     .venv/bin/python -m pytest -q tests/test_config.py
 

@@ -1,4 +1,4 @@
-"""What would hang is told: ranks that take different branches, have different numbers of batches, or are alone.
+"""What would hang is reported: ranks that take different branches, have different numbers of batches, or are alone.
 
     .venv/bin/python -m pytest -q tests/test_hangs.py
 
@@ -147,7 +147,7 @@ def test_a_waiting_rank_says_so_before_nccl_would_end_the_process():
 
 
 def mixture(blocks: int) -> Model:
-    """In each block a rank uses the experts that it is told to, perhaps none."""
+    """In each block a rank uses the experts that it is given, perhaps none."""
     def block(m, x, chosen):
         x = x + torch.tanh(m.first(x))
         return x + sum(m.experts[index](x) for index in chosen)

@@ -161,7 +161,7 @@ class Tangled(Odd):
 
 
 class Whole(torch.optim.AdamW):
-    """An optimizer that looks at whole parameters, as far as can be known."""
+    """An optimizer that may need whole parameters, as far as can be known."""
 
 
 def muon(groups: list[dict], lr: float) -> deepspeed.Muon:

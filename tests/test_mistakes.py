@@ -1,4 +1,4 @@
-"""What can't be meant is refused on every rank, by key and value, and leaves nothing behind.
+"""What is invalid is refused on every rank, by key and value, and leaves nothing behind.
 
     .venv/bin/python -m pytest -q tests/test_mistakes.py
     .venv/bin/python -m pytest -q tests/test_mistakes.py --long     with many more of them on two ranks

@@ -342,7 +342,7 @@ def test_a_copy_for_torch_save_holds_no_more_than_its_tensors():
 
 
 def warnings_of(call: Callable) -> list[str]:
-    """What the engine's logger is told while ``call`` runs."""
+    """What the engine's logger gets while ``call`` runs."""
     told, handler = [], logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     deepspeed.logger.addHandler(handler)

@@ -277,6 +277,32 @@ def test_the_minutes_are_those_of_the_texts_and_of_the_grader():
         assert graded.strip() == ", ".join(minutes), name
 
 
+# --- The front page, and the words of all pages -----------------------------------------------------------------------
+
+
+def test_the_front_page_is_short_and_its_line_counts_are_true():
+    page = (ROOT / "README.md").read_text()
+    assert len(page.encode()) <= 10_000 and page.count("\n") <= 170
+    counts = {name: len((ROOT / name).read_text().splitlines()) for name in (f"{module}.py" for module in MODULES)}
+    printed = {name: int(number.replace(",", "")) for name, number in
+               re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| ([\d,]+) \|", page, re.MULTILINE)}
+    assert printed.keys() == counts.keys()
+    assert printed == {name: pytest.approx(count, abs=50) for name, count in counts.items()}
+    total = int(re.search(r"([\d,]+) lines in six files", page)[1].replace(",", ""))
+    assert total == pytest.approx(sum(counts.values()), abs=50)
+
+
+STILTED = ("at hand", "can't be meant", "is told", "are told", "shares out", "share out", "shall", "looks at whole",
+           "beside it,")
+
+
+def test_no_page_and_no_source_uses_a_stilted_phrase():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *(ROOT / "tutorials").glob("*.*"), *(ROOT / "tests").glob("*.py")]
+    found = [f"{page.name}: {phrase}" for page in pages if page != Path(__file__)
+             for phrase in STILTED if re.search(rf"\b{phrase}(?!\w)", page.read_text())]
+    assert not found
+
+
 # --- The runner itself ------------------------------------------------------------------------------------------------
 
 

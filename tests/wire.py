@@ -95,7 +95,7 @@ def living() -> set[int]:
 
 @contextmanager
 def after_rank_0() -> Iterator[bool]:
-    """Rank 1 enters when rank 0 has left, and is told whether that was soon: whether rank 0 did not wait for it."""
+    """Rank 1 enters when rank 0 has left, and learns whether that was soon: whether rank 0 did not wait for it."""
     if dist.get_world_size() == 1:
         yield True
         return
