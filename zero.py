@@ -862,8 +862,6 @@ class Host:
         self.place = torch.device("meta" if device.type == "meta" else "cpu")
         self.pinned = pin_memory and device.type == "cuda"
         self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
-        self.landings: dict[Tensor, Tensor] = {}  # by sum: where what is added to it arrives, and when it does
-        self.arrivals: dict[Tensor, Any] = {}
         self.is_settled = True
 
     def empty(self, numel: int, dtype: torch.dtype, in_memory: bool = False) -> Tensor:
@@ -889,40 +887,32 @@ class Host:
         self.up.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.up)
 
-    def bring_down(self, source: Tensor, target: Tensor, add: bool) -> None:
-        """Start copying the device's ``source`` into ``target``, which lives here, or adding it; see settle."""
+    def bring_up(self, source: Tensor, target: Tensor) -> list[Any]:
+        """Start copying ``source``, which lives here, into the device's ``target``; returns what to wait for."""
+        with self.going_up():
+            if self.up is not None:
+                self.up.wait_stream(self.down)  # which may still bring it
+            target.copy_(source, non_blocking=True)
+            return [] if self.up is None else [self.up.record_event()]
+
+    def bring_down(self, source: Tensor, target: Tensor) -> None:
+        """Start copying the device's ``source`` into ``target``, which lives here; see settle."""
         with self.clock.phase("offload"):
             if self.down is None:
-                target.add_(source) if add else target.copy_(source)
+                target.copy_(source)
                 return
-            into = target
-            if add:
-                if target in self.arrivals:  # of the micro-batch before
-                    self.arrivals[target].synchronize()
-                    self._add(target)
-                if target not in self.landings:
-                    self.landings[target] = self.empty(target.numel(), target.dtype, in_memory=True)
-                into = self.landings[target]
             self.down.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.down):
-                into.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=True)
             source.record_stream(self.down)  # its memory is not given to another tensor before it was read
             self.is_settled = False
-            if add:
-                self.arrivals[target] = self.down.record_event()
 
     def settle(self) -> None:
         """Wait for all that was brought down."""
         if not self.is_settled:
             with self.clock.phase("offload"):
                 self.down.synchronize()
-                for target in list(self.arrivals):
-                    self._add(target)
             self.is_settled = True
-
-    def _add(self, target: Tensor) -> None:
-        del self.arrivals[target]
-        target.add_(self.landings[target])
 
 
 def _pinned(numel: int, dtype: torch.dtype) -> Tensor:
@@ -1483,14 +1473,15 @@ class Gradients:
             else:
                 self.sum = self.buffer[own] if self.keeps_buffer else torch.empty_like(self.buffer[own])
         self.landing = self.sum if self.host is None else torch.empty_like(self.buffer[own])
-        add = self.reduced and self.host is None
+        before = self.host.bring_up(self.sum, self.landing) if self.host is not None and self.reduced else []
         self.send_buffer = self._to_send()
         if self.all_reduces or not self.bucket.sharded.optimizer:
-            finish = partial(_sum, [self.send_buffer[own]], self.landing, add)
+            finish = partial(_sum, [self.send_buffer[own]], self.landing, self.reduced)
             self.reduction = self.communicator.all_reduce(self.send_buffer, finish=finish, what=self.bucket.label)
         else:
-            self.reduction = self.communicator.reduce_scatter(self.send_buffer, self.landing, add, self.bucket.label,
-                                                              **self.bucket.uneven)
+            self.reduction = self.communicator.reduce_scatter(self.send_buffer, self.landing, self.reduced,
+                                                              self.bucket.label, **self.bucket.uneven)
+        self.reduction.works += before
         self.life = Life.SENDING
 
     def _to_send(self) -> Tensor:
@@ -1507,7 +1498,7 @@ class Gradients:
         """Wait for the sum. Unless it stays, the buffer goes, and with it the slices that belong to other ranks."""
         self.reduction.wait()
         if self.host is not None:
-            self.host.bring_down(self.landing, self.sum, add=self.reduced)
+            self.host.bring_down(self.landing, self.sum)
         self._drop_send_buffer()
         self.reduced, self.life = True, Life.SENT
         self.filled.clear()
