@@ -1,15 +1,15 @@
-"""ZeRO (arXiv 1910.02054): data-parallel training in which each rank keeps a shard of what it would else hold in full.
+"""ZeRO (arXiv 1910.02054): data-parallel training where each rank keeps a shard of what it would otherwise repeat.
 
 Plain data parallelism keeps, on every one of N ranks, all parameters, all gradients and all optimizer state. ZeRO gives
 each rank one N-th of the optimizer state (stage 1), of the gradients too (stage 2), of the parameters too (stage 3).
 The sums stay the same, so every stage trains what plain PyTorch trains on the whole batch.
 
-What is sharded and communicated is a **bucket**: a flat tensor into which many parameters are views.
+The unit of sharding and communication is a **bucket**: a flat tensor into which many parameters are views.
 
     flat       | weight 0        .| bias 0 .| weight 1                 .| padding |     "." aligns what follows
-               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size; where no
-                                                                                        weight may be cut, of their own
-    buffer     the same layout for gradients, which are copied in as autograd finishes them
+               |<---- shard of rank 0 ---->|<---- shard of rank 1 ----->|               N shards of equal size, or where
+                                                                                        no weight may be cut, of any
+    buffer     the same layout for gradients, copied in as autograd finishes them
     master     the part of the parameters that this rank's optimizer updates: its shard (stage 0: everything)
 
 One step of N ranks, where *reduce* makes gradients sums over ranks and *gather* makes shards whole again:
@@ -22,21 +22,21 @@ One step of N ranks, where *reduce* makes gradients sums over ranks and *gather*
     3          gather each unit,     gather it again, free it; reduce-scatter       update the shard
                use it, free it       as in stage 2
 
-Why there: the optimizer needs only its shard of the *sum*, so a reduce-scatter (half an all-reduce) is enough; the
-other half comes later, as the gather of what was updated. Stages 0 and 1 keep a full gradient buffer, so they can add
-up an accumulation window locally and send once; stage 2 has nowhere to keep foreign slices and must send every
+Why there: the optimizer needs only its shard of the *sum*, so a reduce-scatter (half an all-reduce) is enough. The
+other half follows later, as the gather of the updated weights. Stages 0 and 1 keep a full gradient buffer, so they can
+add up an accumulation window locally and send once. Stage 2 has no room for other ranks' slices and must send every
 micro-batch. Elements sent per rank, for P parameters and m micro-batches, times (N-1)/N: 2P, 2P, (m+1)P, 3mP.
 
 Follow one gradient: ``Gradients.take`` copies it into its bucket's buffer. ``Reducer.launch_ready`` starts the
-reduction of a bucket that is full (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in
-``sum``. ``Zero.step`` takes the global norm (``_agree``) and folds every factor into one; ``Updater.update`` applies
-it. ``Gradients.arm`` gives the sum to the optimizer, which updates the master, and ``Bucket.publish`` shows the result
-to all ranks.
+reduction of a full bucket (``Gradients.launch``), and ``Gradients.finish`` leaves the sum over ranks in ``sum``.
+``Zero.step`` takes the global norm (``_agree``) and folds every factor into one, which ``Updater.update`` applies.
+``Gradients.arm`` gives the sum to the optimizer, which updates the master. ``Bucket.publish`` sends the result to all
+ranks.
 
 The file, from top to bottom: config, collectives, offload to the host, buckets and their gradients, units and the
 ``Gatherer`` (stage 3), the ``Reducer``, ``Zero`` which ties them together, ``Init`` which builds models straight into
 shards, reading and writing what is sharded, the shares of a checkpoint, and memory. To understand ZeRO, read up to
-``Zero``'s end; the rest are uses of it. With one process there is nothing to shard: no collective runs at any stage.
+the end of ``Zero``; the rest uses it. With one process there is nothing to shard: no collective runs at any stage.
 """
 
 import atexit
@@ -84,13 +84,13 @@ C_LIBRARY = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def _key(default: Any, **rules: Any) -> Any:
-    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``."""
+    """A field whose values are restricted: to ``choices``, or to numbers from ``least`` to ``most``."""
     return field(default=default, metadata=rules)
 
 
 @dataclass
 class LeafModules:
-    """``leaf_module``: which modules are a unit of stage 3 each, their submodules included."""
+    """``leaf_module``: which modules become one unit of stage 3 each, with their submodules."""
     classes: list | None = None         # class names, with or without their module's name in front
     names: list | None = None           # names as in model.named_modules()
     name_suffixes: list | None = None   # ends of such names
@@ -98,7 +98,7 @@ class LeafModules:
 
 @dataclass
 class _OffloadSection:
-    """What both sections of offload have."""
+    """The keys that both offload sections share."""
     device: str = _key("none", choices=("none", "cpu", "nvme"))  # "cpu": to host memory; "nvme": to files, but reduced
                                    # gradients always to host memory; "none": stay
     nvme_path: str | None = None   # the folder of the files
@@ -114,8 +114,8 @@ class _OffloadSection:
 @dataclass
 class OffloadOptimizer(_OffloadSection):
     """``offload_optimizer``: masters, reduced gradients and optimizer state leave the GPU; the CPU takes the step."""
-    ratio: float = _key(1.0, least=0, most=1)  # how much of it goes, by elements, in whole buckets
-    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    ratio: float = _key(1.0, least=0, most=1)  # the fraction that leaves, by elements, in whole buckets
+    # DeepSpeed's keys without effect here; NO_EFFECT says why.
     buffer_count: int = 4
     fast_init: bool = False
     pipeline_read: bool = False
@@ -132,7 +132,7 @@ class OffloadOptimizer(_OffloadSection):
 @dataclass
 class OffloadParam(_OffloadSection):
     """``offload_param``, stage 3: the shards of the parameters leave the GPU, and come back as they are gathered."""
-    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    # DeepSpeed's keys without effect here; NO_EFFECT says why.
     buffer_count: int = 5
     buffer_size: int = 10**8
     max_in_cpu: int = 10**9
@@ -141,7 +141,7 @@ class OffloadParam(_OffloadSection):
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "buffer_count": "buckets and units are the buffers",
         "buffer_size": "buckets and units are the buffers",
-        "max_in_cpu": "the system keeps in memory what fits of the files"}
+        "max_in_cpu": "the system caches the files as far as memory allows"}
 
 
 @dataclass
@@ -160,7 +160,7 @@ class ZeroConfig:
     leaf_module: LeafModules | None = None            # the units of stage 3; none: found by find_units
     offload_optimizer: OffloadOptimizer = field(default_factory=OffloadOptimizer)
     offload_param: OffloadParam = field(default_factory=OffloadParam)
-    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    # DeepSpeed's keys without effect here; NO_EFFECT says why.
     allgather_partitions: bool = True
     allgather_bucket_size: int | str = _key("auto", choices=("auto",), least=0)
     contiguous_gradients: bool = True
@@ -178,7 +178,7 @@ class ZeroConfig:
         "round_robin_gradients": "every bucket is divided evenly among all ranks",
         "load_from_fp32_weights": "master weights are always kept in full",
         "sub_group_size": "the optimizer steps bucket by bucket",
-        "compute_grad_norm": "the norm is always taken, as it tells of overflow",
+        "compute_grad_norm": "the norm is always taken, as it detects overflow",
         "cpu_offload_use_pin_memory": "pin_memory of the offload sections says it",
         "elastic_checkpoint": "any checkpoint loads at any number of ranks",
         "stage3_max_reuse_distance": "a unit is freed after each use",
@@ -200,7 +200,7 @@ class ZeroConfig:
 
 
 class Sharded(NamedTuple):
-    """What a stage shards over the ranks."""
+    """Which states a stage shards over the ranks."""
     optimizer: bool
     gradients: bool
     parameters: bool
@@ -229,8 +229,8 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-# The variable in which each process finds how many there are, by what starts them. Under Slurm it is that of the job's
-# step: a batch script, or an interactive shell of one task, is alone whatever the job has asked for.
+# By launcher, the variable that holds the number of processes. Under Slurm it is that of the job's step: a batch
+# script, or an interactive shell of one task, is alone whatever the job asked for.
 STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
             "PMI_SIZE": "mpirun (Intel MPI, MPICH)", "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH)"}
 
@@ -239,8 +239,8 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
                         backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Start the default process group unless there is one; True when it was started here.
 
-    The launcher's variables say who is in it. Without a launcher, this process is a group of its own. ``timeout``, for
-    each collective, is PyTorch's unless it is given.
+    The launcher's variables say who is in it; without a launcher, this process is a group of its own. ``timeout`` is
+    that of each collective; None: PyTorch's.
     """
     if dist.is_initialized():
         if timeout is not None and dist.get_rank() == 0:
@@ -266,7 +266,7 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
                          f"start the script with torchrun, or unset RANK and WORLD_SIZE for a single process")
     os.environ.setdefault("MASTER_PORT", str(port))
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # A group that starts after another one's end must not find that one's addresses in the launcher's store.
+    # A second group must not find the first one's addresses in the launcher's store.
     store = dist.PrefixStore(f"start {next(Communicator.starts)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
     atexit.register(end_process_group)
@@ -278,12 +278,12 @@ def _backend(device: torch.device) -> str:
 
 
 def end_process_group() -> None:
-    """End the default process group, if there is one still.
+    """End the default process group, if there still is one.
 
-    A script that forgets it would leave that to the interpreter's own end, where one of the group's threads may want
-    the interpreter still, and the process aborts after its right output. The threads end with the last reference: the
-    functions of torch.distributed.nn.functional would be one, by their defaults, if optimizers were the first to import
-    that. After an error NCCL's group is left alone: its end would wait for collectives that the other ranks never join.
+    Otherwise it ends with the interpreter, which one of the group's threads may still need: the process then aborts
+    after its right output. The threads end with the last reference to the group. The default arguments in
+    torch.distributed.nn.functional would be such a reference if an optimizer were the first to import it. After an
+    error NCCL's group is left alone: ending it would wait for collectives that the other ranks never join.
     """
     failed = hasattr(sys, "last_value")
     if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
@@ -293,11 +293,11 @@ def end_process_group() -> None:
 
 @dataclass(eq=False)
 class Groups:
-    """What engines share as long as there is the default process group; on GPUs, other groups besides it.
+    """What all engines on one default process group share; on GPUs, further groups.
 
     abandoned    collectives that nobody waits for, with their memory; see Handle
-    reductions   an order of their own for reductions, see Reducer.launch_ready; all-gathers keep the default group's
-    host         gloo: objects and barriers take no GPU memory there, and do not come between NCCL's collectives
+    reductions   gives reductions an order of their own, see Reducer.launch_ready; all-gathers use the default group
+    host         gloo: objects and barriers take no GPU memory there, and do not disturb the order of NCCL's collectives
     """
     reductions: Any = None
     host: Any = None
@@ -306,11 +306,11 @@ class Groups:
 
     @classmethod
     def current(cls) -> "Groups":
-        """Those of the present default group."""
+        """Those of the current default group."""
         return _GROUPS.setdefault(dist.group.WORLD, cls())
 
     def join(self, device: torch.device, timeout: timedelta | None) -> None:
-        """Make the groups, unless another engine has. NCCL would connect ranks at the first use: in a backward."""
+        """Make the groups, unless another engine has. One all-reduce connects NCCL's ranks now, not in a backward."""
         if not self.users:
             self.reductions = dist.new_group(timeout=timeout)
             self.host = dist.new_group(backend="gloo", timeout=timeout)
@@ -319,7 +319,7 @@ class Groups:
         self.users += 1
 
     def leave(self) -> None:
-        """An engine needs them no more."""
+        """An engine no longer needs them."""
         self.users -= 1
         if not self.users and dist.is_initialized():
             dist.destroy_process_group(self.reductions)
@@ -331,7 +331,7 @@ _GROUPS: "weakref.WeakKeyDictionary[Any, Groups]" = weakref.WeakKeyDictionary() 
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """What each rank has for ``value``."""
+    """Every rank's ``value``, in rank order."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, value, group or Groups.current().host)
     return every
@@ -339,11 +339,11 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 def agree(work: Callable[[], Any], same: bool = False, kind: type[Exception] | None = None,
           group: Any = None) -> list[Any]:
-    """What ``work()`` gives on each rank. What it raises on any rank, all raise: none goes on and waits for the others.
+    """Run ``work()`` on every rank; returns all results. Where it raises on any rank, all raise, so that none waits.
 
-    same   ``work()`` gives lines of text, which must be equal; ValueError tells the first difference. Ranks that build
-           different models, read different configs or make different calls would wait for each other for ever
-    kind   of exception that all raise; None: a rank that fails raises its own, and the others ValueError
+    same   ``work()`` returns lines of text that must be equal; ValueError names the first difference. Ranks with
+           different models, configs or calls would wait for each other for ever
+    kind   the exception that all raise; None: a failing rank raises its own, and the others ValueError
     """
     result = failure = told = None
     try:
@@ -366,7 +366,7 @@ def agree(work: Callable[[], Any], same: bool = False, kind: type[Exception] | N
 
 
 def meet(call: str, timeout: timedelta | None) -> None:
-    """Wait until all ranks make this call; RuntimeError where one does not come in time."""
+    """Wait until all ranks make this call; RuntimeError where one is not there in time."""
     try:
         group = Groups.current().host
         if group is not None or dist.get_backend() == "gloo":  # gloo waits for 30 minutes, whatever the timeout is
@@ -385,9 +385,9 @@ def _tell_difference(texts: list[Sequence[str]]) -> None:
 
 
 class Clock:
-    """What time goes into, once ``runs`` is set: moments, each with the name of what begins there.
+    """Where time goes, once ``runs`` is set: a list of moments, each with the name of the phase that begins there.
 
-    On a GPU they are events among its work, since to wait there does not block the host; ``read`` alone waits for it.
+    On a GPU the moments are events in its queue, because waiting does not block the host there. Only ``read`` waits.
     """
 
     def __init__(self, device: torch.device):
@@ -395,7 +395,7 @@ class Clock:
         self.moments: list[tuple[str, Any]] = []
 
     def phase(self, name: str) -> AbstractContextManager:
-        """What runs inside counts for ``name``, and for no phase around it."""
+        """Time inside counts for ``name``, and not for an enclosing phase."""
         return self._phase(name) if self.runs else nullcontext()
 
     @contextmanager
@@ -426,7 +426,7 @@ class Clock:
 
 
 class Handle:
-    """A collective under way. Its tensors must not be touched before ``wait()`` has returned."""
+    """A collective in flight. Its tensors must not be touched before ``wait()`` has returned."""
 
     def __init__(self, communicator: "Communicator | None" = None, works: Sequence[Any] = (),
                  finish: Callable[[], None] | None = None):
@@ -438,49 +438,49 @@ class Handle:
             return
         with self.communicator.clock.phase("communication"):
             while self.works:
-                self.works.pop().wait()  # never a second time, should an error come between: gloo would wait for ever
+                self.works.pop().wait()  # removed first: to wait again after an error would block gloo for ever
             finish, self.finish = self.finish, None
             if finish is not None:
                 finish()
 
     def __del__(self) -> None:
-        # Nobody waited, as after an error in a backward. Gloo must still receive what comes: without a place for it,
-        # nothing that the sender sends afterwards arrives.
+        # Nobody waited, for example after an error in a backward. Gloo must still receive the message: without a place
+        # for it, nothing that the sender sends later arrives.
         if self.works and self.communicator.direct and not sys.is_finalizing() and dist.is_initialized():
             Groups.current().abandoned += self.works
 
 
 @dataclass
 class Traffic:
-    """What one kind of collective has sent from this rank so far."""
+    """What this rank has sent so far by one kind of collective."""
     calls: int = 0
     elements: int = 0
     bytes: int = 0
 
 
 class Communicator:
-    """Every collective of this file, over flat tensors of which each rank has a slice.
+    """Every collective of this file, over flat tensors of which each rank owns a slice.
 
-    Slices are of one size, or lie between ``bounds``: where each rank's begins, and where the last one ends. With
-    bounds PyTorch's collectives are a broadcast, or a reduce, for each slice; sums and elements sent stay the same.
+    All slices have one size, or lie between ``bounds``: where each rank's begins, and where the last one ends. With
+    bounds, PyTorch's collectives become one broadcast, or one reduce, per slice; sums and traffic stay the same.
 
     NCCL and other backends use PyTorch's collectives. Gloo's versions of reduce-scatter and all-gather copy everything
-    and run an all-reduce, so with gloo each rank exchanges slices with every other one directly: each element is sent
+    and run an all-reduce. So with gloo each rank exchanges slices with every other one directly. Each element is sent
     once, received where it belongs, and added in rank order, so that two runs give the same bits.
 
-    traffic    what was sent, by kind; the table's (N-1)/N of a tensor, twice that for an all-reduce
-    clock      what this rank's time goes into; "communication" is waiting and adding up
-    spare      buffers to receive into, and of gradients in stages 2 and 3
+    traffic    what was sent, by kind: (N-1)/N of each tensor, twice that for an all-reduce
+    clock      where this rank's time goes; "communication" is waiting and adding up
+    spare      buffers to receive into, and for gradients in stages 2 and 3
     logbook    where each rank is; None with one rank
-    debug      compare, before each collective, what ranks are about to do
+    debug      compare, before each collective, what the ranks are about to do
     gathered   a digest of the order in which units were gathered
     """
 
-    numbers = count()  # tell the messages of several engines apart; rank 0's count
-    starts = count()   # tell process groups apart that are started one after the other, see start_process_group
+    numbers = count()  # rank 0's count tells the messages of several engines apart
+    starts = count()   # tells successive process groups apart, see start_process_group
 
     number, logbook, debug = 0, None, False
-    groups: Groups | None = None  # besides the default one
+    groups: Groups | None = None  # other than the default group
 
     def __init__(self, device: torch.device, debug: bool = False, timeout: float | None = None, timed: bool = False):
         gloo = device.type == "cpu" and dist.group.WORLD._get_backend(device).name() == "gloo"
@@ -496,13 +496,13 @@ class Communicator:
                 self.logbook.watch()
 
     def join(self, timeout: float | None) -> None:
-        """Have groups of its own on GPUs, until ``leave``."""
+        """On GPUs, use further groups until ``leave``."""
         if self.device.type == "cuda" and self.world_size > 1:
             self.groups = Groups.current()
             self.groups.join(self.device, None if timeout is None else timedelta(seconds=timeout))
 
     def leave(self) -> None:
-        """The last collective is over. RuntimeError where another rank still trains, with more micro-batches."""
+        """The last collective is over. RuntimeError where another rank still trains on more micro-batches."""
         if self.groups is not None:
             self.groups.leave()
             self.groups = None
@@ -510,13 +510,13 @@ class Communicator:
             self.logbook.end()
 
     def enter(self, micro_batch: int) -> None:
-        """This rank begins what the other ranks take part in."""
+        """This rank begins a micro-batch that needs the other ranks."""
         if self.logbook is not None:
             self.logbook.write(micro_batch)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A timed phase of a step. Where communication fails in it, the error says where the ranks were."""
+        """A timed phase of a step. If communication fails in it, the error says where the ranks were."""
         try:
             with self.clock.phase(name):
                 yield
@@ -542,7 +542,7 @@ class Communicator:
         return flat.narrow(0, rank * size, size) if bounds is None else flat[bounds[rank]:bounds[rank + 1]]
 
     def all_gather(self, flat: Tensor, what: Callable[[], str] = str, bounds: Sequence[int] | None = None) -> Handle:
-        """Every rank's own slice of ``flat`` to all others. ``what`` tells what it holds, for the debug mode."""
+        """Send every rank's own slice of ``flat`` to all others. ``what()`` describes it for the debug mode."""
         if self.world_size == 1:
             return Handle(self)
         self._begin("all-gather", flat, 1, what)
@@ -563,9 +563,9 @@ class Communicator:
 
     def reduce_scatter(self, flat: Tensor, out: Tensor, add: bool, what: Callable[[], str] = str,
                        bounds: Sequence[int] | None = None) -> Handle:
-        """The sum over ranks of their ``flat``, this rank's slice of it, into ``out`` (added to it if ``add``).
+        """Write this rank's slice of the sum of all ``flat`` into ``out``, or add it there if ``add``.
 
-        ``out`` may be this rank's slice of ``flat``. The other slices of ``flat`` hold nothing of use afterwards.
+        ``out`` may be this rank's slice of ``flat``. The other slices of ``flat`` are undefined afterwards.
         """
         own = self.shard_of(flat, None, bounds)
         if self.world_size == 1:
@@ -595,37 +595,37 @@ class Communicator:
 
     def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
                    what: Callable[[], str] = str) -> Handle:
-        """The sum over ranks, on every rank, in place. ``finish`` runs when it is there."""
+        """The sum over ranks, on every rank, in place. ``finish`` runs once it is complete."""
         if self.world_size == 1:
             return Handle(self, finish=finish)
         self._begin(kind, tensor, 2, what)
         return Handle(self, [dist.all_reduce(_as_real(tensor), group=self._reductions, async_op=True)], finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """``source``'s contiguous ``tensor`` to all ranks; sent as bytes, since backends don't know every dtype."""
+        """Send ``source``'s contiguous ``tensor`` to all; as bytes, since backends don't know every dtype."""
         if self.world_size > 1 and tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), source)
 
     def note(self, unit: int) -> None:
-        """A unit's gather begins; all ranks must gather in the same order, which ``Zero.step`` checks."""
+        """A unit's gather begins. All ranks must gather in the same order, which ``Zero.step`` checks."""
         self.gathered = (31 * self.gathered + unit + 1) % 2**20
 
     def _parts(self, flat: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """The slices that are not empty, with the ranks that they belong to."""
+        """The slices that are not empty, each with the rank that owns it."""
         parts = [(rank, self.shard_of(flat, rank, bounds)) for rank in range(self.world_size)]
         return [(rank, part) for rank, part in parts if part.numel()]
 
     def _others(self) -> list[int]:
-        """The other ranks, each rank beginning with its successor, so that not all send to the same one at once."""
+        """The other ranks, beginning with this one's successor, so that not all send to the same rank at once."""
         return [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
 
     def _tag(self, kind: str) -> int:
-        """Each kind counts for itself, as only within a kind is the order the same on all ranks."""
+        """Each kind has its own count, as only within a kind is the order the same on all ranks."""
         self.messages[kind] += 1
         return (2 * self.messages[kind] + (kind == "all-gather")) % 2**24 + 2**24 * (self.number % 64)
 
     def _begin(self, kind: str, tensor: Tensor, times: int, what: Callable[[], str]) -> None:
-        """Count a collective; in debug mode see first that all ranks are about to do the same."""
+        """Count a collective; in debug mode first check that all ranks are about to do the same."""
         if self.debug:
             self.logbook.compare(f"{kind} of {what()} ({tensor.numel()} elements, {str(tensor.dtype)[6:]})")
         record = self.traffic[kind]
@@ -648,9 +648,9 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
 
 
 class Rehearsal(Communicator):
-    """A rank of ``world_size`` on the meta device, without the others: it counts what it would send, and sends nothing.
+    """One rank of ``world_size`` on the meta device, alone: it counts what it would send, and sends nothing.
 
-    direct   with gloo, it also takes buffers for what it would receive
+    direct   as with gloo: it also takes buffers for what it would receive
     watch    is called while each collective is under way
     """
 
@@ -682,7 +682,7 @@ class Rehearsal(Communicator):
         return self._count(kind, tensor, 2, finish)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Nothing: a model's parameters are broadcast once, and traffic is a step's."""
+        """Not counted: parameters are broadcast once at the start, and the traffic is that of a step."""
 
     def _count(self, kind: str, tensor: Tensor, times: int, finish: Callable[[], None] | None = None) -> Handle:
         if self.world_size > 1:
@@ -692,25 +692,25 @@ class Rehearsal(Communicator):
 
 
 class Logbook:
-    """Where each rank is, kept in the store with which the process group began: it tells what would else hang.
+    """Where each rank is, kept in the process group's store: it explains what would otherwise only hang.
 
-    Ranks with different numbers of micro-batches wait for each other; one has left, or waits in ``destroy()``. So each
-    writes down its micro-batch, and ``report`` reads all. In debug mode ranks also compare what they are about to do
-    before each collective: different ones would wait until the timeout, or mix up each other's numbers.
+    Ranks with different numbers of micro-batches wait for each other, while one has left or waits in ``destroy()``. So
+    each writes down its micro-batch, and ``report`` reads all. In debug mode ranks also compare what they are about to
+    do before each collective: different ones would wait until the timeout, or mix up each other's numbers.
     """
 
     LOST = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset", "Broken pipe")  # in errors
-    PATIENCE = 2.0  # seconds that a rank waits at its end for the others to end too, and for the store to answer
+    PATIENCE = 2.0  # seconds that a rank waits for the others to end as well, and for the store to answer
 
     def __init__(self, number: int, timeout: float):
         self.store = dist.PrefixStore(f"logbook/{number}", dist.distributed_c10d._get_default_store())
         self.rank, self.world_size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
         self.collectives, self.last = 0, "nothing"
-        self.micro_batch, self.since = -1, 0.0  # the latter: when this rank last began something
+        self.micro_batch, self.since = -1, 0.0  # since: when this rank last began something
         self.write(0)
 
     def watch(self) -> None:
-        """Tell where ranks are before a collective times out: NCCL's raise nothing then, they end the process."""
+        """Log where ranks are before a collective times out: NCCL's then raises nothing, but ends the process."""
         Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     def compare(self, operation: str) -> None:
@@ -742,7 +742,7 @@ class Logbook:
             self.store.set(f"at/{self.rank}", str(micro_batch))
 
     def end(self) -> None:
-        """This rank has had its last micro-batch; RuntimeError where others then still train, with more of them."""
+        """This rank's last micro-batch is over; RuntimeError where others still train on more of them."""
         self.since = math.inf
         try:
             self.store.set(f"at/{self.rank}", f"{self.micro_batch} ended")
@@ -763,7 +763,7 @@ class Logbook:
         return [(int(text.split()[0]), text.endswith("ended")) for text in texts]
 
     def report(self) -> str:
-        """Where each rank is, and what to do."""
+        """A sentence on where each rank is, and what to do."""
         found: list[list[tuple[int, bool]]] = []
 
         def look() -> None:
@@ -785,7 +785,7 @@ class Logbook:
 
 
 def _watch(reference: "weakref.ref[Logbook]") -> None:
-    """Log where ranks are each time that nothing has begun for four fifths of the timeout."""
+    """Log where ranks are whenever nothing has begun for four fifths of the timeout."""
     while (logbook := reference()) is not None:
         pause, waited = logbook.timeout / 50, time.monotonic() - logbook.since
         if waited > 0.8 * logbook.timeout:
@@ -797,9 +797,9 @@ def _watch(reference: "weakref.ref[Logbook]") -> None:
 
 
 class SpareBuffers:
-    """Flat buffers that are used over and over: on a CPU, memory fresh from the system costs more than filling it.
+    """Flat buffers for reuse: on a CPU, fresh memory from the system costs more than filling it.
 
-    On a GPU PyTorch's allocator does that, for all tensors together: there nothing is kept.
+    On a GPU PyTorch's allocator does this for all tensors, so nothing is kept there.
     """
 
     def __init__(self, device: torch.device):
@@ -817,7 +817,7 @@ class SpareBuffers:
         return buffer[:size].view(dtype)
 
     def give_back(self, tensor: Tensor) -> None:
-        """``tensor``, which came from ``take``, is needed no more."""
+        """``tensor``, which came from ``take``, is no longer needed."""
         if self.device.type != "cuda":
             buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
             self.by_size[buffer.numel()].append(buffer)
@@ -834,7 +834,7 @@ def _as_real(flat: Tensor) -> Tensor:
 
 
 def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
-    """The sum of ``parts``, in their order, into ``out``, which may be one of them; their contents are lost."""
+    """Write the sum of ``parts``, in their order, into ``out``, which may be one of them; ``parts`` are overwritten."""
     total = parts[0].to(torch.promote_types(parts[0].dtype, out.dtype))  # sums are taken in the wider dtype
     for part in parts[1:-1]:
         total.add_(part)
@@ -852,9 +852,9 @@ def _sum(parts: list[Tensor], out: Tensor, add: bool) -> None:
 class Host:
     """Where offloaded tensors live: in host memory, or in files of ``folder`` that are mapped into memory.
 
-    A file's pages come and go as the system has room for them, and its name is removed at once, so that nothing is left
-    over however the process ends. Beside a GPU, host memory is pinned, and copies run on two streams of their own,
-    ``up`` to the GPU and ``down`` from it; on a machine without one the same steps copy from memory to memory.
+    A file's pages come and go as the system has room for them. Its name is removed at once, so that nothing is left
+    behind however the process ends. With a GPU, host memory is pinned, and copies run on two streams of their own:
+    ``up`` to the GPU and ``down`` from it. Without one, the same steps copy from memory to memory.
     """
 
     def __init__(self, device: torch.device, folder: str | None, pin_memory: bool, clock: Clock):
@@ -865,23 +865,23 @@ class Host:
         self.is_settled = True
 
     def empty(self, numel: int, dtype: torch.dtype, in_memory: bool = False) -> Tensor:
-        """A tensor here, or in host memory, with any contents. Raises OSError where the disk has no room."""
+        """An uninitialised tensor here, or in host memory. Raises OSError where the disk has no room."""
         if self.folder is None or numel == 0 or in_memory or self.place.type == "meta":
             pinned = self.pinned and numel > 0
             return _pinned(numel, dtype) if pinned else torch.empty(numel, dtype=dtype, device=self.place)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="zero_") as file:  # gone at the end, but for the map
-            if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end the process by a signal
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later ends the process by a signal
                 os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A tensor with these values here; ``tensor`` itself where it lives here."""
+        """A tensor with these values here: ``tensor`` itself if it lives here, else a copy."""
         if tensor.device == self.place and (self.folder is None or tensor.untyped_storage().filename is not None):
             return tensor
         return self.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def going_up(self) -> AbstractContextManager:
-        """What is queued inside runs on the stream ``up``, after all that the GPU has to do by now."""
+        """Work queued inside runs on the stream ``up``, after all that the GPU has been given so far."""
         if self.up is None:
             return nullcontext()
         self.up.wait_stream(torch.cuda.current_stream())
@@ -904,11 +904,11 @@ class Host:
             self.down.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.down):
                 target.copy_(source, non_blocking=True)
-            source.record_stream(self.down)  # its memory is not given to another tensor before it was read
+            source.record_stream(self.down)  # its memory must not go to another tensor before it was read
             self.is_settled = False
 
     def settle(self) -> None:
-        """Wait for all that was brought down."""
+        """Wait for every copy down."""
         if not self.is_settled:
             with self.clock.phase("offload"):
                 self.down.synchronize()
@@ -918,7 +918,7 @@ class Host:
 def _pinned(numel: int, dtype: torch.dtype) -> Tensor:
     """Host memory that a GPU copies from and to while it computes. PyTorch's own takes up to twice as much.
 
-    It is pinned in whole pages, which nothing else shares, and no more pinned once the last tensor in it is gone.
+    It is pinned in whole pages that nothing else shares, and unpinned once the last tensor in it is gone.
     """
     size = numel * dtype.itemsize
     pages = _round_up(size, mmap.PAGESIZE)
@@ -932,15 +932,15 @@ def _pinned(numel: int, dtype: torch.dtype) -> Tensor:
                            'zero_optimization\'s offload sections "pin_memory": false, or more memory') from None
 
     def unpin() -> None:
-        torch.cuda.synchronize()  # the GPU may read it still
+        torch.cuda.synchronize()  # the GPU may still read it
         cuda.cudaHostUnregister(address)
 
-    weakref.finalize(memory, unpin).atexit = False  # a tensor keeps the array, which calls this before it goes
+    weakref.finalize(memory, unpin).atexit = False  # a tensor keeps the array, and the array's end calls this
     return torch.from_numpy(memory[start:start + size]).view(dtype)
 
 
 class Offload:
-    """Where the config sends masters with gradients and optimizer state, and sharded parameters; None: nowhere."""
+    """The config's hosts: of masters, gradients and optimizer state, and of sharded parameters; None: on the device."""
 
     def __init__(self, config: ZeroConfig, device: torch.device, clock: Clock):
         hosts: dict[Any, Host | None] = {None: None}  # the same one for the same place
@@ -956,7 +956,7 @@ class Offload:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def host_for(self, numel: int, buckets: "Sequence[Bucket]") -> Host | None:
-        """Where the next bucket's master lives; with a ratio below 1 some stay on the device."""
+        """The host of the next bucket's master; with a ratio below 1 some stay on the device."""
         if self.optimizer is None or self.ratio == 1:
             return self.optimizer
         gone = sum(bucket.numel for bucket in buckets if bucket.host is not None)
@@ -965,7 +965,7 @@ class Offload:
 
 
 def check_room(needs: Mapping[tuple[str, str], int], communicator: Communicator) -> None:
-    """Refuse the folders of offload, on all ranks, if one rank's is missing or has no room for what will be there.
+    """Raise ValueError on all ranks if one rank's folder for offload is missing or lacks the room.
 
     needs   this rank's bytes, by the config's section and the folder. Those of a machine's ranks add up.
     """
@@ -985,7 +985,7 @@ def check_room(needs: Mapping[tuple[str, str], int], communicator: Communicator)
 
 
 def _disk(folder: str) -> tuple[Any, int | None]:
-    """The disk, as one for all ranks of this machine, and the bytes free on it; None where nothing can be written."""
+    """The disk, by machine and device, and the bytes free on it; None where nothing can be written."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return (socket.gethostname(), os.stat(folder).st_dev), shutil.disk_usage(folder).free
@@ -994,9 +994,9 @@ def _disk(folder: str) -> tuple[Any, int | None]:
 
 
 def _state_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> list[torch.dtype]:
-    """The dtypes of the tensors that an optimizer keeps with a value per element, found by a step on four numbers."""
+    """The dtypes of an optimizer's state with a value per element, found by a step on four numbers."""
     if type(optimizer) not in ELEMENTWISE and not hasattr(optimizer, "is_elementwise"):
-        return [torch.float32] * 2  # as Adam's; an optimizer that is not known here may not bear to be tried
+        return [torch.float32] * 2  # as Adam's: a trial step of an unknown optimizer may have side effects
     trial, probe = nn.Parameter(torch.zeros(2, 2)), type(optimizer).__new__(type(optimizer))
     probe.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [
         {**group, "params": [trial], "capturable": False, "fused": False}]})
@@ -1009,9 +1009,9 @@ def _state_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> list[torch.
 
 
 class Dtypes(NamedTuple):
-    """In which dtypes a parameter lives."""
+    """The dtypes of one parameter."""
     compute: torch.dtype    # the parameter itself, which forward and backward read
-    master: torch.dtype     # what the optimizer updates; the parameter itself where the dtype is the same
+    master: torch.dtype     # what the optimizer updates; shares the parameter's memory where the dtype is the same
     gradient: torch.dtype   # in which gradients are accumulated
     reduction: torch.dtype  # in which they are sent
 
@@ -1027,14 +1027,13 @@ class Slot:
     stride: tuple[int, ...]
     kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
     bucket: "Bucket | None" = None
-    place: tuple[int, int] = (0, 0)    # in what this rank updates of the bucket: its first element, and how many; kept,
-                                       # as each step asks for that of each parameter
+    place: tuple[int, int] = (0, 0)    # start and length within what this rank updates of the bucket
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
-    version: int = 0                   # the parameter's, when master and shard were known to have its values
-    taken: "TakenGradient | None" = None  # what the parameter's grad is once the bucket has it
+    version: int = 0                   # the parameter's version when master and shard last had its values
+    taken: "TakenGradient | None" = None  # the parameter's grad once the bucket has the gradient
 
     def enter(self, bucket: "Bucket") -> None:
-        """Be in ``bucket`` from now on."""
+        """Move into ``bucket``."""
         self.bucket, _SLOTS[id(self.parameter)] = bucket, self
         inside = self.overlap(bucket.own.start, bucket.own.stop)
         size = inside.stop - inside.start
@@ -1045,25 +1044,25 @@ class Slot:
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
 
     def overlap(self, start: int, end: int) -> slice:
-        """Which of its elements, counted from its own first one, lie in the bucket's elements ``start`` to ``end``."""
+        """The range of its elements, from 0, that lies in the bucket's elements ``start`` to ``end``."""
         low = min(max(start, self.offset), self.end)
         return slice(low - self.offset, max(low, min(end, self.end)) - self.offset)
 
     def part(self, flat: Tensor, start: int) -> Tensor:
-        """Its elements, perhaps none, in ``flat``, which begins at element ``start`` of the bucket; 1-D."""
+        """The view of its elements (1-D, perhaps empty) in ``flat``, which begins at the bucket's element ``start``."""
         inside = self.overlap(start, start + flat.numel())
         return flat.narrow(0, min(max(0, self.offset + inside.start - start), flat.numel()), inside.stop - inside.start)
 
     def in_order(self, value: Tensor) -> Tensor:
-        """A value for it, or for the piece of it, 1-D in the order in which its elements lie in memory."""
+        """A value for the parameter, or for its piece, 1-D in the order of the elements in memory."""
         return _in_memory_order(value, self.stride) if value.shape == self.shape else value
 
     def own(self, flat: Tensor) -> Tensor:
-        """Its elements in a tensor that covers what this rank updates of the bucket."""
+        """The view of its elements in a tensor that covers what this rank updates of the bucket."""
         return flat.narrow(0, *self.place)
 
     def own_values(self, value: Tensor) -> Tensor:
-        """Of ``value``, which has the parameter's shape, this rank's part, in the shape of the piece."""
+        """This rank's part of ``value``, which has the parameter's shape, in the shape of the piece."""
         part = self._own_part(value).to(self.bucket.master.device, copy=True)
         return part if self.piece.shape == part.shape else self.view(part, self.offset)
 
@@ -1075,13 +1074,13 @@ class Slot:
         return self.in_order(value)[self.overlap(self.bucket.own.start, self.bucket.own.stop)]
 
 
-# A parameter's place, by the parameter's id, for as long as an engine, or ``Init``, has it: DeepSpeed's documented
-# functions take a parameter alone. A slot keeps its parameter alive, so that no other one can have the id meanwhile.
+# Slots by the parameter's id, as long as an engine or ``Init`` has the parameter: DeepSpeed's documented functions take
+# nothing but a parameter. A slot keeps its parameter alive, so no other one can have the same id meanwhile.
 _SLOTS: "weakref.WeakValueDictionary[int, Slot]" = weakref.WeakValueDictionary()
 
 
 def _slot_of(parameter: nn.Parameter) -> Slot:
-    """Raises ValueError where no engine has the parameter."""
+    """A parameter's slot; ValueError where no engine has the parameter."""
     slot = _SLOTS.get(id(parameter))
     if slot is None:
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters "
@@ -1090,13 +1089,13 @@ def _slot_of(parameter: nn.Parameter) -> Slot:
 
 
 def _owner_of(parameter: nn.Parameter) -> "Gatherer | Init | None":
-    """What gathers a parameter that is sharded at times; None where none does."""
+    """What gathers a sharded parameter; None for a parameter that stays whole."""
     slot = _SLOTS.get(id(parameter))
     return None if slot is None or slot.bucket.unit is None else slot.bucket.unit.owner
 
 
 def _append_slot(slots: list[Slot], name: str, p: nn.Parameter) -> None:
-    """Give a parameter the place after the last slot's."""
+    """Append a slot for ``p`` behind the last one."""
     before, offset = _SLOTS.get(id(p)), _round_up(slots[-1].end, ALIGN) if slots else 0
     dense = torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta"))  # as a copy without gaps lies
     slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, dense.stride(),
@@ -1110,12 +1109,12 @@ class Bucket:
     shard      (numel / N,), stage 3: this rank's slice. It is the master unless one is offloaded, or nothing is trained
     master     (numel / N,), stage 0 (numel,): what the optimizer updates; shares memory with ``flat`` or ``shard``
                where dtype and place are the same. None if the bucket is not trained
-    bounds     where each rank's shard begins, and where the last one ends: in equal distances, unless no parameter may
-               be cut, see lay_out_whole
-    own        the elements that this rank updates: its shard; at stage 0 all
-    gradients  what reduces their gradients; None if the bucket is not trained
-    unit       what gathers and frees it; None: it stays whole
-    host       where master, summed gradients and optimizer state live, if offloaded; of ``shard``: ``shard_host``
+    bounds     where each rank's shard begins, and where the last one ends; equally far apart unless no parameter may be
+               cut, see lay_out_whole
+    own        the slice that this rank updates: its shard; at stage 0 all
+    gradients  reduces the bucket's gradients; None if the bucket is not trained
+    unit       gathers and frees it; None: it stays whole
+    host       where master, summed gradients and optimizer state live if offloaded; ``shard_host``: the same of shard
     """
 
     def __init__(self, plan: "Plan", communicator: Communicator, sharded: Sharded, host: Host | None = None,
@@ -1126,20 +1125,20 @@ class Bucket:
         self.gradients: Gradients | None = None
         rank, ranks = communicator.rank, communicator.world_size
         size = _round_up(self.slots[-1].end, ALIGN * ranks) // ranks
-        self.uneven = {} if bounds is None else {"bounds": bounds}  # the collectives' argument; none: of one size
+        self.uneven = {} if bounds is None else {"bounds": bounds}  # the collectives' argument; none: equal slices
         self.bounds = bounds or (range(0, size * ranks + 1, size) if size else [0] * (ranks + 1))
         self.numel = self.bounds[-1]
         self.own = slice(self.bounds[rank], self.bounds[rank + 1]) if sharded.optimizer else slice(0, self.numel)
-        self.gather = Handle()  # the one under way
+        self.gather = Handle()  # the latest one
         self._flatten(trained)
         if self.unit is not None:
             self.unit.buckets.append(self)
             self.unit.numel += self.numel
 
     def _flatten(self, trained: bool) -> None:
-        """Make the parameters views of ``flat``, with rank 0's values; the memory they had is freed.
+        """Make the parameters views of ``flat``, with rank 0's values; their former memory is freed.
 
-        What is large and will be sharded goes parameter by parameter: at no time do all of them have memory twice.
+        A large bucket that will be sharded goes parameter by parameter: never do all of them have memory twice.
         """
         self.shard = self.master = None
         large = self.unit is not None and self.numel >= 2**20
@@ -1167,7 +1166,7 @@ class Bucket:
             for slot in self.slots:
                 self._point(slot)
         self._make_master(own, trained)
-        if large:  # or the holes that large parameters leave add up to another model
+        if large:  # else the holes that large parameters leave add up to another model
             _return_free_memory()
 
     def _point(self, slot: Slot) -> None:
@@ -1175,7 +1174,7 @@ class Bucket:
         slot.version = slot.parameter._version
 
     def _make_master(self, own: Tensor, trained: bool) -> None:
-        """Make master and shard from the values ``own``, in memory that is shared where it can be."""
+        """Make master and shard from the values ``own``; they share memory where possible."""
         if trained:
             own = own.to(self.dtypes.master)
             in_place = self.host is None and _same_memory(own, self.flat)
@@ -1186,7 +1185,7 @@ class Bucket:
             self.shard = self.master if together else _copy_at(self.shard_host, own.to(self.dtypes.compute))
 
     def thaw(self, dtypes: Dtypes, host: Host | None) -> None:
-        """Train from now on what was frozen; the master begins with what the model computed with."""
+        """Train the frozen bucket from now on; the master begins with the values that the model computed with."""
         self.dtypes, self.host = dtypes, host
         own = self.flat[self.own] if self.shard is None else self.shard
         self._make_master(own.to(self.device), trained=True)
@@ -1197,14 +1196,14 @@ class Bucket:
         return self.master is not None
 
     def label(self) -> str:
-        """What is in it, for messages."""
+        """A name for it, for messages."""
         names = [slot.name for slot in self.slots]
         block = f"the block {self.unit.name}: " if self.unit is not None and self.unit.name else ""
         return f"{block}{names[-1]}" + (f" to {names[0]}" if len(names) > 1 else "")
 
     @property
     def finest(self) -> tuple[Tensor, int]:
-        """The most precise values of the parameters that this rank keeps, and the element at which they begin."""
+        """The most precise values that this rank keeps, and the element at which they begin."""
         if self.master is None and self.shard is None:
             return self.flat, 0
         return self.shard if self.master is None else self.master, self.own.start
@@ -1212,10 +1211,10 @@ class Bucket:
     # The optimizer's view.
 
     def hand_over(self, optimizer: Optimizer, whole: bool) -> None:
-        """Give the optimizer, in the parameters' place, this rank's pieces of them, with the state that it has.
+        """Give the optimizer this rank's pieces in place of the parameters, with the state that it has for them.
 
-        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter of which this
-        rank has nothing has none; one of no elements has an empty one, as in plain PyTorch.
+        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter outside of
+        this rank's shard has no piece; one of no elements has an empty one, as in plain PyTorch.
         """
         for slot in self.slots:
             state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
@@ -1227,7 +1226,7 @@ class Bucket:
                     for key, value in state.items()}
 
     def keep_state(self, optimizer: Optimizer) -> None:
-        """Move the optimizer state that a step, or a checkpoint, has brought to where this bucket's lives."""
+        """Move optimizer state that a step or a checkpoint has made to this bucket's host."""
         moved = False
         for slot in self.slots if self.host is not None else ():
             state = optimizer.state.get(slot.piece, {})
@@ -1235,23 +1234,23 @@ class Bucket:
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = self.host.keep(value)
                     moved = moved or state[key] is not value
-        if moved:  # once per bucket, or the C library would keep what all buckets' state has taken
+        if moved:  # once per bucket, else the C library keeps the memory of all buckets' state
             del value
             _return_free_memory()
 
     @property
     def pieces(self) -> list[nn.Parameter]:
-        """What the optimizer updates here."""
+        """This rank's pieces, which the optimizer updates."""
         return [slot.piece for slot in self.slots if slot.piece is not None]
 
     # Parameters: from the masters back to what the model computes with.
 
     def publish(self) -> None:
-        """After an update, or a change of the masters: start giving every rank the whole new parameters."""
+        """After a change of the masters: start to send every rank the whole new parameters."""
         if self.unit is not None:  # the next gather reads the shard
             if self.master is not None and self.shard is not self.master:
                 self.shard.copy_(self.master, non_blocking=True)  # only gathers read it, and streams keep that order
-            if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show what is new
+            if self.unit.state is UnitState.WHOLE:  # GatheredParameters is open around the step: show the new values
                 self._start_gather()
         elif self.master is not None:
             if not _same_memory(self.master, self.flat):
@@ -1260,7 +1259,7 @@ class Bucket:
                 self.gather = self.communicator.all_gather(self.flat, self.label, **self.uneven)
 
     def start_gather(self) -> None:
-        """Give ``flat`` memory again and start filling it with every rank's shard."""
+        """Give ``flat`` memory again and start to fill it with every rank's shard."""
         with torch._C.DisableTorchFunctionSubclass():
             written = [slot.name for slot in self.slots if slot.parameter._version != slot.version]
         if written:
@@ -1280,7 +1279,7 @@ class Bucket:
                 self.gather.works.append(self.shard_host.up.record_event())
 
     def free(self) -> None:
-        """Release the whole parameters' memory, unless somebody else has a view of it; each rank keeps its shard.
+        """Release the whole parameters' memory, unless other code has a view of it; each rank keeps its shard.
 
         What autograd saves is no such view, see _pack.
         """
@@ -1290,7 +1289,7 @@ class Bucket:
             return
         try:
             self.flat.untyped_storage().resize_(0)
-        except RuntimeError:  # a numpy array shared the memory, which can't be resized any more: take another
+        except RuntimeError:  # a numpy array shared the memory, which then can't be resized: take another
             self.flat = torch.empty_like(self.flat)
             with torch._C.DisableTorchFunctionSubclass():
                 for slot in self.slots:
@@ -1304,14 +1303,14 @@ class Bucket:
 
     @property
     def has_memory(self) -> bool:
-        """Whether the whole parameters take memory."""
+        """Whether the whole parameters have memory now."""
         return self.flat.untyped_storage().nbytes() > 0
 
     def keep_writes(self) -> None:
-        """Take over what the model or the caller wrote into its parameters in place, such as a clamp between steps.
+        """Take over in-place writes to the parameters, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        PyTorch does not count what goes through ``p.data``: that is seen where the old values are on the same device.
+        PyTorch counts no version for writes through ``p.data``: they are seen where old values are on the same device.
         """
         versions = [slot.parameter._version for slot in self.slots]
         comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
@@ -1320,28 +1319,28 @@ class Bucket:
             self.note_versions()
 
     def note_versions(self) -> None:
-        """Master and shard have the parameters' values now."""
+        """Remember that master and shard have the parameters' values now."""
         with torch._C.DisableTorchFunctionSubclass():
             for slot in self.slots:
                 slot.version = slot.parameter._version
 
     def keep_changes(self) -> None:
-        """Take what was written into the whole parameters over into shard and master."""
+        """Copy what was written into the whole parameters to shard and master."""
         finest, start = self.finest
         if _same_memory(finest, self.flat):
             return
         new = self.flat[start:start + finest.numel()].to(finest.device)
         old = finest.to(new.dtype)
-        if finest.device.type == "cpu" and _same_bytes(new, old):  # on a GPU, asking would wait for it
+        if finest.device.type == "cpu" and _same_bytes(new, old):  # on a GPU the comparison would wait for it
             return
-        finest.copy_(torch.where(new != old, new.to(finest.dtype), finest))  # elsewhere its finer value stays
+        finest.copy_(torch.where(new != old, new.to(finest.dtype), finest))  # unchanged elements keep the finer value
         if self.shard is not None and self.shard is not finest:
             self.shard.copy_(new)
 
     def collect(self, slot: Slot, part: Tensor, start: int) -> Tensor:
         """Assemble a parameter, in its own shape, from the ranks' shards. Every rank must call it.
 
-        part    this rank's, beginning at element ``start`` of the bucket; where the optimizer is not sharded, all of it
+        part    this rank's values, from element ``start`` of the bucket; all of it where the optimizer is not sharded
         """
         flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.device)
         if not self.sharded.optimizer:
@@ -1359,11 +1358,11 @@ class Bucket:
 
 
 class Life(Enum):
-    """How far a bucket's gradients are in a backward pass."""
-    COLLECTING = "they come in, and their reduction has no place in the order yet"
-    QUEUED = "their reduction has its place in the order of all"
-    SENDING = "it is under way"
-    SENT = "the sum is there; what comes now is late"
+    """How far the reduction of a bucket's gradients is in a backward pass."""
+    COLLECTING = "gradients come in; the reduction has no place in the order yet"
+    QUEUED = "the reduction has its place in the order of all"
+    SENDING = "the collective is in flight"
+    SENT = "the sum is complete; a gradient that comes now is late"
 
 
 class Gradients:
@@ -1372,13 +1371,13 @@ class Gradients:
     buffer       (numel,), gradient dtype: the window's gradients on this rank. Stages 2, 3: only during backward
     sum          (numel / N,), stage 0 (numel,): their sum over ranks, divided by ``predivide``; in stages 0 and 1 a
                  slice of ``buffer``
-    send_buffer  what is being reduced: ``buffer``, or a copy in another dtype
-    landing      where the sum will be: ``sum``, or if that is offloaded, memory of the device from where it goes down
-    reduced      whether ``sum`` is a sum of this window
-    used         the parameters that had a gradient in this window: on this rank, and after ``Zero.step`` has agreed, on
-                 any; ``filled`` are those whose place in ``buffer`` has something
-    arrived      those that had one in this backward; ``expected``, those that its graph has a place for; ``hidden``,
-                 those that had one in the last backward without a place in its graph, and at first all
+    send_buffer  what is reduced: ``buffer``, or a copy in another dtype
+    landing      where the collective writes the sum: ``sum``, or if that is offloaded, memory on the device
+    reduced      whether ``sum`` belongs to this window
+    used         the parameters with a gradient in this window: on this rank, or once ``Zero.step`` has agreed, on any;
+                 ``filled``: those with values in ``buffer``
+    arrived      those with a gradient in this backward; ``expected``: those in its graph; ``hidden``: those whose
+                 gradient came in the last backward without being in its graph, and at first all
     late         gradients that came after the reduction had begun
     """
 
@@ -1402,7 +1401,7 @@ class Gradients:
         self.life = Life.COLLECTING
         self.reduction = Handle()
         slots, dtypes = bucket.slots, bucket.dtypes
-        # Whether autograd's gradient of the one parameter here can be the buffer.
+        # Whether the bucket is one parameter whose gradient from autograd can become the buffer.
         self.adopts = slots[0].shape.numel() == bucket.numel and dtypes.compute == dtypes.gradient
         self.keeps_buffer = not bucket.sharded.gradients and self.host is None  # between backward passes
         ends = [0, *(slot.end for slot in slots)]
@@ -1431,7 +1430,7 @@ class Gradients:
         self.filled.add(slot)
 
     def drop(self, slot: Slot) -> None:
-        """Forget a parameter's gradient of this window."""
+        """Drop a parameter's gradient of this window."""
         self.used.discard(slot)
         self.filled.discard(slot)
         self.late.pop(slot, None)
@@ -1439,29 +1438,29 @@ class Gradients:
             slot.own(self.sum).zero_()
 
     def _prepare_buffer(self) -> None:
-        """See to it that ``buffer`` can be written."""
+        """Make ``buffer`` ready to be written."""
         if self.buffer is None:
             numel, dtype = self.bucket.numel, self.bucket.dtypes.gradient
-            stays = self.adopts or self.keeps_buffer  # a spare buffer may be twice as large
+            stays = self.adopts or self.keeps_buffer  # not from the spare ones, which may be twice as large
             self.buffer = (torch.empty(numel, dtype=dtype, device=self.bucket.flat.device) if stays
                            else self.communicator.spare.take(numel, dtype))
             for start, end in self.gaps:
-                self.buffer[start:end] = 0  # belongs to no parameter, but counts in norms
+                self.buffer[start:end] = 0  # gaps belong to no parameter, but count in norms
         elif self.reduced and _same_memory(self.buffer, self.sum):
             self.sum = self.sum.clone()  # a backward after the window's reduction: keep the sum out of it
 
     @property
     def complete(self) -> bool:
-        """Whether this backward will bring no more gradients; what comes nevertheless is ``late``.
+        """Whether this backward should bring no more gradients; one that comes nevertheless is ``late``.
 
-        Its graph does not show what a backward inside it will bring, as reentrant recomputation runs one: of that, what
-        came last time is waited for, where no unit's end tells that it is over.
+        The graph does not show the gradients of a backward inside this one, as reentrant recomputation runs it. Where
+        no unit's end shows that they are complete, those that came last time are waited for.
         """
-        return len(self.arrived) >= len(self.expected) and (  # this is asked at every gradient: the sets come last
+        return len(self.arrived) >= len(self.expected) and (  # called at every gradient, so the cheap test comes first
             self.arrived >= (self.expected if self.bucket.unit else self.expected | self.hidden))
 
     def launch(self) -> None:
-        """Start the reduction. A parameter without gradient counts as zero: another rank may have one."""
+        """Start the reduction. A parameter without a gradient counts as zero: another rank may have one."""
         self._prepare_buffer()
         for slot in self.bucket.slots:
             if slot not in self.filled:
@@ -1485,7 +1484,7 @@ class Gradients:
         self.life = Life.SENDING
 
     def _to_send(self) -> Tensor:
-        """The gradients in the dtype of reductions, divided beforehand by what keeps their sum from overflowing."""
+        """The gradients in the dtype of reductions, divided by ``predivide`` so that their sum does not overflow."""
         dtypes = self.bucket.dtypes
         if self.communicator.world_size == 1:
             return self.buffer
@@ -1495,7 +1494,7 @@ class Gradients:
         return self.buffer if self.predivide == 1 else self.buffer.mul_(1 / self.predivide)
 
     def finish(self) -> None:
-        """Wait for the sum. Unless it stays, the buffer goes, and with it the slices that belong to other ranks."""
+        """Wait for the sum. Unless the buffer is kept, drop it, and with it the slices of other ranks."""
         self.reduction.wait()
         if self.host is not None:
             self.host.bring_down(self.landing, self.sum)
@@ -1513,7 +1512,7 @@ class Gradients:
         self.send_buffer = self.landing = None
 
     def end_backward(self, ran: bool = False) -> None:
-        """Be ready for the next backward of the window; ``ran``: there was one."""
+        """Get ready for the next backward of the window; ``ran``: there was one."""
         if ran:
             self.hidden = self.arrived - self.expected
         self.arrived, self.life = set(), Life.COLLECTING
@@ -1528,7 +1527,7 @@ class Gradients:
         self.end_backward()
 
     def reset(self) -> None:
-        """Forget the window's gradients; persistent buffers stay allocated for the next one."""
+        """Drop the window's gradients; persistent buffers stay allocated for the next one."""
         self.reduction.wait()
         self._drop_send_buffer()
         if self.keeps_buffer:
@@ -1542,12 +1541,12 @@ class Gradients:
                 slot.parameter.grad = None
         self.used, self.filled, self.late = set(), set(), {}
 
-    # What the sum is used for. Here alone it is known that it is divided by ``predivide``.
+    # Uses of the sum. No other code knows that it is divided by ``predivide``.
 
     @staticmethod
     def square(every: "Iterable[Gradients]", device: torch.device, exact: bool = False) -> Tensor:
         """The squared 2-norm of this rank's slices of the sums, in float64; ``exact`` where squares leave float32."""
-        kinds: defaultdict[Any, list[Tensor]] = defaultdict(list)  # what one call takes the norms of
+        kinds: defaultdict[Any, list[Tensor]] = defaultdict(list)  # tensors whose norms one call can take
         for each in every:
             part = _as_real(each.sum if each.bucket.sharded.optimizer else each.communicator.shard_of(each.sum))
             pieces = part.split(2**20) if exact else [part]  # each may become a copy in float64
@@ -1569,9 +1568,9 @@ class Gradients:
         self.used.add(slot)
 
     def arm(self, factor: float) -> None:
-        """Give the pieces the gradients, times ``factor``, of those parameters that have one on any rank.
+        """Give the pieces their gradients times ``factor``, for the parameters that have one on any rank.
 
-        An optimizer skips a piece without (no decay, no momentum, its step count stays).
+        An optimizer skips a piece without one: no decay, no momentum, and its step count stays.
         """
         if factor * self.predivide != 1.0:
             self.sum.mul_(factor * self.predivide)
@@ -1588,11 +1587,11 @@ class Gradients:
 
 
 class TakenGradient(Tensor):
-    """What a parameter's ``grad`` holds once its bucket has taken the gradient: a shape without numbers.
+    """A parameter's ``grad`` once its bucket has taken the gradient: a shape without numbers.
 
-    It lets PyTorch's own calls mean what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
-    take it away, and ``Zero`` then drops the gradient; autograd's next gradient of the window is added to the bucket.
-    Any other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
+    With it PyTorch's own calls do what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
+    remove it, and ``Zero`` then drops the gradient. Autograd's next gradient of the window is added to the bucket. Any
+    other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
     """
 
     @staticmethod
@@ -1601,7 +1600,7 @@ class TakenGradient(Tensor):
         return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
 
     def __init__(self, slot: Slot):
-        self.slot = weakref.ref(slot)  # weak, as autograd's side of a tensor is beyond the garbage collector's reach
+        self.slot = weakref.ref(slot)  # weak: the garbage collector does not see what a tensor keeps
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -1628,7 +1627,7 @@ class TakenGradient(Tensor):
 
 
 class Plan(NamedTuple):
-    """What becomes a Bucket."""
+    """What a Bucket is made from."""
     unit: "Unit | None"   # of stage 3; None: the parameters stay whole
     group: int | None     # the optimizer's param group, if it is in one
     trained: bool         # in one, and not frozen
@@ -1640,7 +1639,7 @@ class Plan(NamedTuple):
 def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
                  dtypes: Callable[[nn.Parameter], Sequence[torch.dtype]], groups: Mapping[int, int],
                  units: "Mapping[int, Unit]", whole: Collection[int] = (), ranks: int = 1) -> list[Plan]:
-    """Sort a model's parameters into buckets, in reverse order of registration: about the order of their gradients.
+    """Sort a model's parameters into buckets, in reverse order of registration: roughly the order of their gradients.
 
     groups   the param group of each parameter that is in one, by its id
     units    the unit of each parameter that is to be sharded, by its id; see assign_units
@@ -1668,8 +1667,8 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
 def lay_out_whole(buckets: list[list[Slot]], ranks: int) -> list[list[int]]:
     """Move parameters within their buckets so that each lies in one rank's shard; returns the bounds of the shards.
 
-    The largest of all comes first, each goes to the rank that has the least so far. In a bucket, a shard is as large as
-    what is in it, perhaps empty: else a matrix that is alone in its bucket would need padding for all other ranks.
+    Largest first, each goes to the rank with the least so far. A bucket's shards are as large as their contents, or
+    empty: otherwise a matrix alone in its bucket would need padding for all other ranks.
     """
     loads, owners = [0] * ranks, {}
     for slot in sorted((slot for slots in buckets for slot in slots), key=lambda slot: -slot.shape.numel()):
@@ -1692,10 +1691,10 @@ def lay_out_whole(buckets: list[list[Slot]], ranks: int) -> list[list[int]]:
 
 
 def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
-    """Elements per bucket. A few per model let communication overlap with computation; tiny ones cost more calls.
+    """Elements per bucket. A few buckets per model let communication overlap with computation; many cost more calls.
 
-    On the CPU at most 4 million: the allocator hands back memory above 32 MB to the system each time it is freed,
-    and getting it again costs more than the communication.
+    On the CPU at most 4 million: the allocator returns blocks above 32 MB to the system each time they are freed, and
+    getting them again costs more than the communication.
     """
     if config.reduce_bucket_size != "auto":
         return config.reduce_bucket_size
@@ -1703,7 +1702,7 @@ def bucket_size(config: ZeroConfig, total: int, device: torch.device) -> int:
 
 
 def _copy_at(host: Host | None, tensor: Tensor) -> Tensor:
-    """These values at ``host``, or on the device: a copy where they are a slice of a larger tensor, which may go."""
+    """These values at ``host``, or on the device: copied if they are a slice of a larger tensor, which can then go."""
     if host is None:
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     return host.empty(tensor.numel(), tensor.dtype).copy_(tensor)
@@ -1722,7 +1721,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The elements of a tensor as they lie in memory, 1-D; those of a copy with this ``stride`` where it has gaps."""
+    """The elements of a tensor in memory order, 1-D; of a copy with this ``stride`` where the tensor has another."""
     if tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
@@ -1733,7 +1732,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
-    """Whether an entry of an optimizer's state has a value per element, as against one for the whole parameter."""
+    """Whether an entry of an optimizer's state has one value per element, and not one for the whole parameter."""
     return isinstance(value, Tensor) and value.shape == shape and key not in ("step", "mu_product", "mu", "eta")
 
 
@@ -1741,9 +1740,9 @@ def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
 
 
 def check_memory(model: nn.Module) -> None:
-    """Refuse parameters that share memory with another parameter, or with a buffer: each gets a place of its own.
+    """Raise ValueError where a parameter shares memory with another one or with a buffer: each gets its own place.
 
-    A weight that is tied, as one Parameter under several names, is one parameter.
+    A tied weight, one Parameter under several names, is one parameter.
     """
     spans = []
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -1777,11 +1776,11 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Module]:
-    """The modules that are a unit of stage 3 each: those that ``leaf`` names.
+    """The modules that become one unit of stage 3 each: those that ``leaf`` names.
 
-    Without it: the model's repeated blocks, and every other module that holds a twentieth of all parameters or more by
-    itself. Those that ``set_z3_leaf_modules`` has marked are always one, without units inside. The model itself is
-    always one: it takes what is in no other.
+    Without it: the model's repeated blocks, and every other module that itself has a twentieth of all parameters or
+    more. Modules marked by ``set_z3_leaf_modules`` are always one unit, without units inside. The model itself is
+    always one: it takes the parameters that are in no other.
     """
     units = _found_units(model) if leaf is None else _named_units(model, leaf)
     marked = {name: module for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)}
@@ -1790,7 +1789,7 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
 
 def _found_units(model: nn.Module) -> dict[str, nn.Module]:
     units = find_blocks(model)
-    # A module with parameters of its own may read its submodules' as well, without calling them.
+    # A module with parameters of its own may also read its submodules' parameters without calling them.
     others = {name: module for name, module in model.named_modules() if name and name not in units
               and not _is_inside(name, units) and _numel(module, recurse=False)}
     size = _numel(model)
@@ -1821,7 +1820,7 @@ def _above(name: str) -> list[str]:
 
 
 def _is_inside(name: str, others: Collection[str]) -> bool:
-    """Whether the module of this name is part of one of the others; all are part of the model itself, \"\"."""
+    """Whether the module of this name is part of one of the others; all are part of the model itself, ``""``."""
     return any(above in others for above in _above(name))
 
 
@@ -1831,13 +1830,13 @@ def _numel(module: nn.Module, recurse: bool = True) -> int:
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
                         raise_if_not_found: bool = True) -> list[nn.Module]:
-    """Make each module of these classes, or class names, one unit of stage 3; before ``initialize()``. Returns them."""
+    """Make each module of these classes or class names one unit of stage 3, before ``initialize()``; returns them."""
     return _mark_leaves(model, leaf_module_classes, True, raise_if_not_found)
 
 
 def unset_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str],
                           raise_if_not_found: bool = True) -> list[nn.Module]:
-    """Undo what ``set_z3_leaf_modules`` did to modules of these classes."""
+    """Undo ``set_z3_leaf_modules`` for modules of these classes."""
     return _mark_leaves(model, leaf_module_classes, False, raise_if_not_found)
 
 
@@ -1863,9 +1862,9 @@ def _mark_leaves(model: nn.Module, classes: Iterable[type | str], flag: bool, mu
 
 
 class UnitState(Enum):
-    """Where a unit is in its life; it goes round once per use."""
-    SHARDED = "each rank has its shard alone"
-    GATHERING = "there is memory for all of it, and the other ranks' shards are on their way"
+    """A unit's state; it goes through all three once per use."""
+    SHARDED = "each rank has only its shard"
+    GATHERING = "all of it has memory, and the other ranks' shards are on their way"
     WHOLE = "its parameters can be used"
 
 
@@ -1873,9 +1872,9 @@ class Unit:
     """A module whose parameters are gathered and freed together.
 
     owner   the engine's ``Gatherer``, or ``Init`` until an engine takes the model over
-    users   who needs the parameters: calls of the module in forward, the same calls in backward, a GatheredParameters.
-            The last one to go frees them
-    calls   the module's forward calls under way
+    users   whoever needs the parameters: calls of the module in forward, the same calls in backward, a
+            GatheredParameters. The last one to leave frees them
+    calls   the module's forward calls in progress
     number  its place among the model's units, the same on every rank
     """
 
@@ -1894,7 +1893,7 @@ class Unit:
         return LeftBehind, ()
 
     def acquire(self, user: Any) -> None:
-        """Have the parameters whole until ``user`` releases them."""
+        """Make the parameters whole until ``user`` releases them."""
         self.users.add(user)
         if self.state is UnitState.SHARDED:
             self.start_gather()
@@ -1902,7 +1901,7 @@ class Unit:
             self.finish_gather()
 
     def release(self, user: Any) -> None:
-        """``user`` needs them no more; the last one to go frees them."""
+        """``user`` no longer needs them; the last one to leave frees them."""
         self.users.discard(user)
         if not self.users and self.state is not UnitState.SHARDED:
             self.free()
@@ -1938,7 +1937,7 @@ class Unit:
 
 
 class LeftBehind:
-    """What stands for an engine and its units in a module that was pickled while it was whole: the hooks do nothing."""
+    """Stands for an engine and its units in a pickled module: the hooks do nothing."""
 
     def _before_forward(self, *_: Any) -> None:
         pass
@@ -1947,7 +1946,7 @@ class LeftBehind:
 
 
 class Call:
-    """A module's forward call, until the graph that autograd recorded of it is gone."""
+    """A module's forward call, alive as long as the graph that autograd recorded of it."""
 
 
 def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict[int, Unit]]:
@@ -1968,10 +1967,10 @@ def assign_units(root: Unit, leaf: LeafModules | None) -> tuple[list[Unit], dict
 class ShardedParameter(nn.Parameter):
     """The class of a parameter while its unit is sharded: it has a shape, but its memory is freed.
 
-    Reading the values would read freed memory. Within a forward pass of the model they are gathered at once, and with
-    the model's own unit from then on (a parent that uses a child's weight without calling the child); within a backward
-    pass, until it ends; in another method of a module, and under ``Init``, for the one operation. Elsewhere it is an
-    error.
+    Reading its values would read freed memory. So within a forward pass of the model they are gathered at once, and
+    from then on together with the model's own unit (a parent uses a child's weight without calling the child). Within
+    a backward pass they stay until it ends; in another method of a module, and under ``Init``, for the one operation.
+    Elsewhere reading is an error.
     """
 
     @classmethod
@@ -1999,18 +1998,18 @@ class ShardedParameter(nn.Parameter):
                 owner.end_use(slot, user, result)
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
-        """A whole copy, which no engine has. All ranks must make it."""
+        """A whole copy, which belongs to no engine. All ranks must make it."""
         if id(self) not in _SLOTS:
             self.clone()  # raises, and says why
         with GatheredParameters(self):
-            memo[id(self)] = self.__class__.__deepcopy__(self, memo)  # the class that it has while it is whole
+            memo[id(self)] = self.__class__.__deepcopy__(self, memo)  # its class while it is whole
         return memo[id(self)]
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
         return f"ShardedParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-# What a sharded parameter can still be asked.
+# What a sharded parameter can still answer.
 METADATA = {getattr(Tensor, name).__get__ for name in (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu",
     "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "itemsize", "_backward_hooks",
@@ -2024,12 +2023,12 @@ METADATA |= {getattr(Tensor, name) for name in (
     "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
 
 
-# What shares the memory and may be written to later, unseen; state_dict() asks for it on one rank alone.
+# These share the memory and may be written to later, unseen; state_dict() may use them on one rank alone.
 ALIASES = ("data", "detach", "detach_", "numpy")
 
 
 def _in_method_of(model: nn.Module) -> bool:
-    """Whether a method of one of a model's modules is running, other than those that PyTorch gives every module."""
+    """Whether a method of one of the model's modules is running, other than those that PyTorch gives every module."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -2043,42 +2042,42 @@ def _in_method_of(model: nn.Module) -> bool:
 
 
 def _saving() -> AbstractContextManager:
-    """Hooks which let autograd save where a weight lies, and not the weight, whose memory they would keep.
+    """Hooks that let autograd save a weight's place, and not the weight, whose memory that would keep.
 
-    Where others are active, such as recomputation's or the caller's own, they save the weight itself.
+    Other active hooks, such as recomputation's or the caller's own, save the weight itself.
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return nullcontext()
     return saved_tensors_hooks(_pack, _unpack)
 
 
-# The bucket of each memory that whole parameters are gathered into, by its address.
+# Buckets by the address of the memory that their whole parameters are gathered into.
 _GATHERED_INTO: "weakref.WeakValueDictionary[int, Bucket]" = weakref.WeakValueDictionary()
 
 
 class SavedWeight(NamedTuple):
-    """What autograd keeps of a weight, or a view of one, that it saves: its place."""
+    """What autograd keeps in place of a weight, or a view of one, that it saves."""
     name: str
-    slot: "weakref.ref[Slot]"  # what a graph keeps, the garbage collector does not see
+    slot: "weakref.ref[Slot]"  # weak: the garbage collector does not see what a graph keeps
     version: int               # of the parameter
     call: Any                  # the forward call that uses it
-    dtype: torch.dtype         # another one than the parameter's, where autocast has cast it
+    dtype: torch.dtype         # differs from the parameter's where autocast has cast it
     geometry: tuple            # size, stride and offset: in the bucket, or of a cast weight, in itself
 
 
 def _pack(tensor: Tensor) -> SavedWeight | tuple[Tensor, int]:
-    """What autograd keeps of a tensor that it saves.
+    """What autograd keeps in place of a tensor that it saves.
 
-    Backward gathers the unit when it wants the weight. The output's hook is not enough for that: an operation in place
-    on a view rebuilds its graph without the hook, and a side output, such as a loss that the module keeps as an
-    attribute, has none.
+    Backward gathers the unit when it needs the weight. The output's hook is not enough for that: an in-place operation
+    on a view rebuilds its graph without the hook. A side output, such as a loss that the module keeps as an attribute,
+    has no hook.
     """
     slot = _weight_behind(tensor) if torch._C._has_storage(tensor) else None  # a sparse tensor has none
     if slot is not None:
         unit, geometry = slot.bucket.unit, (tensor.size(), tensor.stride(), tensor.storage_offset())
         return SavedWeight(slot.name, weakref.ref(slot), slot.parameter._version, unit.owner.call_of(unit),
                            tensor.dtype, geometry)
-    return tensor.detach(), tensor._version  # detached, since a node that keeps its own output keeps itself alive
+    return tensor.detach(), tensor._version  # detached: a node that keeps its own output would keep itself alive
 
 
 def _weight_behind(tensor: Tensor) -> Slot | None:
@@ -2097,7 +2096,7 @@ def _weight_behind(tensor: Tensor) -> Slot | None:
 
 
 def _unpack(saved: SavedWeight | tuple[Tensor, int]) -> Tensor:
-    """The inverse of _pack, when backward wants the tensor."""
+    """The inverse of _pack, when backward needs the tensor."""
     if isinstance(saved, SavedWeight):
         slot, version = saved.slot(), saved.version
         if slot is None:
@@ -2108,7 +2107,7 @@ def _unpack(saved: SavedWeight | tuple[Tensor, int]) -> Tensor:
     else:
         tensor, version = saved
         source = tensor
-    if source._version != version:  # a check that PyTorch leaves to hooks where there are any
+    if source._version != version:  # PyTorch leaves this check to the hooks
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place after "
                            "forward had saved it; step() modifies the weights")
     return tensor
@@ -2133,9 +2132,9 @@ def tensors_in(value: Any, outer: tuple[int, ...] = ()) -> Iterator[Tensor]:
 
 
 def _return_free_memory() -> None:
-    """Where the C library is glibc: give what the parameters' old places left behind back to the system.
+    """With glibc, return the memory of the parameters' former places to the system.
 
-    It lies in holes between what is still in use, too small for the next large tensor.
+    It lies in holes between blocks in use, too small for the next large tensor.
     """
     trim = getattr(C_LIBRARY, "malloc_trim", None)
     if trim is not None:
@@ -2143,7 +2142,7 @@ def _return_free_memory() -> None:
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # no public call tells; PyTorch's own checkpointing asks the same
+    return torch._C._current_graph_task_id() != -1  # there is no public call; PyTorch's checkpointing uses this one
 
 
 # --- Stage 3: parameters come before each use and go after it ---------------------------------------------------------
@@ -2153,7 +2152,7 @@ RECOMPUTED = "recomputed activations"  # a user of a unit, besides its calls
 
 
 class Trace:
-    """The order in which units were needed in the last pass, to know which one to gather next."""
+    """The order in which the last pass needed units, to predict which one to gather next."""
 
     def __init__(self) -> None:
         self.order: list[Unit] = []
@@ -2164,9 +2163,9 @@ class Trace:
         self.position = 0
 
     def next_after(self, unit: Unit) -> Unit | None:
-        """Note that ``unit`` is needed now; the one that is probably needed next."""
+        """Note that ``unit`` is needed now; returns the unit that is probably needed next."""
         if self.order[self.position:self.position + 1] != [unit]:
-            self.order[self.position:] = [unit]  # a new way through the model: what followed last time is unknown
+            self.order[self.position:] = [unit]  # a new path through the model: what follows is unknown
         self.position += 1
         return self.order[self.position] if self.position < len(self.order) else None
 
@@ -2177,7 +2176,7 @@ class Gatherer:
     units       the model's own unit, ``root``, and the others
     companions  units that are gathered with the root until its forward ends, see ShardedParameter
     traces      of forward passes (False) and of backward passes (True)
-    saving      the outermost call under way, and its hooks on what autograd saves
+    saving      the outermost call in progress, and its hooks on what autograd saves
     """
 
     def __init__(self, zero: "Zero", model: nn.Module):
@@ -2196,7 +2195,7 @@ class Gatherer:
         return LeftBehind, ()
 
     def hooks(self) -> Iterator[Any]:
-        """Free all units, and have modules call back from now on."""
+        """Free all units, and hook the modules; yields the hooks."""
         for unit in self.units:
             unit.free()
             yield unit.module.register_forward_pre_hook(
@@ -2217,14 +2216,14 @@ class Gatherer:
         if self.saving is None and not _in_backward():
             self.saving = call, _saving()
             self.saving[1].__enter__()
-        # When the gradients of all inputs are there, the call's part of backward is over. For a call whose inputs need
-        # none (the first layers), the end of the backward pass is the end. Autograd finishes a leaf as soon as it can,
-        # perhaps before the rest of the call: so the call is given a view of it, which keeps the order.
+        # The call's part of backward is over when the gradients of all its inputs are complete. A call whose inputs
+        # need none (the first layers) ends with the backward pass. Autograd may finish a leaf before the rest of the
+        # call, so the call gets a view of the leaf, which keeps the order.
         inputs = {id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}
         leaves = {key: t.view_as(t) for key, t in inputs.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
         inputs |= leaves
         if inputs:
-            # PyTorch's hook and the graph nodes of the inputs keep each other alive; it goes when the call's graph has.
+            # PyTorch's hook and the inputs' graph nodes keep each other alive; so it is removed with the call's graph.
             tensors, ended = list(inputs.values()), partial(self._after_backward, unit, weakref.ref(call))
             hook = tensors[0].register_hook(ended) if len(tensors) == 1 else register_multi_grad_hook(tensors, ended)
             weakref.finalize(call, hook.remove).atexit = False
@@ -2241,9 +2240,9 @@ class Gatherer:
             self.saving = None
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                if tensor.grad_fn is not None:  # the hooks of a leaf, such as a parameter, would stay for ever
+                if tensor.grad_fn is not None:  # hooks on a leaf, such as a parameter, would stay for ever
                     tensor.register_hook(partial(self.before_backward, unit, call))
-        if _in_backward():  # activations are recomputed, and their backward follows at once: the parameters stay
+        if _in_backward():  # recomputed activations: their backward follows at once, so the parameters stay
             unit.users.add(RECOMPUTED)
         for needed in self._with_companions(unit):
             for bucket in needed.buckets if needed.state is UnitState.WHOLE else ():  # else the gather has failed
@@ -2251,22 +2250,22 @@ class Gatherer:
         self._release(unit, call)
 
     def before_backward(self, unit: Unit, call: Any, grad: Tensor | None = None) -> None:
-        """A call's backward begins: its output has a gradient, or autograd wants a weight that it saved."""
+        """A call's backward begins: its output has a gradient, or autograd needs a weight that it saved."""
         self.zero.reducer.begin_backward()
         self._acquire(unit, call)
 
     def _after_backward(self, unit: Unit, call: "weakref.ref[Call]", grads: Any) -> None:
-        """The gradients of all of a call's inputs are there."""
+        """The gradients of all of a call's inputs are complete."""
         if torch.is_grad_enabled():
             return  # create_graph: the backward of this backward reads the parameters again; end_backward frees them
         unit.users.discard(RECOMPUTED)
         self._release(unit, call())
-        if unit is not self.root:  # whose inputs are those of its first block, too: its end is that of the backward
+        if unit is not self.root:  # the root shares its inputs with its first block, and ends with the backward
             self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
         self.zero.reducer.launch_ready()
 
     def end_backward(self) -> None:
-        """The backward pass is over: free what it used."""
+        """The backward pass is over: free the units that it used."""
         for unit in self.units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
         self.free_unused()
@@ -2285,7 +2284,7 @@ class Gatherer:
         for needed in self._with_companions(unit):
             needed.acquire(call)
         if not (self.root.calls or _in_backward()):
-            return  # a part of the model is called by itself: there is no pass through the model to learn from
+            return  # a part of the model is called by itself, which teaches no order of the whole
         following = self.traces[_in_backward()].next_after(unit)
         if following is not None and following.state is UnitState.SHARDED and self._may_prefetch(following):
             following.start_gather()
@@ -2303,16 +2302,16 @@ class Gatherer:
             self.free_unused()
 
     def free_unused(self) -> None:
-        """Free what was gathered ahead for a use that did not come, and what views kept when its last use ended."""
+        """Free units gathered ahead for a use that did not come, and those that views kept at the end of their use."""
         for unit in self.units:
             if not unit.users and (unit.state is not UnitState.SHARDED or any(b.has_memory for b in unit.buckets)):
                 unit.free()
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """``operation`` wants a sharded parameter's values: gather the unit, if this is in a pass of the model.
+        """``operation`` needs a sharded parameter's values: gather the unit, if this is in a pass of the model.
 
-        It stays whole until the forward, or the backward, ends; in another method of the model, which has no end that
-        could be seen, for the one operation.
+        It stays whole until the forward or the backward ends. The end of another method of the model can't be seen, so
+        there it stays for the one operation.
         """
         unit = slot.bucket.unit
         if self.root.calls:
@@ -2331,7 +2330,7 @@ class Gatherer:
         return None
 
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """The operation, whose begin_use returned ``user``, is over: keep what it wrote."""
+        """The operation whose begin_use returned ``user`` is over: keep what it wrote."""
         if user is not None:
             for bucket in slot.bucket.unit.buckets:
                 bucket.keep_writes()
@@ -2344,12 +2343,12 @@ class Gatherer:
 class Reducer:
     """Backward: gradients come in, full buckets go out, in an order that is the same on all ranks.
 
-    pending    a backward pass has begun, and ``Zero.finish_backward`` was not called yet
-    task       autograd's number of it
-    foreseen   its first gradient has come, and with it was seen which others its graph will bring
-    queue      the order of this backward's reductions; ``in_flight`` are those under way
-    dropped    a digest of which reduced gradients were dropped
-    nodes      of autograd's graphs, by parameter: what adds up its gradient
+    pending    a backward pass has begun, and ``Zero.finish_backward`` has not been called yet
+    task       autograd's number for it
+    foreseen   its first gradient has come, and ``expected`` is known for every bucket
+    queue      the order of this backward's reductions; ``in_flight``: those that have started
+    dropped    a digest of the reduced gradients that were dropped
+    nodes      by parameter, the node of autograd's graph that accumulates its gradient
     """
 
     def __init__(self, zero: "Zero"):
@@ -2363,11 +2362,11 @@ class Reducer:
 
     @property
     def every(self) -> list[Gradients]:
-        """Those of all trained buckets."""
+        """The gradients of all trained buckets."""
         return [bucket.gradients for bucket in self.zero.trained]
 
     def listen(self, slot: Slot) -> Any:
-        """Have autograd call back when it has finished a parameter's gradient; returns the hook."""
+        """Hook a parameter, so that autograd reports its finished gradient; returns the hook."""
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
             self.nodes[slot] = slot.parameter.view_as(slot.parameter).grad_fn.next_functions[0][0]
         slot.taken = TakenGradient(slot)
@@ -2384,7 +2383,7 @@ class Reducer:
             self.enqueue(self.every)
 
     def enqueue(self, several: Iterable[Gradients | None]) -> None:
-        """Let them be reduced after those that wait already; each once per backward."""
+        """Queue them for reduction, each once per backward."""
         for gradients in several:
             if gradients is not None and gradients.life is Life.COLLECTING:
                 gradients.life = Life.QUEUED
@@ -2393,18 +2392,18 @@ class Reducer:
     def receive(self, slot: Slot) -> None:
         """Autograd has finished a parameter's gradient."""
         gradient = slot.parameter.grad
-        if not isinstance(gradient, TakenGradient):  # else take_more() has it already
-            if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() since the last backward
+        if not isinstance(gradient, TakenGradient):  # else take_more() has taken it already
+            if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() was called since the last backward
                 self.drop(slot)
             self.take(slot, gradient)
         if gradient is not slot.taken:
             if (slot.taken.dtype, slot.taken.device) != (gradient.dtype, gradient.device):
-                slot.taken = TakenGradient(slot)  # the parameter was cast or moved, which step() refuses
+                slot.taken = TakenGradient(slot)  # the parameter was cast or moved, which step() will refuse
             slot.parameter.grad = slot.taken
         self.launch_ready()
 
     def take_more(self, slot: Slot, gradient: Tensor) -> None:
-        """Autograd adds ``gradient``, which others may still read, to what it believes to be ``p.grad``."""
+        """Autograd adds ``gradient``, which other code may still read, to what it believes to be ``p.grad``."""
         into = slot.bucket.gradients
         self.take(slot, gradient.clone() if into.adopts or into.life in (Life.SENDING, Life.SENT) else gradient)
 
@@ -2420,8 +2419,8 @@ class Reducer:
 
     @torch.no_grad()
     def drop(self, slot: Slot) -> None:
-        """Forget a parameter's gradient of this window, as zero_grad() asks; one that is reduced, on every rank."""
-        if self.task != torch._C._current_graph_task_id():  # else the backward that is pending is the one that runs now
+        """Drop a parameter's gradient of this window, as zero_grad() asks; a reduced one must go on every rank."""
+        if self.task != torch._C._current_graph_task_id():  # else the pending backward is running now
             self.zero.end_if_pending()
         if slot.bucket.gradients.reduced:
             self.settle()
@@ -2436,18 +2435,18 @@ class Reducer:
     def launch_ready(self) -> None:
         """Start the reduction of every full bucket whose turn it is.
 
-        Gradients come in a different order on different ranks, and collectives must not: so buckets go out in the order
-        of ``queue``, which is the same on all. In stages 0 to 2 that is their own order; in stage 3 the order in which
-        units end their backward, so that gradients need not pile up where a model runs in another order than it was
-        written in. What this rank's backward does not bring is not waited for: the others would wait for this rank
-        then, and this rank, in its next gather, for them.
+        Gradients may come in a different order on each rank, but collectives must not. So buckets go out in the order
+        of ``queue``, which is the same on all. In stages 0 to 2 that is the order of the buckets. In stage 3 it is the
+        order in which units end their backward: gradients then don't pile up where a model runs in another order than
+        it was written in. Gradients that this rank's backward does not bring are not waited for. Otherwise the other
+        ranks would wait for this one here, and this one for them in its next gather.
         """
         if self.zero.config.overlap_comm and self.reduces_now and self.foreseen:
             while self.queue and self.queue[0].complete:
                 self.launch(self.queue.popleft())
 
     def launch(self, gradients: Gradients) -> None:
-        """Start one reduction. One buffer is full, one is on its way: there are no more than that."""
+        """Start one reduction. At most one buffer is being filled and one being sent."""
         while len(self.in_flight) > (0 if self.zero.sharded.gradients else 1):
             self.in_flight.popleft().finish()
         gradients.launch()
@@ -2456,7 +2455,7 @@ class Reducer:
     def finish(self) -> None:
         """Backward is over: reduce what is left, if this backward reduces at all."""
         if self.reduces_now:
-            if self.zero.gatherer is not None:  # calls whose inputs need no gradient end here, perhaps on some ranks
+            if self.zero.gatherer is not None:  # calls whose inputs need no gradient end here, on some ranks perhaps
                 forward = self.zero.gatherer.traces[False]
                 self.enqueue(bucket.gradients for unit in reversed(forward.order[:forward.position])
                              for bucket in unit.buckets)
@@ -2465,19 +2464,19 @@ class Reducer:
                 self.launch(gradients)
             while self.in_flight:
                 self.in_flight.popleft().finish()
-            if self.zero.boundary:  # else what goes down to the host may take until it is needed
+            if self.zero.boundary:  # else copies to the host may take until they are needed
                 self.settle()
         for gradients in self.every:
             gradients.end_backward(self.foreseen)
         self._end()
 
     def settle(self) -> None:
-        """Wait for sums that go down to the host."""
+        """Wait for sums on their way to the host."""
         if self.zero.offload.optimizer is not None:
             self.zero.offload.optimizer.settle()
 
     def reduce_late(self, several: Sequence[Gradients]) -> None:
-        """Reduce what came after its bucket's reduction had begun, on any rank; every rank must call it."""
+        """Reduce gradients that came, on any rank, after their bucket's reduction had begun; all ranks must call it."""
         late = _numbers([bool(gradients.late) for gradients in several], self.zero.device)
         self.zero.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
         for gradients, flag in zip(several, late.tolist()):
@@ -2496,7 +2495,7 @@ class Reducer:
         return names[-1] if names else None  # buckets begin with the model's last parameters
 
     def clear(self) -> None:
-        """Forget the window's gradients, and their buffers."""
+        """Drop the window's gradients and their buffers."""
         for gradients in self.every:
             gradients.reset()
             gradients.buffer = None
@@ -2509,7 +2508,7 @@ class Reducer:
 
 
 def _on_gradient(reference: "weakref.ref[Slot]", parameter: nn.Parameter) -> None:
-    """Autograd has finished a parameter's gradient. What a tensor keeps, as this hook, no garbage collector sees."""
+    """Autograd has finished a parameter's gradient. Weak: the garbage collector does not see a tensor's hooks."""
     slot = reference()
     if slot is not None:
         slot.bucket.zero.reducer.receive(slot)
@@ -2537,14 +2536,14 @@ NO_TRANSFORMS = (
 class StepResult(NamedTuple):
     """The scalars of a step."""
     norm: float            # 2-norm of the mean gradient over the whole model, before clipping
-    clip: float            # what clipping multiplied the gradient by, at most 1
+    clip: float            # the factor that clipping applied to the gradient, at most 1
     overflow: bool         # the norm is not finite, and nothing was updated
     culprit: str | None    # the first parameter whose gradient is not finite
     spoiled: bool = False  # a backward of the window raised on some rank, and nothing was updated
 
 
 class Updater:
-    """The optimizer, which updates masters wave by wave; its own calls do what they say, or raise and name another."""
+    """The optimizer, which updates masters wave by wave. Its own calls do what they say, or raise and name another."""
 
     def __init__(self, zero: "Zero", optimizer: Optimizer):
         self.zero, self.optimizer, self.updating = zero, optimizer, False
@@ -2565,17 +2564,17 @@ class Updater:
         return refused
 
     def remove(self) -> None:
-        """Give the optimizer its own calls back."""
+        """Restore the optimizer's own calls."""
         self.hook.remove()
         for name in ("zero_grad", "add_param_group", "load_state_dict"):
             vars(self.optimizer).pop(name, None)
 
     def update(self, factor: float) -> None:
-        """Step on the summed gradients times ``factor``, with the optimizer's step hooks once around all of it."""
+        """Step on the summed gradients times ``factor``; the optimizer's step hooks run once, around all waves."""
         optimizer, every = self.optimizer, self.zero.reducer.every
         hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         hooked = sum(map(len, (*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))) > 1
-        # What GradScaler hands to fused optimizers: their kernel divides by it on the way. A hook sees true gradients.
+        # A fused kernel can divide by a scale on the way, as GradScaler has it do. A hook must see true gradients.
         fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
             b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.zero.trained
         ) and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -2591,13 +2590,13 @@ class Updater:
                 gradients.disarm()
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
-        optimizer._opt_called = True  # PyTorch's schedulers ask whether there was a step before theirs
+        optimizer._opt_called = True  # PyTorch's schedulers check that a step came before theirs
 
     def _waves(self) -> list[list[Bucket]]:
-        """The buckets that are updated together, so that gathering these overlaps with updating the next."""
+        """The buckets in waves: gathering one wave overlaps with updating the next."""
         trained, offloads = self.zero.trained, self.zero.offload.optimizer is not None
         # An optimizer that is not PyTorch's may count its steps in a param group: it is stepped once.
-        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in trained)  # a wave at a time
+        casts = any(bucket.dtypes.gradient != bucket.dtypes.master for bucket in trained)  # to hold one wave's copies
         known = type(self.optimizer) in ELEMENTWISE or hasattr(self.optimizer, "is_elementwise")
         in_waves = known and (self.zero.sharded.optimizer or offloads or casts)
         waves = 1 if not in_waves else len(trained) if offloads else 8
@@ -2607,8 +2606,8 @@ class Updater:
     def _step_waves(self, factor: float | None, fused: bool) -> None:
         """Update and publish wave by wave, and wait until every rank has the new weights.
 
-        factor   of the gradients; None: the pieces have them already
-        fused    the optimizer's kernel multiplies by it
+        factor   multiplies the gradients; None: the pieces have their gradients already
+        fused    the optimizer's kernel applies it
         """
         step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
         scales: dict[torch.device, Tensor] = {}  # one for all waves
@@ -2616,7 +2615,7 @@ class Updater:
             for bucket in wave if factor is not None else ():
                 bucket.gradients.arm(1.0 if fused else factor)
             if fused:
-                device = wave[0].master.device  # a fill on the device: to copy a number there would wait for a GPU
+                device = wave[0].master.device  # filled there: copying a number to a GPU would wait for it
                 scale = scales.setdefault(device, torch.full((), 1 / factor, device=device))
                 self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
             step(self.optimizer)
@@ -2627,16 +2626,16 @@ class Updater:
                 bucket.publish()
         for bucket in self.zero.trained:
             bucket.gather.wait()
-            # The update went around autograd: a graph from before it must not be used with the new weights.
+            # The update bypassed autograd: a graph from before it must not be used with the new weights.
             torch.autograd.graph.increment_version([slot.parameter for slot in bucket.slots])
             bucket.note_versions()
 
 
 def groups_of_whole_parameters(optimizer: Optimizer | None, allow_untested: bool) -> set[int]:
-    """The param groups whose optimizer needs whole parameters, so that none may be cut.
+    """The param groups whose parameters must not be cut, since the optimizer needs them whole.
 
-    An optimizer class says of a group by ``is_elementwise(group)`` whether every element is treated alike. One that
-    says nothing, and is not known here, is untested: its parameters stay whole, unless the caller allows cutting them.
+    An optimizer class may say by ``is_elementwise(group)`` whether it treats every element alike. A class without this
+    method that is not known here is untested: its parameters stay whole, unless the caller allows cutting them.
     """
     if optimizer is None or type(optimizer) in ELEMENTWISE:
         return set()
@@ -2652,8 +2651,8 @@ class Zero:
     ``step`` updates the weights.
 
     boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
-    spoiled    whether a backward pass of the window has raised, and left the gradients of a part of the model
-    divisor    what a window's gradients, summed over ranks and micro-batches, are divided by to be their mean
+    spoiled    whether a backward pass of the window raised, and left gradients of only a part of the model
+    divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
@@ -2662,7 +2661,7 @@ class Zero:
         self.model, self.optimizer, self.config, self.device, self.predivide = (
             model, optimizer, config, device, predivide)
         self.communicator = communicator or Communicator(device)
-        if self.communicator.debug:  # else ranks may differ in what they start first, and rightly so
+        if self.communicator.debug:  # else ranks may rightly start collectives in different orders
             self.config = replace(config, overlap_comm=False, stage3_prefetch_bucket_size=0)
         self.whole = groups_of_whole_parameters(optimizer, allow_untested and config.stage > 0)
         self.dtypes = dtypes or (lambda p: [p.dtype] * 4)
@@ -2676,15 +2675,15 @@ class Zero:
         self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
         self._make_buckets()
         self._frozen = [slot for bucket in self.buckets if bucket.group is not None and not bucket.trained
-                        for slot in bucket.slots]  # what the optimizer was given, but frozen; see thaw
+                        for slot in bucket.slots]  # in the optimizer, but frozen; see thaw
         self.hooks: list[Any] = []
         self.updater = None if optimizer is None else Updater(self, optimizer)
         self._train([bucket for bucket in self.buckets if bucket.trained])
         if self.gatherer is not None:
             self.hooks += self.gatherer.hooks()
         _return_free_memory()
-        # glibc gives freed memory back to the system beyond twice the largest block that was freed so far, of those up
-        # to 32 MiB. Free one of that size, or each backward gets its gradients' memory anew, page by page.
+        # glibc returns freed memory to the system beyond twice the largest block freed so far, of those up to 32 MiB.
+        # Free one of that size, else each backward gets its gradients' memory anew, page by page.
         torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
     # Setting up.
@@ -2710,7 +2709,7 @@ class Zero:
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"]}
         if is_trained(self.model):
-            gc.collect()  # perhaps nobody refers to that engine any more
+            gc.collect()  # perhaps that engine is garbage
         if is_trained(self.model):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.buckets: list[Bucket] = []
@@ -2735,17 +2734,17 @@ class Zero:
 
     @property
     def units(self) -> list[Unit]:
-        """Of stage 3: the model's own unit, and the others."""
+        """At stage 3 the model's own unit, and the others."""
         return self.gatherer.units if self.gatherer is not None else []
 
     @property
     def is_inside_window(self) -> bool:
-        """Whether there are gradients that no step has used."""
+        """Whether there are gradients that no step has used yet."""
         return any(gradients.used for gradients in self.reducer.every)
 
     @property
     def has_taken(self) -> bool:
-        """Whether a backward pass, not finished yet, has brought gradients."""
+        """Whether an unfinished backward pass has brought gradients."""
         return self.reducer.pending and any(gradients.arrived for gradients in self.reducer.every)
 
     def slots_by_group(self) -> list[list[Slot]]:
@@ -2757,9 +2756,9 @@ class Zero:
         return groups
 
     def release(self) -> None:
-        """Let go of the model. At stages 0 to 2 it can be given to another engine; at 3 its parameters stay sharded.
+        """Release the model. At stages 0 to 2 another engine can take it; at stage 3 its parameters stay sharded.
 
-        Raises RuntimeError where another rank still trains, having been given more micro-batches.
+        Raises RuntimeError where another rank still trains on more micro-batches.
         """
         for hook in self.hooks:
             hook.remove()
@@ -2781,7 +2780,7 @@ class Zero:
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish_backward(self) -> None:
-        """The backward pass is over: reduce what is left. Every rank must call this, with gradients or without."""
+        """The backward pass is over: reduce the rest. Every rank must call this, with gradients or without."""
         self.reducer.begin_backward()
         self.thaw()
         self.reducer.finish()
@@ -2789,9 +2788,9 @@ class Zero:
             self.gatherer.end_backward()
 
     def thaw(self) -> None:
-        """Train what the optimizer was given frozen and is frozen no more, from the gradients of this backward on.
+        """Train the optimizer's frozen parameters that now require grad, from the gradients of this backward on.
 
-        Nothing has listened to these so far, so they are where autograd leaves them, in ``p.grad``.
+        These have no hooks yet, so their gradients are where autograd leaves them, in ``p.grad``.
         """
         thawed = [slot for slot in self._frozen if slot.parameter.requires_grad]
         if not thawed:
@@ -2811,7 +2810,7 @@ class Zero:
                 slot.parameter.grad = slot.taken
 
     def clear_gradients(self) -> None:
-        """Forget the window's gradients. Every rank must call it."""
+        """Drop the window's gradients. Every rank must call it."""
         self.end_if_pending()
         self.reducer.clear()
         self.spoiled = False
@@ -2822,11 +2821,11 @@ class Zero:
 
     @torch.no_grad()
     def step(self, clip: float = 0.0, divisor: float = 1.0, skip_overflow: bool = True) -> StepResult:
-        """Reduce what is left, agree on the scalars, fold every factor into one, update and gather, clear.
+        """Reduce the rest, agree on the scalars, fold every factor into one, update and gather, clear.
 
         clip            the largest allowed norm of the mean gradient; 0: no clipping
-        divisor         what the gradients, summed over ranks and micro-batches, are larger by than they should be: the
-                        number of ranks for a mean over them, times the loss scale
+        divisor         turns the gradients, summed over ranks and micro-batches, into their mean: the number of ranks
+                        for a mean over them, times the loss scale
         skip_overflow   leave the update out when the norm is not finite
         """
         self._reduce_the_rest()
@@ -2845,7 +2844,7 @@ class Zero:
         return StepResult(norm, coefficient, overflow, culprit, spoiled)
 
     def _reduce_the_rest(self) -> None:
-        """End the backward pass, and a window that ends without a boundary, as flush() ends it; check the model."""
+        """End the backward pass, and a window without a boundary, as flush() needs it; check the model."""
         if self.reducer.pending or any(slot.parameter.requires_grad for slot in self._frozen):
             self.finish_backward()
         check_model(self)
@@ -2857,16 +2856,16 @@ class Zero:
         self.reducer.settle()
 
     def _agree(self, exact: bool = False) -> float:
-        """The norm of the summed gradients, which parameters have one and whether the window is spoiled on any rank.
+        """Agree, in one all-reduce, on the norm, on which parameters have a gradient, and on ``spoiled``.
 
-        The ranks agree on all of it in one all-reduce.
+        Returns the norm of the summed gradients.
         """
         every, communicator = self.reducer.every, self.communicator
         places = [(gradients, slot) for gradients in every for slot in gradients.bucket.slots]
         flags = [float(slot in gradients.used) for gradients, slot in places] + [bool(g.late) for g in every]
         flags.append(self.spoiled)
         for digest in (communicator.gathered, self.reducer.dropped):
-            flags += [digest, digest ** 2]  # where all ranks have the same, the sums agree
+            flags += [digest, digest ** 2]  # only where all ranks have the same do both sums agree
         square = Gradients.square(every, communicator.device, exact)
         message = torch.cat([square.view(1), _numbers(flags, communicator.device)])
         communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
@@ -2884,7 +2883,7 @@ class Zero:
                 gradients.reduce_late()
             self.reducer.settle()
             return self._agree()
-        if not (exact or math.isfinite(square)):  # perhaps gradients are finite, and their squares are not
+        if not (exact or math.isfinite(square)):  # perhaps only the squares overflow, and not the gradients
             return self._agree(exact=True)
         for (gradients, slot), flag in zip(places, flags):
             if flag:
@@ -2901,13 +2900,13 @@ def is_trained(model: nn.Module) -> bool:
 
 
 def check_model(zero: Zero) -> None:
-    """Raise RuntimeError where model or optimizer were changed since: that part would not be trained, or not saved.
+    """Raise RuntimeError, naming the parameter, where model or optimizer were changed after initialize().
 
-    It compares identities, and names the parameter.
+    That part would not be trained, or not saved.
     """
     slots = {id(slot.parameter): slot for bucket in zero.buckets for slot in bucket.slots}
     if slots.keys() != {id(p) for module in zero.model.modules() for p in module._parameters.values() if p is not None}:
-        names = {id(p): name for name, p in zero.model.named_parameters()}  # takes longer, at each step
+        names = {id(p): name for name, p in zero.model.named_parameters()}  # too slow for each step
         new = [name for key, name in names.items() if key not in slots]
         gone = [slot.name for key, slot in slots.items() if key not in names]
         if new:
@@ -2934,7 +2933,7 @@ def check_model(zero: Zero) -> None:
 
 
 def check_used(zero: Zero) -> None:
-    """Raise RuntimeError where no parameter has a gradient on any rank, or where one that must have one has none."""
+    """Raise RuntimeError where no parameter has a gradient on any rank, or where a required one is missing."""
     slots = [slot for bucket in zero.trained for slot in bucket.slots]
     unused = [slot.name for slot in slots if slot not in slot.bucket.gradients.used]
     if len(unused) == len(slots):
@@ -2946,7 +2945,7 @@ def check_used(zero: Zero) -> None:
 
 
 def check_gradients(zero: Zero) -> None:
-    """Drop the gradients that zero_grad() or ``p.grad = None`` took away; refuse those that the caller set."""
+    """Drop the gradients that zero_grad() or ``p.grad = None`` removed; refuse those that the caller set."""
     for bucket in zero.trained:
         with torch._C.DisableTorchFunctionSubclass():
             gradients = [slot.parameter.grad for slot in bucket.slots]
@@ -2963,15 +2962,15 @@ def check_gradients(zero: Zero) -> None:
 
 
 class BuiltUnit(Unit):
-    """A parameter that was built under ``Init``. Views of it that are kept keep its memory, on each rank others."""
+    """A parameter that was built under ``Init``. Views of it keep its memory, perhaps on some ranks only."""
 
     def start_gather(self) -> None:
-        """As Unit does, after what was written through views."""
+        """Take over writes through views first."""
         self.keep_views()
         super().start_gather()
 
     def keep_views(self) -> None:
-        """Take over what was written through views."""
+        """Take over writes through views."""
         for bucket in self.buckets:
             if bucket.has_memory:
                 bucket.keep_changes()
@@ -2979,7 +2978,7 @@ class BuiltUnit(Unit):
 
     @property
     def is_viewed(self) -> bool:
-        """Whether a view keeps the memory."""
+        """Whether a view keeps its memory."""
         return any(bucket.is_viewed for bucket in self.buckets)
 
 
@@ -2990,14 +2989,14 @@ class Init:
             model = GPT()               # a model larger than the memory of one rank
         engine, *_ = initialize(model=model, config=...)
 
-    A rank holds its shards and the module being built. A module counts as built when its parent takes it in; what the
-    model itself holds, at the end of the context. Operations on parameters of finished modules work, and so does
-    ``GatheredParameters``; a parameter that was read as a view (``p.data``, ``state_dict()``) stays whole until the
-    first use of another one after the view is gone. All ranks must build the same: on the CPU they draw rank 0's random
-    numbers meanwhile, which makes the weights those of a model that rank 0 builds without this.
+    A rank holds its shards and the module being built. A module counts as built when its parent takes it in; the model
+    itself, at the end of the context. Operations on parameters of finished modules work, and so does
+    ``GatheredParameters``. A parameter that was read as a view (``p.data``, ``state_dict()``) stays whole until the
+    first use of another one after the view is gone. All ranks must build the same. On the CPU they draw rank 0's random
+    numbers meanwhile, so the weights are those of a model that rank 0 builds without this context.
 
-    module         a model that is there already, to be sharded at once: ``zero.Init(module=model)``. What it has on the
-                   meta device is given memory and values module by module
+    module         an existing model to shard at once: ``zero.Init(module=model)``. Its parts on the meta device get
+                   memory and values module by module
     param_init_fn  gives a module that was on the meta device its values; default: its reset_parameters()
     remote_device  "cpu": keep the shards in host memory until ``initialize``; default: on this rank's device
     dtype          of the floating-point parameters; default: as they are built. Masters begin from it
@@ -3005,7 +3004,7 @@ class Init:
     others         DeepSpeed's other arguments: those of WITHOUT_EFFECT; those of NOT_COVERED if None or False
     """
 
-    # ``initialize`` reads the config that it is given; linear layers are PyTorch's own.
+    # ``initialize`` reads its own config; linear layers are PyTorch's own.
     WITHOUT_EFFECT = ("config_dict_or_path", "config", "mem_efficient_linear", "pin_memory")
     NOT_COVERED = ("data_parallel_group", "sequence_data_parallel_group", "zero_param_parallel_group", "mpu",
                    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "param_swapper")
@@ -3066,13 +3065,13 @@ class Init:
         return self  # a copied module takes its hook along
 
     def _on_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        """A module is taken into its parent, so it and what it holds are built."""
+        """A parent takes a module in, so the module and all in it are built."""
         self._free_viewed()
         for part in child.modules() if child is not None else ():
             self._shard(part)
 
     def _finish(self) -> None:
-        """Shard what no parent took in; forget what was replaced, as the weight of a layer that was tied."""
+        """Shard what no parent took in; drop what was replaced, such as the weight of a layer that was then tied."""
         self._free_viewed()
         modules = list(self.modules)
         for module in modules:
@@ -3081,7 +3080,7 @@ class Init:
         self.buckets = [bucket for bucket in self.buckets if id(bucket.slots[0].parameter) in used]
 
     def _shard(self, module: nn.Module) -> None:
-        """Shard the parameters that a module has itself, but for those that are sharded, or have no values yet."""
+        """Shard the module's own parameters, except those that are sharded already or have no values yet."""
         new = [(name, p) for name, p in module.named_parameters(recurse=False) if not (p.is_meta or id(p) in _SLOTS)]
         for _, p in new:
             if self.dtype is not None and p.is_floating_point():
@@ -3094,11 +3093,11 @@ class Init:
             plan = Plan(BuiltUnit(type(module).__name__, module, 0, self), None, False, Dtypes(*[p.dtype] * 4), slots)
             self.buckets.append(Bucket(plan, self.communicator, SHARDED[3], shard_host=self.host))
             plan.unit.free()
-        self.modules.setdefault(module)  # a copy has registered nothing
-        module.register_forward_pre_hook(self._refuse_forward)  # it also keeps this object alive as long as the model
+        self.modules.setdefault(module)  # for copies of modules, which have registered nothing
+        module.register_forward_pre_hook(self._refuse_forward)  # also keeps this object alive as long as the model
 
     def _materialize(self, part: nn.Module, model: nn.Module) -> None:
-        """Give what a module has itself on the meta device memory, and then values."""
+        """Give the module's own tensors on the meta device memory, and then values."""
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         missing = {name: tensor for name, tensor in own if tensor.is_meta}
         if not missing:
@@ -3126,14 +3125,14 @@ class Init:
                                "weights; give the model to initialize() first, and call the engine")
 
     def begin_use(self, slot: Slot, operation: str) -> Any:
-        """Have the values there, for one operation."""
+        """Gather the values for one operation."""
         self._free_viewed()
         user = object()
         slot.bucket.unit.acquire(user)
         return user
 
     def end_use(self, slot: Slot, user: Any, result: Any) -> None:
-        """Keep what the operation wrote. A view that it gave, such as ``p.data``, may be written to from now on."""
+        """Keep what the operation wrote. A view that it returned, such as ``p.data``, may be written to later."""
         unit = slot.bucket.unit
         unit.keep_views()
         unit.release(user)
@@ -3141,7 +3140,7 @@ class Init:
             self.viewed.append(unit)
 
     def _free_viewed(self) -> None:
-        """Let go of what has no views any more, and keep what was written through them."""
+        """Free the units whose views are gone, and keep what was written through them."""
         for unit in [unit for unit in self.viewed if not (unit.users or unit.is_viewed)]:
             self.viewed.remove(unit)
             unit.keep_views()
@@ -3151,13 +3150,13 @@ class Init:
         """An engine has the parameter now."""
         slot.parameter.__class__ = slot.kind
         self.buckets.remove(slot.bucket)
-        slot.bucket.unit.buckets.clear()  # these refer to each other, and the shard must go now
+        slot.bucket.unit.buckets.clear()  # breaks a cycle: the shard must go now
         slot.bucket.slots.clear()
 
 
 @contextmanager
 def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A parameter's whole values; where it was built under ``Init``, that lets go of it afterwards."""
+    """A parameter's whole values; if it was built under ``Init``, ``Init`` releases it afterwards."""
     slot = _SLOTS.get(id(parameter))
     if slot is None:
         yield parameter.data
@@ -3171,11 +3170,11 @@ def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
 
 def _holders(flat: Tensor) -> int:
     """How many tensors share this memory."""
-    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) - 1  # no public call tells; one is the storage's
+    return torch._C._storage_Use_Count(flat.untyped_storage()._cdata) - 1  # there is no public call; one is storage's
 
 
 def _share_random_state(communicator: Communicator) -> Tensor | None:
-    """Have every rank draw rank 0's random numbers on the CPU; what its own state was, where it was another."""
+    """Make every rank draw rank 0's random numbers on the CPU; returns this rank's own state, if it differed."""
     own = torch.get_rng_state()
     state = own.clone().to(communicator.device)
     communicator.broadcast(state, source=0)
@@ -3197,9 +3196,9 @@ def started_group(model: nn.Module) -> bool:
 class GatheredParameters:
     """A context in which parameters are whole, to be read, or written with ``modifier_rank``. All ranks must enter it.
 
-    params          a parameter or several; those that no engine has are left alone
+    params          a parameter or several; those that belong to no engine are left alone
     modifier_rank   the rank whose changes to ``params`` all ranks take over at the end. None: reading only
-    fwd_module      DeepSpeed's, without effect here
+    fwd_module      DeepSpeed's argument, without effect here
     enabled         False: the context does nothing
     """
 
@@ -3216,7 +3215,7 @@ class GatheredParameters:
     def __enter__(self) -> None:
         for slot in self.sharded:
             slot.bucket.unit.acquire(self)
-        self.saving = _saving() if self.sharded else nullcontext()  # what is computed here may go backward afterwards
+        self.saving = _saving() if self.sharded else nullcontext()  # the backward of what is computed here may follow
         self.saving.__enter__()
 
     def __exit__(self, error: Any, value: Any, *rest: Any) -> None:
@@ -3246,12 +3245,12 @@ class GatheredParameters:
             slot.bucket.keep_changes()
 
     def _changed(self) -> list[str]:
-        """The names of the sharded parameters that were changed. A rank sees changes in its own shard alone."""
+        """The names of the sharded parameters that were changed. Each rank sees only changes in its own shard."""
         communicator, flags = self.sharded[0].bucket.communicator, []
         for slot in self.sharded:
             own = slot.own(slot.bucket.flat[slot.bucket.own])
             shard = slot.own(slot.bucket.shard).to(own.device, own.dtype)
-            flags.append(not torch.equal(own.view(torch.uint8), shard.view(torch.uint8)))  # NaN is like itself
+            flags.append(not torch.equal(own.view(torch.uint8), shard.view(torch.uint8)))  # as bytes: NaN equals NaN
         changed = _numbers(flags, communicator.device)
         communicator.all_reduce(changed, "scalars").wait()
         return [slot.name for slot, flag in zip(self.sharded, changed.tolist()) if flag]
@@ -3348,9 +3347,9 @@ def safe_set_full_optimizer_state(parameter: nn.Parameter, value: Tensor, key: s
 
 
 def _find_state(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
-    """This rank's optimizer state of a parameter's elements, and state that is one number.
+    """This rank's part of a parameter's optimizer state with a value per element, or the state that is one number.
 
-    All ranks exchange what they have, since a rank may have no part of the parameter.
+    All ranks exchange their keys and numbers, since a rank may have no part of the parameter.
     """
     state, value, report = _state_of(slot), None, None
     if slot.piece is not None:
@@ -3358,7 +3357,7 @@ def _find_state(slot: Slot, key: str) -> tuple[Tensor | None, Any]:
         if _is_like(key, number, slot.piece.shape):
             value, number = number, None
         elif isinstance(number, Tensor):
-            number = number.cpu()  # or each rank takes up all GPUs
+            number = number.cpu()  # else each rank takes memory on all GPUs
         report = sorted(state), number
     reports = gather(report) if slot.bucket.sharded.optimizer else [report]
     keys, scalar = next((r for r in reports if r is not None), ([], None))
@@ -3378,11 +3377,11 @@ def _check_shape(slot: Slot, value: Any) -> None:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written or read; the message names the file, the parameter and what to do."""
+    """A checkpoint can't be written or read; the message names the file, the parameter and what to do."""
 
 
-# A stretch of a parameter, or of its optimizer state: the parameter's name, the state's key ("" for the parameter
-# itself), the first element as it lies in memory, and the values, 1-D. Whoever loads takes the stretches it needs, so a
+# A range of a parameter, or of its optimizer state: the parameter's name, the state's key ("" for the parameter
+# itself), the first element in memory order, and the values, 1-D. A reader takes the ranges that it needs, so a
 # checkpoint knows nothing of buckets, stages or ranks. State in a shape of its own (Adafactor's rows) comes whole, with
 # a leading dimension of 1.
 Share = tuple[str, str, int, Tensor]
@@ -3391,7 +3390,7 @@ Share = tuple[str, str, int, Tensor]
 def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterator[Share]:
     """What this rank saves: its slice of every bucket, parameter by parameter, as views.
 
-    whole   all that this rank has of each, also what other ranks have too: what ``fill`` writes into
+    whole   all that this rank has of each, even where other ranks have it too: what ``fill`` writes into
     """
     rank = zero.communicator.rank
     for bucket in zero.buckets:
@@ -3413,7 +3412,7 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
     """The part of a parameter that lies in ``held``, which begins at the bucket's element ``start``, and ``mine``."""
     low, high = max(mine[0], slot.offset, start), min(mine[1], slot.end, start + held.numel())
-    if low < high or slot.offset == slot.end and mine[0] == 0:  # that it is there, without elements
+    if low < high or slot.offset == slot.end and mine[0] == 0:  # a parameter without elements is saved as well
         yield slot.name, key, low - slot.offset, held[low - start:max(low, high) - start]
 
 
@@ -3423,12 +3422,12 @@ def _state_of(slot: Slot) -> dict[str, Any]:
 
 
 def _is_whole(slot: Slot, value: Any) -> bool:
-    """Whether state that is not an element's is a tensor for a parameter of which this rank has all."""
+    """Whether state without a value per element is a tensor, for a parameter that this rank has whole."""
     return isinstance(value, Tensor) and value.dim() > 0 and slot.piece.numel() == slot.shape.numel()
 
 
 def scalars(zero: Zero) -> dict[str, dict[str, Any]]:
-    """The optimizer state that ``shares`` leaves out, such as step counts: by the parameter's name, what is kept."""
+    """The optimizer state that ``shares`` leaves out, such as step counts, by parameter name and key."""
     return {slot.name: {key: value for key, value in _state_of(slot).items()
                         if not (_is_like(key, value, slot.piece.shape) or _is_whole(slot, value))}
             for bucket in zero.trained for slot in bucket.slots if _state_of(slot)}
@@ -3448,7 +3447,7 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
 
 def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]], source: str,
                strict: bool, with_state: bool) -> None:
-    """Raise CheckpointError unless what ``source`` has is such as the model has: both as ``describe`` tells it."""
+    """Raise CheckpointError unless ``saved``, from ``source``, fits the model; both as ``describe`` returns them."""
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if strict and (missing or extra):
         raise CheckpointError(f"{source} is of another model: it lacks {missing or 'nothing'}, and also has "
@@ -3465,11 +3464,11 @@ def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping
 
 @torch.no_grad()
 def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[str, dict[str, Any]] | None) -> None:
-    """Take over saved values, each rank what it has of every parameter. All ranks must call it.
+    """Load saved values, on each rank its own part of every parameter. All ranks must call it.
 
-    read    ``read(name, key, first element, out)`` writes saved values into ``out``, a share's
-    state   the optimizer's, in place of what it has, by name and key: a dtype stands for values per element, and a meta
-            tensor for state in a shape of its own, which ``read`` brings. None: the optimizer's stays
+    read    ``read(name, key, first element, out)`` writes saved values into ``out``, the values of a share
+    state   replaces the optimizer's, by name and key. A dtype stands for values per element, and a meta tensor for
+            state in a shape of its own; ``read`` brings both. None: the optimizer keeps its state
     """
     for bucket in zero.trained if state is not None else ():
         for slot in bucket.slots:
@@ -3488,7 +3487,7 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
 
 
 def _entry(slot: Slot, value: Any, before: Any, read: Callable[[int, Tensor], None]) -> Any:
-    """An entry of a piece's optimizer state from what ``fill`` is given, in the memory of the one before if it fits."""
+    """An entry of a piece's optimizer state as ``fill`` needs it, in the memory of the previous one if that fits."""
     piece, group = slot.piece, slot.bucket.zero.optimizer.param_groups[slot.bucket.group]
     if isinstance(value, torch.dtype):  # to be filled with the shares
         new = torch.zeros_like(piece, dtype=value, requires_grad=False)
@@ -3506,8 +3505,8 @@ def _entry(slot: Slot, value: Any, before: Any, read: Callable[[int, Tensor], No
 
 # --- Memory, estimated and measured -----------------------------------------------------------------------------------
 #
-# An estimate is a rehearsal: the code above takes two steps on the meta device, where tensors have no memory, under a
-# communicator that sends nothing; and ``measure`` reads what it holds, as it does for an engine.
+# An estimate is a rehearsal: the code above takes two steps on the meta device, where tensors have no memory, with a
+# communicator that sends nothing. ``measure`` then reads what it holds, as for an engine.
 
 
 CATEGORIES = {
@@ -3564,13 +3563,13 @@ def groups_to_estimate(zero: Zero) -> list[dict[str, Any]]:
 class Estimate:
     """What one rank holds, in bytes by category and place, and what it sends in one optimizer step, by collective.
 
-    Not in it: ``NOT_COUNTED``, and the step's scalars. ``str()`` is a table of it.
+    ``NOT_COUNTED`` and the step's scalars are not in it. ``str()`` makes a table of it.
     """
     stage: int
     world_size: int
     held: dict[tuple[str, str], int]  # see CATEGORIES and PLACES
     traffic: dict[str, Traffic]
-    measured: dict[tuple[str, str], int] | None = None  # what it holds now, as ``measure`` tells
+    measured: dict[tuple[str, str], int] | None = None  # what it holds now, from ``measure``
 
     def bytes(self, category: str | None = None, place: str | None = None) -> int:
         """The bytes of one category or all, in one place or all."""
@@ -3600,8 +3599,8 @@ class RehearsedZero(Zero):
 
     It needs no folder for offload, and counts the norm of gradients as 0, since they have no values.
 
-    most   the bytes that come and go ("live"), at their most so far; with more than 128 buckets, every third (fifth,
-           ...) change is looked at: odd numbers, so that each phase of a repeated block is seen
+    most   the largest number of live bytes so far. With more than 128 buckets it looks at every third (fifth, ...)
+           change: at odd intervals, so that it sees each phase of a repeated block
     """
 
     most = looks = 0
@@ -3617,7 +3616,7 @@ class RehearsedZero(Zero):
         return 0.0
 
     def watch(self) -> None:
-        """Note what comes and goes now.
+        """Note the live bytes now.
 
         Below stage 3, the next bucket counts as begun: a model's gradients don't come in the exact order of buckets.
         """
@@ -3634,13 +3633,13 @@ class RehearsedZero(Zero):
 class StandIn(nn.Module):
     """A module's parameters and submodules on the meta device, by name; no code and no data of it.
 
-    memo   gets what stands for each module and parameter, by its id
+    memo   receives the stand-in of each module and parameter, by its id
     """
 
     def __init__(self, module: nn.Module, memo: dict[int, Any]):
         super().__init__()
         memo[id(module)] = self
-        for name, p in module._parameters.items():  # set in the dictionaries, no hook of zero.Init sees it
+        for name, p in module._parameters.items():  # set in the dictionaries, where no hook of zero.Init sees it
             if p is not None and id(p) not in memo:
                 like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
                 memo[id(p)] = nn.Parameter(like, p.requires_grad)
@@ -3659,10 +3658,10 @@ class StandIn(nn.Module):
 
 
 class StandInOptimizer(Optimizer):
-    """Keeps a group's ``state_tensors`` per parameter, and updates nothing; says which groups are ``whole``."""
+    """Keeps a group's ``state_tensors`` per parameter, updates nothing, and knows which groups are ``whole``."""
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        """As Zero asks."""
+        """What Zero asks."""
         return not group["whole"]
 
     def step(self, closure: None = None) -> None:
@@ -3678,13 +3677,13 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
              micro_batches: int = 1, groups: Sequence[Mapping[str, Any]] | None = None, rank: int = 0) -> Estimate:
     """What a rank of ``world_size`` will hold, in bytes, and send, before anything is allocated.
 
-    model_or_counts   a model, of which only shapes and dtypes are read. Or the number of parameters, or that and the
-                      largest unit's: then of equal blocks, as large as the unit or a bucket, and 100 at most
+    model_or_counts   a model, of which only shapes and dtypes are read; or the number of parameters; or that and the
+                      largest unit's. Numbers stand for equal blocks, as large as the unit or a bucket, and 100 at most
     config            None: stage 0. For a whole config, a dict or a file, there is ``engine.estimate``
     dtypes            of every parameter, or a function of the parameter. None: a parameter's own throughout
     buffer_dtype      of floating-point buffers. None: their own
     state_tensors     how many values the optimizer keeps per element: Adam 2, SGD 0
-    device            the ranks' kind of device: it decides how large buckets are. None: the model's; meta is a GPU
+    device            the ranks' kind of device, which decides the size of buckets. None: the model's; meta is a GPU
     micro_batches     per optimizer step, for the traffic
     groups            the optimizer's param groups, each with "params", and perhaps "state_tensors" of its own, and
                       "whole" if no parameter may be cut, as for Muon. None: all that require grad, in one
@@ -3720,7 +3719,7 @@ def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: ZeroCon
 
 def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: torch.device,
                    groups: list[dict[str, Any]], communicator: Rehearsal) -> RehearsedZero:
-    """What is like the model's ``Zero`` on ``device``, and has no memory."""
+    """A copy of the model's ``Zero`` on ``device`` that has no memory."""
     memo: dict[int, Any] = {}
     twin = StandIn(model, memo)
     names = {name for name, _ in twin.named_modules()}  # a module that has two names is a unit once
@@ -3740,7 +3739,7 @@ def _stand_in_zero(model: nn.Module, config: ZeroConfig, dtypes: Any, device: to
 
 
 def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], int]:
-    """Take two steps, and read what the second one holds and sends; the first learns the order of the units."""
+    """Take two steps, and read what the second holds and sends; the first learns the order of the units."""
     traffic = zero.communicator.traffic
     for _ in range(2):
         traffic.clear()
@@ -3759,7 +3758,7 @@ def _rehearse(zero: RehearsedZero, micro_batches: int) -> dict[tuple[str, str], 
 
 
 def _blocks(counts: Any, config: ZeroConfig, device: torch.device) -> nn.Module:
-    """A model of so many parameters, in blocks."""
+    """A model of the given number of parameters, in blocks."""
     total, unit = counts if isinstance(counts, tuple) and len(counts) == 2 else (counts, 0)
     for value in (total, unit):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -3773,8 +3772,8 @@ def _blocks(counts: Any, config: ZeroConfig, device: torch.device) -> nn.Module:
         return nn.Sequential(*[nn.Sequential(nn.ParameterList([nn.Parameter(torch.empty(n))])) for n in sizes])
 
 
-# DeepSpeed's documented functions print this project's table, in 16 bits with gradients summed in 32: what is held
-# here, and not what DeepSpeed holds. ``additional_buffer_factor`` has no effect, as the figures need no allowance.
+# DeepSpeed's documented functions print this project's own figures, in 16 bits with gradients summed in 32, and not
+# DeepSpeed's. ``additional_buffer_factor`` has no effect, as the figures need no allowance.
 MIXED = Dtypes(torch.bfloat16, torch.float32, torch.float32, torch.float32)
 
 
@@ -3787,7 +3786,7 @@ def estimate_zero2_model_states_mem_needs_all_live(
 
 def estimate_zero2_model_states_mem_needs_all_cold(total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at stage 2, for so many parameters."""
+    """Print what a rank holds and sends at stage 2, for a number of parameters."""
     estimate_zero2_model_states_mem_needs_all_live(int(total_params), num_gpus_per_node, num_nodes)
 
 
@@ -3797,7 +3796,7 @@ estimate_zero3_model_states_mem_needs_all_live = partial(estimate_zero2_model_st
 def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_layer_params: int,
                                                    num_gpus_per_node: int = 1, num_nodes: int = 1,
                                                    additional_buffer_factor: float = 1.5) -> None:
-    """Print what a rank holds and sends at stage 3, for so many parameters and so many in the largest unit."""
+    """Print what a rank holds and sends at stage 3, for a number of parameters and that of the largest unit."""
     counts = int(total_params), int(largest_layer_params)
     estimate_zero3_model_states_mem_needs_all_live(counts, num_gpus_per_node, num_nodes)
 
