@@ -21,7 +21,6 @@ import amp
 import engine as deepspeed
 import zero
 from conftest import on_ranks
-from engine import ConfigError
 from oracle import STAGES, start, whole
 from test_zero import model_state_bytes, train_wide
 
@@ -514,30 +513,6 @@ def test_autocast_beside_16_bit_weights_is_both(kind):
 
 
 # --- Wrong input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("change, told", [
-    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; allowed: one of them"),
-    ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}},
-     "data_types.param_dtype is torch.float16; allowed: bf16"),
-    ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype is torch.bfloat16; allowed: fp32"),
-    ({"data_types": {"buffer_dtype": "int8"}}, "buffer_dtype is 'int8'; allowed: fp32, fp16, bf16, .* or null"),
-    ({"bf16": {"enabled": True, "loss_scale": 1}}, "bf16.loss_scale is 1; allowed: 0 or null"),
-    ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale is -1; allowed: 0 or a number"),
-    ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis is 0; allowed: a whole number from 1 up"),
-    ({"fp16": {"min_loss_scale": 0}}, "fp16.min_loss_scale is 0; allowed: a number above 0"),
-    ({"fp16": {"enabled": True, "min_loss_scale": 4, "initial_scale_power": 1}},
-     "min_loss_scale is 4.0; allowed: at most"),
-    ({"fp16": {"enabled": 2}}, "fp16.enabled is 2; allowed: true or false"),
-    ({"bf16": {"bf16_optimizer_states": True}}, "bf16_optimizer_states is True; allowed: the value of"),
-    ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op is 'max'; allowed: mean or sum"),
-    ({"bf16": {"enabled": True, "keep_fp32": ["Norm"]}},
-     "bf16.keep_fp32 has 'Norm', which no module matches"),
-])
-def test_contradictions_are_refused_by_key(change, told):
-    with pytest.raises(ValueError, match=told):
-        deepspeed.initialize(model=Net(), config={"train_batch_size": 8, "optimizer": ADAM} | change)
-    assert not dist.is_initialized() and issubclass(ConfigError, ValueError)
 
 
 def test_a_cast_leaves_an_object_that_answers_any_attribute_alone():

@@ -26,7 +26,7 @@ import engine as deepspeed
 from conftest import ROOT, on_ranks
 from engine import ConfigError
 from oracle import Mlp
-from test_mistakes import sections
+from test_config import sections
 
 PAGE = "tutorials/coming_from_deepspeed.md"
 SECTION = (ROOT / PAGE).read_text()

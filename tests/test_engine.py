@@ -2,7 +2,7 @@
 
     .venv/bin/python -m pytest -q tests/test_engine.py
 
-That it trains what plain PyTorch trains is in test_zero.py and test_models.py; what is refused in test_mistakes.py.
+That it trains what plain PyTorch trains is in test_zero.py and test_models.py; what is refused in test_config.py.
 """
 
 import itertools

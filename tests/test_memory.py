@@ -431,7 +431,7 @@ def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, tmp_path):
     (["--params", "5", "--world", "0"], "--world is '0'"),
     (["--params", "5", "--world", "2", "--largest-unit", "6"], "6 parameters"),
     (["--params", "5", "--world", "2", "--config", "/nowhere.json"], "/nowhere.json"),
-    (["--params", "5", "--world", "2", "--config", "CONFIG"], "stag"),  # which test_mistakes.py has more of
+    (["--params", "5", "--world", "2", "--config", "CONFIG"], "stag"),  # which test_config.py has more of
     (["--params", "5", "--world", "2", "--plot", "/nowhere/memory.png"], "/nowhere/memory.png")])
 def test_a_command_line_that_cant_be_meant_is_one_line_and_exit_code_2(arguments, told, capsys, tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stag": 1}}')
