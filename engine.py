@@ -13,14 +13,14 @@ One optimizer step, from the loss to the updated weights, with these phases in t
                                  finishes gradients, ``zero.py`` collects them in buckets and adds them up over ranks
     step()           count       a micro-batch that does not end its accumulation window: nothing more to do
                      clip        take the global norm, and scale the gradients down to ``gradient_clipping``
-                     update      each rank the weights that its ZeRO stage gives it, then ``lr_scheduler.step()``
+                     update      each rank its share of the weights, as the ZeRO stage says; ``lr_scheduler.step()``
 
 So with a loss that is the mean over its micro-batch, the gradient is the mean over the whole batch:
 ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size``.
 
 The file, from top to bottom: the config (dataclasses, and how JSON becomes one), optimizers by name, the process group,
-data, the engine, saving and resuming, ``initialize``, and what else scripts call by DeepSpeed's names. A single process
-needs no launcher; it runs no collective.
+data, the engine, saving and resuming, ``initialize``, and DeepSpeed's other names. A single process needs no launcher,
+and runs no collective.
 
     python engine.py inspect CHECKPOINT_DIR               what is inside
     python engine.py consolidate CHECKPOINT_DIR OUT.pt    one plain state dict of it
@@ -88,7 +88,7 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, **rules: Any) -> Any:
-    """A field that may have certain values only: ``choices``, or numbers in a range; see _Parser.value."""
+    """A field whose values are restricted: to ``choices``, or to numbers in a range; see _Parser.value."""
     return field(default=default, metadata=rules)
 
 
@@ -113,7 +113,7 @@ class SchedulerConfig:
 @dataclass
 class CommsLoggerConfig:
     """The ``comms_logger`` section."""
-    enabled: bool = False   # print a table of all collectives with every progress line, and at destroy()
+    enabled: bool = False   # print a table of all collectives with each progress line, and at destroy()
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "prof_all": "all collectives are counted", "prof_ops": "all collectives are counted",
@@ -123,7 +123,7 @@ class CommsLoggerConfig:
 @dataclass
 class CheckpointConfig:
     """The ``checkpoint`` section."""
-    async_: bool = False           # "async": write behind training, from a copy in host memory
+    async_: bool = False           # "async": write in the background, from a copy in host memory
     keep_last: int | None = _key(None, least=1)  # how many checkpoints stay; older ones go once a new one is complete.
                                                  # None: all
 
@@ -172,7 +172,7 @@ class Config(amp.PrecisionConfig):
         "disable_python_gc": "Python's garbage collection is the script's own business",
         "flops_profiler": "wall_clock_breakdown prints times; torch.profiler counts operations",
         "log_level": "Python's logging has it",
-        "memory_breakdown": "engine.memory_report() tells what takes memory",
+        "memory_breakdown": "engine.memory_report() lists what takes memory",
         "sparse_gradients": "sparse gradients are summed densely",
         "vocabulary_size": "nothing depends on it",
         "zero_force_ds_cpu_optimizer": "the optimizer is PyTorch's, on any device",
@@ -188,17 +188,17 @@ class Config(amp.PrecisionConfig):
                              f"{self.gradient_clipping}; write gradient_clipping: {norm!r} instead")
 
     def collective_timeout(self) -> timedelta | None:
-        """How long a collective may take; None: as long as PyTorch lets it."""
+        """How long a collective may take; None: PyTorch's own limit."""
         return None if self.timeout is None else timedelta(seconds=self.timeout)
 
     def predivide(self, world_size: int) -> float | None:
-        """What gradients are divided by before they are summed over ranks; None: as their dtype needs it."""
+        """The divisor of gradients before their sum over ranks; None: as their dtype needs it."""
         if self.prescale_gradients:  # as in DeepSpeed, whatever the factor is
             return float(world_size)
         return None if self.gradient_predivide_factor == 1 else self.gradient_predivide_factor
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step: what is given, or follows from both other sizes, or 1."""
+        """Micro-batches per optimizer step: as given, or as the other two sizes imply, or 1."""
         train, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
         return self.gradient_accumulation_steps or (max(1, train // (micro * world_size)) if train and micro else 1)
 
@@ -218,7 +218,7 @@ class Config(amp.PrecisionConfig):
             train, micro, steps)
 
 
-# Keys that DeepSpeed documents and this engine refuses, so that they are not taken for misspelt.
+# Keys that DeepSpeed documents and this engine refuses: known, so not reported as misspelt.
 NOT_HERE = {"amp", "autotuning", "compile", "compression_training", "curriculum_learning", "data_efficiency",
             "eigenvalue", "elasticity", "expert_parallel", "hybrid_engine", "nebula", "pipeline",
             "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
@@ -231,7 +231,7 @@ NOT_HERE |= {f"zero_optimization.{key}" for key in (
 # Of the keys without effect (NO_EFFECT of each section), those where "false" needs a warning as well.
 ALWAYS_ON = {"comms_logger.prof_all", "zero_optimization.compute_grad_norm", "optimizer.adam_w_mode"}
 
-# Former spellings, and where the value goes now.
+# Former spellings, and the key that takes the value now.
 FORMER = {"bfloat16": "bf16", "zero_optimization.stage3_gather_fp16_weights_on_model_save":
           "zero_optimization.stage3_gather_16bit_weights_on_model_save"}
 FORMER |= {f"zero_optimization.{key.removeprefix('stage3_')}": f"zero_optimization.{key}" for key in (
@@ -246,13 +246,13 @@ UNDECIDED = (".type", ".stage", ".device", ".nvme_path", ".total_num_steps", ".c
 def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     """A checked Config, from a dictionary or from the path of a JSON file.
 
-    Former spellings and keys that have no effect here are taken, with a warning on rank 0. So is "auto" where it leaves
-    no question open: the key then has its default.
+    Former spellings and keys without effect are accepted, with a warning on rank 0. So is "auto" where it leaves no
+    question open: the key then has its default.
     """
     raw, parser = read_config(config), _Parser()
     parser.respell(raw)
     result = parser.section(Config, raw)
-    off = raw.get("activation_checkpointing")  # DeepSpeed's keys alone, and all of them say no
+    off = raw.get("activation_checkpointing")  # only DeepSpeed's keys, all of them off
     if off and isinstance(off, dict) and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
         result.activation_checkpointing = None
     if "scheduler.params.warmup_max_lr" in parser.autos:
@@ -268,14 +268,14 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]:
-    """A config as it was given, without comments: from a dictionary or a JSON file.
+    """A config as given, without comments: from a dictionary or a JSON file.
 
-    In a file, comments (#, //, /* */) and commas before a closing bracket may stand.
+    A file may contain comments (#, //, /* */) and commas before a closing bracket.
     """
     try:
         if isinstance(config, (str, os.PathLike)):
             text = Path(config).read_text(encoding="utf-8-sig")
-            for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # made blanks: errors name the place
+            for pattern in (r"#[^\n]*|//[^\n]*|/\*.*?\*/", r",(?=\s*[}\]])"):  # blanks keep the positions in errors
                 text = re.sub(rf'("(?:\\.|[^"\\\n])*")|{pattern}',
                               lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text, flags=re.DOTALL)
             config = json.loads(text, object_pairs_hook=_object)
@@ -289,7 +289,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]
 
 
 def _object(pairs: Iterable[tuple[Any, Any]], place: str = "the config") -> dict[str, Any]:
-    """A new dict of these keys and values, and one for each mapping in it, without comments."""
+    """A new dict of these keys and values, also for each mapping in it, without comments."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
@@ -303,7 +303,7 @@ def _object(pairs: Iterable[tuple[Any, Any]], place: str = "the config") -> dict
 
 
 class _Parser:
-    """Makes dataclasses of JSON, and remembers what the config holds that needs a warning."""
+    """Makes dataclasses from JSON, and remembers what needs a warning."""
 
     def __init__(self) -> None:
         self.former: list[str] = []          # former spellings
@@ -311,7 +311,7 @@ class _Parser:
         self.without_effect: list[str] = []  # keys, and why they have none
 
     def warn(self) -> None:
-        """Log what the config holds that needs a warning."""
+        """Log the warnings that the config needs."""
         for text in self.former:
             _warn("config: %s", text)
         if self.autos:
@@ -320,7 +320,7 @@ class _Parser:
             _warn("config: without effect here: %s", "; ".join(self.without_effect))
 
     def respell(self, raw: dict[str, Any]) -> None:
-        """Give former spellings their present ones, in place."""
+        """Replace former spellings by the current ones, in place."""
         if _number(raw.get("steps_per_print")) == math.inf:
             del raw["steps_per_print"]  # never
         if isinstance(raw.get("zero_optimization"), bool):
@@ -345,7 +345,7 @@ class _Parser:
         """An instance of the dataclass ``cls`` from the JSON object ``raw``, whose keys begin with ``path``."""
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{path.rstrip('.')} is {raw!r}; allowed: an object, such as a dict")
-        # A key that is a word of Python's, such as async, has a field with an underscore behind it.
+        # The field of a key that is a Python keyword, such as async, ends in an underscore.
         known = {f.name.removesuffix("_"): f for f in fields(cls)}
         hints, idle, values = typing.get_type_hints(cls), getattr(cls, "NO_EFFECT", {}), {}
         needed = {f.name for f in fields(cls) if f.default is f.default_factory}  # where both are MISSING
@@ -384,11 +384,11 @@ class _Parser:
             raise ConfigError(f"{path} belongs to a part of DeepSpeed that is not covered; take it out of the config")
 
     def value(self, hint: Any, rules: Mapping[str, Any], value: Any, path: str) -> Any:
-        """``value`` as what the annotation ``hint`` says: a number, text, a list, a section, or one of several.
+        """``value`` converted to what the annotation ``hint`` says: a number, text, a list, a section, or a union.
 
-        ``rules`` are the field's metadata: ``choices``, of which a mapping has the values that names stand for, and the
-        range of a number: ``least``, ``most``, ``above``, ``below``. Text that can only mean a number or a truth value
-        means it, as do 0 and 1.
+        ``rules`` are the field's metadata: ``choices`` (a mapping gives the values that names stand for), and the range
+        of a number: ``least``, ``most``, ``above``, ``below``. Text that can only mean a number or a truth value means
+        it, as do 0 and 1.
         """
         kinds = typing.get_args(hint) or (hint,)
         choices, number = rules.get("choices", ()), _number(value)
@@ -418,7 +418,7 @@ def _is_auto(value: Any) -> bool:
 
 
 def _is_off(value: Any, path: str = "") -> bool:
-    """Whether a section or key is there only to say that it is off: then leaving it out changes nothing."""
+    """Whether a section or key only says that it is off: leaving it out would change nothing."""
     if isinstance(value, Mapping):
         return value.get("device") == "none" or "enabled" in value and _is_off(value["enabled"])
     if path.endswith("_size") and isinstance(value, int) and not isinstance(value, bool):
@@ -427,7 +427,7 @@ def _is_off(value: Any, path: str = "") -> bool:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    """The part of an error message that suggests a name like the wrong one (several, if equally like), or nothing."""
+    """The part of an error message that suggests the nearest names to a wrong one, or nothing."""
     near = difflib.get_close_matches(str(name), list(known), cutoff=0.6 if len(str(name)) > 3 else 0.5)
     likeness = [difflib.SequenceMatcher(None, word, str(name)).ratio() for word in near]
     near = [word for word, like in zip(near, likeness) if like == likeness[0]]
@@ -443,7 +443,7 @@ def _is_within(number: float, rules: Mapping[str, Any]) -> bool:
 
 
 def _allowed(kinds: Iterable[type], rules: Mapping[str, Any]) -> str:
-    """What a field of these kinds and ``rules`` may have, in words."""
+    """The values that a field of these kinds and ``rules`` may have, in words."""
     span = "".join(f" {word} {rules[key]:g}" for key, word in (
         ("least", "from"), ("above", "above"), ("most", "to"), ("below", "and below")) if key in rules)
     span += " up" if "least" in rules and "most" not in rules else ""
@@ -456,7 +456,7 @@ def _allowed(kinds: Iterable[type], rules: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """The number that ``value`` is, or is the text of; None if it is none, or too large for one."""
+    """``value``, or the text in it, as a number; None if it is none, or too large."""
     try:
         return float(value) if isinstance(value, (Real, str)) and not isinstance(value, bool) else None
     except (ValueError, OverflowError):
@@ -464,13 +464,13 @@ def _number(value: Any) -> float | None:
 
 
 def _truth(value: Any) -> bool | None:
-    """The truth value that ``value`` is, or is the text of, as 0 and 1 are; None if it is none."""
+    """``value``, or the text in it, as a truth value, which 0 and 1 are as well; None if it is none."""
     number = {"true": 1, "false": 0}.get(str(value).lower(), _number(value))
     return bool(number) if number in (0, 1) else None
 
 
 def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any]:
-    """``params`` for the constructor of ``cls``, whose first argument is given: known names, with what fits them."""
+    """``params``, checked for the constructor of ``cls`` without its first argument: known names, fitting values."""
     known = dict(list(inspect.signature(cls).parameters.items())[1:])
     for key in params:
         if key not in known:
@@ -482,9 +482,9 @@ def _check_params(cls: type, params: dict[str, Any], path: str) -> dict[str, Any
 
 
 def _check_param(value: Any, path: str, kind: type) -> Any:
-    """``value`` where it is of its parameter's kind: bool, str or float, or a list of these. Other objects may be.
+    """``value`` if it fits its parameter's kind: bool, str or float, or a list of these. Other objects pass.
 
-    PyTorch's classes take any text for true, and true for 1.
+    PyTorch's classes themselves would take any text for true, and true for 1.
     """
     number = _number(value)
     if isinstance(value, (list, tuple)):
@@ -499,7 +499,7 @@ def _check_param(value: Any, path: str, kind: type) -> Any:
 
 
 def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[str, Any], Any]:
-    """The scheduler section of a config, which may be the section itself, and the optimizer's rate, if it has one."""
+    """The scheduler section of a config, or of a file with only that section; and the optimizer's rate, if given."""
     raw = read_config(config)
     settings = load_config({"scheduler": raw} if "type" in raw else raw)
     if settings.scheduler is None:
@@ -509,8 +509,8 @@ def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[
 
 # --- Optimizers by name -----------------------------------------------------------------------------------------------
 #
-# Lion, Lamb and Muon, which PyTorch lacks or has for matrices alone, are optimizers for any training loop. What each
-# means for ZeRO, which gives every rank a piece of the parameters to update, is_elementwise(group) says:
+# Lion, Lamb and Muon, which PyTorch lacks or has for matrices only, are optimizers for any training loop. ZeRO gives
+# every rank a piece of the parameters to update, and asks is_elementwise(group) whether it may cut them:
 #
 #     Lion    works element by element, so parameters may be cut anywhere
 #     Lamb    needs the norm of each whole parameter, so none may be cut
@@ -518,7 +518,7 @@ def read_scheduler(config: Mapping[str, Any] | str | os.PathLike) -> tuple[dict[
 
 
 class _Named(Optimizer):
-    """What the three share: ``step()``, for which each defines ``update()``, and the check of numbers.
+    """The base of the three: ``step()``, for which each defines ``update()``, and the check of numbers.
 
     Betas are from 0 and below 1, all others from 0 up.
     """
@@ -529,7 +529,7 @@ class _Named(Optimizer):
 
     @staticmethod
     def check(betas: Any, **options: Any) -> None:
-        """Refuse what no step could use."""
+        """Raise ValueError for numbers that no step could use."""
         if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas!r}; allowed: two numbers from 0 up and below 1")
         for name, value in options.items():
@@ -537,7 +537,7 @@ class _Named(Optimizer):
                 raise ValueError(f"{name} is {value!r}; allowed: a number from 0 up")
 
     def is_elementwise(self, group: Mapping[str, Any]) -> bool:
-        """What ZeRO asks before it cuts a group's parameters."""
+        """Whether every element is treated alike, so that ZeRO may cut the group's parameters."""
         return False
 
     def update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
@@ -565,9 +565,9 @@ class Lion(_Named):
 
     ``m``, in the state as ``exp_avg``, begins at 0: one number per element, where Adam keeps two.
 
-    lr             the distance per step; the paper takes a third to a tenth of what AdamW gets
+    lr             the distance per step; the paper takes a third to a tenth of AdamW's
     betas          how much of ``m`` counts in the direction, and how much of it stays
-    weight_decay   decoupled; the paper takes 3 to 10 times what AdamW gets
+    weight_decay   decoupled; the paper takes 3 to 10 times AdamW's
     """
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
@@ -593,7 +593,7 @@ class Lion(_Named):
 
 
 class Lamb(_Named):
-    """LAMB (arXiv 1904.00962, algorithm 2): Adam's direction, as long as each whole parameter's own length asks for.
+    """LAMB (arXiv 1904.00962, algorithm 2): Adam's direction, scaled by the length of each whole parameter.
 
         m = beta1 * m + (1 - beta1) * g             v = beta2 * v + (1 - beta2) * g ** 2
         r = m / (1 - beta1 ** t) / (sqrt(v / (1 - beta2 ** t)) + eps) + weight_decay * p
@@ -603,7 +603,7 @@ class Lamb(_Named):
     The arguments are those of DeepSpeed's FusedLamb, whose ``max_grad_norm`` is the config's ``gradient_clipping``. The
     state is ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
-    lr                a relative change of a weight's length, as the trust ratio has no unit
+    lr                relative to a weight's length, as the trust ratio has no unit
     bias_correction   False leaves out the two divisions by 1 - beta ** t
     eps_inside_sqrt   add eps to v, before the root
     amsgrad           only False: the paper's LAMB has no such variant
@@ -641,7 +641,7 @@ class Lamb(_Named):
 
 
 class Muon(_Named):
-    """Muon for hidden matrices and AdamW for all else, as one optimizer with one state.
+    """Muon for hidden matrices and AdamW for all other parameters, as one optimizer with one state.
 
     Muon (K. Jordan, https://kellerjordan.github.io/posts/muon/) makes a matrix's momentum orthogonal: each direction
     in which it would move the matrix gets the same length. Both are PyTorch's, ``torch.optim.Muon`` and
@@ -649,7 +649,7 @@ class Muon(_Named):
 
     params          param groups with ``use_muon``, True or False, in each; ``muon_groups`` makes them
     lr              of both, unless ``muon_lr`` (default 0.02) or ``adam_lr`` (default 3e-4) is given
-    momentum, nesterov, ns_steps    Muon's: of its average; whether the newest gradient counts once more; iterations
+    momentum, nesterov, ns_steps    Muon's: decay of its average; whether the newest gradient counts twice; iterations
     betas, eps      AdamW's
     weight_decay    decoupled, of both
     """
@@ -679,7 +679,7 @@ class Muon(_Named):
             self._pytorchs(group)  # its own checks
 
     def _pytorchs(self, group: dict[str, Any]) -> Optimizer:
-        """PyTorch's optimizer over a group; made for each step, as others may exchange the groups and the state."""
+        """PyTorch's optimizer over a group; made anew for each step, as other code may exchange groups and state."""
         optimizer = (torch.optim.Muon if group["use_muon"] else torch.optim.AdamW)([group])
         optimizer.state = self.state
         return optimizer
@@ -694,14 +694,14 @@ class Muon(_Named):
 
 
 def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[dict[str, Any]]:
-    """Param groups for Muon: of each given one, the hidden matrices with ``use_muon`` True, and all else with False.
+    """Param groups for Muon: each given one split into hidden matrices, ``use_muon`` True, and the rest, False.
 
     A hidden matrix has two dimensions and is no embedding and no head. An embedding belongs to an ``nn.Embedding`` or
     has "embed" in its name; a head has a name in which "head" or "lm_head" stands between dots. A parameter's own
     attribute ``use_muon``, True or False, comes before this rule.
 
     parameters   tensors, or param groups
-    model        theirs, which knows the names; None: all have none
+    model        the model, for the parameters' names; None: they have none
     """
     model = nn.Module() if model is None else model
     names = {id(p): name for name, p in model.named_parameters()}
@@ -709,7 +709,7 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
                   for p in module.parameters()}
 
     def use_muon(p: Tensor) -> bool:
-        """Whether the parameter says so itself, or is a hidden matrix."""
+        """Whether the parameter itself says so, or is a hidden matrix."""
         name = names.get(id(p), "")
         edge = id(p) in embeddings or "embed" in name.lower() or {"head", "lm_head"} & set(name.lower().split("."))
         chosen = getattr(p, "use_muon", p.dim() == 2 and not edge)
@@ -730,7 +730,7 @@ def muon_groups(parameters: Iterable, model: nn.Module | None = None) -> list[di
 
 UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)  # one needs a closure, the other sparse gradients: not covered
 
-# What a config may name besides the classes of torch.optim. The first three are DeepSpeed's names of its own kernels.
+# What a config may name besides the classes of torch.optim. The first three are DeepSpeed's names for its kernels.
 BY_NAME: dict[str, type[Optimizer]] = {
     "FusedAdam": torch.optim.Adam, "CPUAdam": torch.optim.Adam, "DeepSpeedCPUAdam": torch.optim.Adam,
     "Lion": Lion, "Lamb": Lamb, "FusedLamb": Lamb, "Muon": Muon}
@@ -741,9 +741,9 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
     """The optimizer that ``section`` names, over ``parameters`` (tensors or param groups) of ``model``.
 
     ``Adam`` and ``AdamW`` mean what they mean in DeepSpeed. Both decay weights the decoupled way (AdamW, arXiv
-    1711.05101), unless ``Adam`` has ``adam_w_mode: false``. Both decay by 0 unless told more; with ``torch_adam: true``
-    PyTorch's default holds, which is 0.01 for AdamW. Other names are those of BY_NAME, or classes of ``torch.optim``
-    but UNFIT ones. PyTorch's fused implementation is used where there is one and ``params`` chooses no other.
+    1711.05101), unless ``Adam`` has ``adam_w_mode: false``. Both decay by 0 by default; with ``torch_adam: true`` by
+    PyTorch's default, 0.01 for AdamW. Other names are those of BY_NAME, and classes of ``torch.optim`` except UNFIT
+    ones. PyTorch's fused implementation is used where there is one and ``params`` chooses no other.
     """
     known = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and issubclass(cls, Optimizer)
              and cls not in (Optimizer, *UNFIT)} | BY_NAME
@@ -769,7 +769,7 @@ def build_optimizer(section: OptimizerConfig, parameters: Iterable, device: torc
 
 
 def _choose_adam(name: str, params: dict[str, Any]) -> type[Optimizer]:
-    """PyTorch's class for a name that DeepSpeed has for Adam; takes the flags that say so out of ``params``."""
+    """PyTorch's class for one of DeepSpeed's names for Adam; removes the flags that choose it from ``params``."""
     decoupled, torch_adam, corrects = (_check_param(params.pop(flag, default), f"optimizer.params.{flag}", bool)
                                        for flag, default in (("adam_w_mode", True), ("torch_adam", False),
                                                              ("bias_correction", True)))
@@ -781,7 +781,7 @@ def _choose_adam(name: str, params: dict[str, Any]) -> type[Optimizer]:
 
 
 def _runs_fused(cls: type[Optimizer], params: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether PyTorch has a fused kernel for the class, and ``params`` leave it the choice."""
+    """Whether PyTorch has a fused kernel for the class, and ``params`` choose no other implementation."""
     if cls is torch.optim.SGD and params.get("momentum"):
         return False  # PyTorch's fused kernel fails where some parameters get their first gradient later
     return ("fused" in inspect.signature(cls).parameters and (cls is not torch.optim.Adagrad or device.type == "cpu")
@@ -795,18 +795,18 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
                      verbose: bool = True, timeout: timedelta | None = None, init_method: str | None = None,
                      dist_init_required: bool | None = None, config: Any = None, rank: int = -1,
                      world_size: int = -1) -> None:
-    """Start the default process group, or keep the one that there is; DeepSpeed's signature.
+    """Start the default process group, or keep the existing one; DeepSpeed's signature.
 
-    ``initialize()`` does the same where it is needed; a group that was started here, ``destroy()`` leaves alone.
+    ``initialize()`` does the same if needed. ``destroy()`` leaves a group alone that was started here.
 
-    dist_backend        what PyTorch calls its backends; default: nccl on a GPU, else gloo
+    dist_backend        PyTorch's name of a backend; default: nccl on a GPU, else gloo
     auto_mpi_discovery  no effect: processes of mpirun or srun are refused, as each would train alone. Use torchrun
     distributed_port    the port of the process group when MASTER_PORT is not set
     verbose             whether to log what was started
     timeout             how long a collective may take before all ranks raise; default: PyTorch's (Gloo 30 minutes,
                         NCCL 10)
     init_method         an address as in torch.distributed.init_process_group; default: the launcher's variables
-    dist_init_required  False: insist that the process group is already there
+    dist_init_required  False: the process group must exist already
     config              refused: initialize() reads the config
     rank, world_size    who this is, instead of the launcher's variables
 
@@ -832,13 +832,13 @@ def init_distributed(dist_backend: str | None = None, auto_mpi_discovery: bool =
     else:
         started = zero.start_process_group(device, distributed_port, dist_init_required, dist_backend, timeout)
     if not started and world_size not in (-1, dist.get_world_size()):
-        raise ValueError(f"world_size is {world_size}, but the process group that there is has {dist.get_world_size()}")
+        raise ValueError(f"world_size is {world_size}, but the existing process group has {dist.get_world_size()}")
     if verbose and started:
         logger.info("process group: rank %d of %d, %s", dist.get_rank(), dist.get_world_size(), dist.get_backend())
 
 
 def _check(name: str, value: Any, fits: bool, allowed: str) -> None:
-    """Refuse an argument that does not fit."""
+    """Raise ValueError for an argument that does not fit."""
     if not fits:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
@@ -856,7 +856,7 @@ def _check_start(port: Any, required: Any) -> None:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it, in lists, tuples and mappings, on ``device``; so what else has ``to()``."""
+    """``value`` with all tensors and other objects with ``to()`` in it on ``device``; in lists, tuples and mappings."""
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device, non_blocking=True)  # the host does not wait for a GPU's queue
@@ -866,7 +866,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def _check_data(dataset: Any) -> None:
-    """Refuse what a ShardedLoader can't be made of."""
+    """Raise ValueError for data that a ShardedLoader can't serve."""
     if isinstance(dataset, IterableDataset) and dist.get_world_size() > 1:
         raise ValueError("training_data is an IterableDataset, which can't be divided among "
                          f"{dist.get_world_size()} ranks; allowed: a dataset with __len__ and __getitem__. "
@@ -883,26 +883,26 @@ def _check_data(dataset: Any) -> None:
 class ShardedLoader:
     """This rank's share of a dataset in micro-batches on its device; a new shuffle every epoch.
 
-    The order comes from rank 0's PyTorch seed, so that ``torch.manual_seed`` fixes it. Ranks get equally many samples:
-    where the count does not divide, some are given twice, as by PyTorch's DistributedSampler.
+    The order comes from rank 0's PyTorch seed, so ``torch.manual_seed`` fixes it. Ranks get equally many samples: where
+    the count does not divide, some come twice, as with PyTorch's DistributedSampler.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
                  drop_last: bool):
         self.dataset, self.batch_size, self.collate_fn, self.drop_last = dataset, batch_size, collate_fn, drop_last
-        self.generator = torch.Generator()  # what DataLoader draws must not depend on how often it is made
+        self.generator = torch.Generator()  # DataLoader's draws must not depend on how often it is made
         self.device, self.world_size = device, dist.get_world_size()
         self.seed = zero.gather(torch.initial_seed() % 2**62)[0]
-        self.epoch = 0      # how many epochs have begun
-        self.samples = 0    # of the last one, those that all ranks together were given; 0 once it is over
-        self.moved = False  # load_state_dict() has set the two, and no loop has taken them up
+        self.epoch = 0      # epochs that have begun
+        self.samples = 0    # samples of the last one that all ranks together were given; 0 once it is over
+        self.moved = False  # load_state_dict() has set the two, and no loop has used them yet
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
         return self._batches(len(self.dataset))
 
     def __iter__(self) -> Iterator[Any]:
-        """A new epoch's micro-batches; after load_state_dict(), also inside the loop, what is left of that one."""
+        """A new epoch's micro-batches; after load_state_dict(), also inside the loop, the rest of that epoch."""
         if not (self.moved and self.samples):
             self.epoch, self.samples = self.epoch + 1, 0
         while True:
@@ -918,12 +918,12 @@ class ShardedLoader:
                 return
 
     def _batches(self, samples: int) -> int:
-        """Micro-batches that each rank gets of so many samples."""
+        """Micro-batches that each rank gets from this number of samples."""
         share = -(-samples // self.world_size)
         return max(0, share // self.batch_size if self.drop_last else -(-share // self.batch_size))
 
     def _loader(self) -> DataLoader:
-        """This rank's share of what is left of the epoch."""
+        """This rank's share of the rest of the epoch."""
         options = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
                    "generator": self.generator, "pin_memory": self.device.type == "cuda"}
         if isinstance(self.dataset, IterableDataset):
@@ -935,13 +935,13 @@ class ShardedLoader:
         return DataLoader(self.dataset, sampler=left[dist.get_rank()::self.world_size], **options)
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the data: the epoch, how many samples of it all ranks had together, and the order's seed."""
+        """The place in the data: the epoch, the samples of it that all ranks together had, and the order's seed."""
         return {"epoch": self.epoch, "samples": self.samples, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the place where ``state`` was taken, also with another number of ranks or another batch size.
+        """Go on where ``state`` was taken, also with another number of ranks or another batch size.
 
-        A loop that runs goes on there; else the next one does.
+        A running loop goes on there; otherwise the next one does.
         """
         self.epoch, self.samples, self.seed, self.moved = state["epoch"], state["samples"], state["seed"], True
         if not isinstance(self.dataset, IterableDataset) and not self._batches(len(self.dataset) - self.samples):
@@ -965,7 +965,7 @@ CHECKED = {bool: "True or False", str | os.PathLike: "the path of a folder"}  # 
 
 
 def _by_all_ranks(*own: str) -> Callable:
-    """A call that every rank must make with the same arguments, except for ``own``: else all ranks raise."""
+    """A call that every rank must make, with the same arguments except ``own``; otherwise all ranks raise."""
     def decorate(method: Callable) -> Callable:
         signature, name = inspect.signature(method), f"{method.__name__}()"
 
@@ -989,7 +989,7 @@ def _by_all_ranks(*own: str) -> Callable:
 
 
 def _reads(path: str, meaning: str) -> Callable[["_State"], Any]:
-    """A method that returns what an engine has at ``path``."""
+    """A method that returns the engine's attribute at ``path``."""
     get = operator.attrgetter(path)
 
     def read(self: "_State") -> Any:
@@ -1000,7 +1000,7 @@ def _reads(path: str, meaning: str) -> Callable[["_State"], Any]:
 
 
 class _State(nn.Module):
-    """Engine, first part: what it has, what its config says, and where training is."""
+    """Engine, first part: its state, its config, and where training is."""
 
     def __init__(self, model: nn.Module, config: Config, precision: amp.Precision, device: torch.device,
                  local_rank: int, started_process_group: bool):
@@ -1017,32 +1017,32 @@ class _State(nn.Module):
         self._window = 0  # micro-batches of the accumulation window that are done
         self._chosen_boundary: bool | None = None  # by set_gradient_accumulation_boundary()
         self._in_no_sync = self._step_applied = False
-        self._scaled = False  # scale() gave out a loss whose backward has not been seen yet
+        self._scaled = False  # scale() has returned a loss whose backward has not been seen yet
         self._incomplete = False  # the last backward() raised
         self._grad_norm = 0.0
         self._writer: tuple[ThreadPoolExecutor, dist.ProcessGroup] | None = None  # of asynchronous saves
         self._writing: Future | None = None
         self._progress = _Progress(self)
 
-    # What the config says.
+    # The config's values.
 
     train_batch_size = _reads("config.train_batch_size", "Samples per optimizer step, over all ranks.")
     train_micro_batch_size_per_gpu = _reads("config.train_micro_batch_size_per_gpu", "Samples per rank and backward.")
     gradient_accumulation_steps = _reads("config.gradient_accumulation_steps", "Micro-batches per optimizer step.")
     gradient_clipping = _reads("config.gradient_clipping", "The largest global gradient norm; 0: no clipping.")
-    zero_optimization_stage = _reads("config.zero_optimization.stage", "What is sharded, see the top of zero.py.")
+    zero_optimization_stage = _reads("config.zero_optimization.stage", "The ZeRO stage, see the top of zero.py.")
     fp16_enabled = _reads("config.fp16.enabled", "Whether the model computes in fp16.")
     bfloat16_enabled = _reads("config.bf16.enabled", "Whether the model computes in bf16.")
-    loss_scale = _reads("scaler.scale", "What the loss is multiplied by before backward; 1.0 except in fp16.")
+    loss_scale = _reads("scaler.scale", "The loss is multiplied by it before backward; 1.0 except in fp16.")
     was_step_applied = _reads("_step_applied", "Whether the last step() updated: at a boundary, and not skipped.")
     get_global_grad_norm = _reads("_grad_norm", "The last update's 2-norm of the averaged gradient, before clipping.")
 
     def __getattr__(self, name: str) -> Any:
-        """What was set on the engine, else the model's own attribute, as in DeepSpeed."""
+        """An attribute set on the engine, else the model's own, as in DeepSpeed."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module" or name.startswith("__"):  # such as of a copy in the making
+            if name == "module" or name.startswith("__"):  # for example while a copy is made
                 raise
         try:
             return getattr(self.module, name)
@@ -1051,7 +1051,7 @@ class _State(nn.Module):
                                  ) from None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_State":
-        """What ``to()``, ``cpu()``, ``half()`` and the like call; at stage 3 only what changes nothing is possible."""
+        """``to()``, ``cpu()``, ``half()`` and the like call it; at stage 3 only what changes nothing is possible."""
         if not self.zero.sharded.parameters:
             return super()._apply(fn, recurse)
         for tensor in [*self.module.parameters(), *self.module.buffers()]:
@@ -1104,9 +1104,9 @@ class _State(nn.Module):
         return bool(self._window) or self.zero.is_inside_window
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say from now on, in place of the engine's counting, whether the current micro-batch ends its window.
+        """Decide from now on, in place of the engine's counting, whether the current micro-batch ends its window.
 
-        To be called before its ``backward()``. What is divided by stays ``gradient_accumulation_steps``.
+        Call it before its ``backward()``. The divisor of gradients stays ``gradient_accumulation_steps``.
         """
         _check("is_boundary", is_boundary, isinstance(is_boundary, bool), "True or False")
         if not self.config.managed_gradient_accumulation:
@@ -1119,8 +1119,8 @@ class _State(nn.Module):
                 schedule: Any = None, compiled_autograd_enabled: bool = False) -> None:
         """Compile the model's blocks, or a model without blocks, with ``torch.compile``; the last two are refused.
 
-        A graph of the whole model would give all gradients at its end: no reduction would overlap with it. Nor may CUDA
-        graphs be replayed, which write over the gradients that buckets have taken from the last replay.
+        A graph of the whole model would return all gradients at its end: no reduction would overlap with it. Modes that
+        replay CUDA graphs are refused: they overwrite the gradients that buckets have taken from the last replay.
         """
         options = compile_kwargs or {}
         if schedule is not None or compiled_autograd_enabled:
@@ -1146,7 +1146,7 @@ class _State(nn.Module):
 
     @property
     def micro_steps(self) -> int:
-        """Calls of ``step()``. Set, as to 0 at an epoch's start, it also says how many of the window are done."""
+        """Calls of ``step()``. Setting it, such as to 0 at an epoch's start, also sets the place in the window."""
         return self._micro_steps
 
     @micro_steps.setter
@@ -1159,7 +1159,7 @@ class _State(nn.Module):
         return [group["lr"] for group in self._groups("get_lr()")]
 
     def set_lr(self, lr: float | list[float]) -> None:
-        """Set the rate of every param group, or of each its own. A scheduler sets its own at its next step."""
+        """Set one rate for all param groups, or one for each. A scheduler sets its own at its next step."""
         groups = self._groups("set_lr()")
         rates = list(lr) if isinstance(lr, (list, tuple)) else [lr] * len(groups)
         _check("lr", lr, len(rates) == len(groups) and all(
@@ -1179,12 +1179,12 @@ class _State(nn.Module):
         return self.optimizer.param_groups
 
     def _show_scale(self) -> None:
-        """Show the loss scale where DeepSpeed shows it. To be read only."""
+        """Show the loss scale where DeepSpeed shows it, for reading only."""
         if self.optimizer is not None:
             self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
 
     def _tell_boundary(self) -> None:
-        """Let ``zero`` know whether the next backward pass ends its accumulation window, and what makes sums means."""
+        """Set in ``zero`` whether the next backward pass ends its accumulation window, and what makes sums means."""
         self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
         ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
         steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
@@ -1195,7 +1195,7 @@ class _Training(_State):
     """Engine, second part: one step, phase by phase; see the top of this file."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; tensors among the arguments are moved to its device, and cast as ``amp.py`` says."""
+        """The model's own forward; tensors among the arguments move to its device, and are cast as ``amp.py`` says."""
         if self.device.type != "cpu":
             args, kwargs = _to_device(args, self.device), _to_device(kwargs, self.device)
         args, kwargs = self.precision.cast_inputs(args), self.precision.cast_inputs(kwargs)
@@ -1203,15 +1203,15 @@ class _Training(_State):
         gathers = self.zero.sharded.parameters
         if gathers and self.training and torch.is_grad_enabled():  # it needs the other ranks
             self.communicator.enter(self.micro_steps + 1)
-        # Where weights are gathered, autocast's copy of one would outlive it.
+        # Where weights are gathered, autocast's cached copy of a weight would outlive it.
         with self._phase("forward"), self.precision.autocast(cache=not gathers):
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Run backward on ``loss``, a scalar, and reduce gradients; returns the loss over the accumulation steps.
 
-        The update takes the mean over the window's micro-batches. ``scale_wrt_gas=False`` makes it the sum, of this
-        loss's part.
+        The update takes the mean over the window's micro-batches. With ``scale_wrt_gas=False`` this loss counts fully,
+        as in a sum.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -1230,10 +1230,10 @@ class _Training(_State):
         return loss / steps if scale_wrt_gas else loss
 
     def scale(self, loss: Tensor) -> Tensor:
-        """What ``backward(loss)`` runs backward on, for callers who do that themselves.
+        """The loss times the loss scale, for callers who run backward themselves.
 
-        They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces what backward left.
-        Without a loss scale that is the loss itself, and ``loss.backward()`` does the same.
+        They call ``engine.scale(loss).backward()``; the next forward or ``step()`` then reduces the gradients. Without
+        a loss scale the result is the loss itself, and ``loss.backward()`` does the same.
         """
         if self._incomplete:  # the script went on without step(), so on every rank
             logger.warning("the last backward() raised: the gradients of its window are dropped")
@@ -1241,18 +1241,18 @@ class _Training(_State):
         self._scaled = True
         if self.scaler.scale == 1:
             return loss
-        # fp16 has no room for a sum over micro-batches: there they are divided before it.
+        # fp16 has no room for a sum over micro-batches: there the loss is divided before it.
         factor = self.scaler.scale / self.gradient_accumulation_steps()
         return (loss if loss.dtype == torch.float64 else loss.float()) * factor
 
     def _spoil(self) -> None:
-        """Where the last ``backward()`` raised, perhaps on this rank alone: all ranks drop its window at the end."""
+        """If the last ``backward()`` raised, perhaps on this rank only: all ranks drop its window at its end."""
         if self._incomplete:
             self.zero.spoiled, self._incomplete = True, False
             self.zero.finish_backward()  # the others have, if it is this rank alone
 
     def _check_scaled(self) -> None:
-        """Refuse what the caller's own ``backward()`` has left, where it lacks the loss scale."""
+        """Raise where the caller's own ``backward()`` ran without the loss scale."""
         scaled, self._scaled = self._scaled, False
         if self.scaler.scale != 1 and not (scaled or self._incomplete) and self.zero.has_taken:
             self.zero.clear_gradients()
@@ -1260,10 +1260,10 @@ class _Training(_State):
                                "engine.scale(loss).backward(). The window's gradients were dropped")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """To be called after every ``backward()``; at the end of an accumulation window it updates the weights.
+        """Call it after every ``backward()``; at the end of an accumulation window it updates the weights.
 
         ``lr_kwargs`` go to the scheduler's ``step()``: ``{"metrics": loss}`` for ReduceLROnPlateau. With
-        ``managed_gradient_accumulation`` false every call updates, with the sum of what ``backward()`` has left.
+        ``managed_gradient_accumulation`` false every call updates, with the gradients since the last one.
         """
         self._groups("step()")
         if self._in_no_sync:
@@ -1284,7 +1284,7 @@ class _Training(_State):
         """Update now, with the mean over the micro-batches of a window that is not full; False if it is empty.
 
         For the end of an epoch whose micro-batches the accumulation steps do not divide. Every rank must call it, after
-        equally many micro-batches. Not for ``managed_gradient_accumulation`` false, where ``step()`` ends any window.
+        equally many micro-batches. With ``managed_gradient_accumulation`` false, ``step()`` ends any window instead.
         """
         self._groups("flush()")
         self._spoil()
@@ -1297,7 +1297,7 @@ class _Training(_State):
 
     def _update(self, lr_kwargs: dict[str, Any] | None, fraction: float = 1.0) -> None:
         """Update the weights with the window's gradients; ``fraction`` is how full it is."""
-        if self.lr_scheduler is not None:  # refuse what its step() does not take, while nothing has changed
+        if self.lr_scheduler is not None:  # check the arguments of its step() before anything changes
             try:
                 inspect.signature(self.lr_scheduler.step).bind(**({} if lr_kwargs is None else lr_kwargs))
             except TypeError as error:
@@ -1324,7 +1324,7 @@ class _Training(_State):
         self._progress.after_step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the window so far, which begins anew."""
+        """Drop the window's gradients so far; the window begins anew."""
         self.zero.clear_gradients()
         super().zero_grad(set_to_none)
         self._window, self._incomplete = 0, False
@@ -1347,7 +1347,7 @@ class _Training(_State):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """A timed phase. Where PyTorch's error tells too little, say what to do."""
+        """A timed phase. Where PyTorch's error says too little, add what to do."""
         try:
             with self.communicator.phase(name):
                 yield
@@ -1368,13 +1368,13 @@ class Engine(_Training):
     lr_scheduler     stepped by ``step()``, or None
     zero             the sharded model: its buckets, the order of reductions, the update
     communicator     the collectives, and the times of a step's phases
-    checkpointing    what recomputes activations, or None; its ``report()`` tells bytes kept and seconds recomputed
+    checkpointing    recomputes activations, or None; its ``report()`` has bytes kept and seconds recomputed
     global_steps     optimizer steps taken; ``skipped_steps`` counts those that an overflow left out
-    global_samples   samples they used, over all ranks
+    global_samples   samples that these steps used, over all ranks
     micro_steps      calls of ``step()``: micro-batches on this rank
 
-    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. For names that
-    DeepSpeed's engine has and this one has not, see tutorials/coming_from_deepspeed.md.
+    Any other attribute is the model's own: ``engine.generate`` is ``engine.module.generate``. For names of DeepSpeed's
+    engine that are absent here, see tutorials/coming_from_deepspeed.md.
     """
 
     # Third part: save and resume.
@@ -1385,20 +1385,20 @@ class Engine(_Training):
                         exclude_frozen_parameters: bool = False) -> bool:
         """Save everything that training needs under ``save_dir/tag``; every rank must call it.
 
-        Each rank writes its own share, into files with names of this save's own; once all of it has reached the disk,
-        its index takes the place of the one before, and ``latest`` changes last. So whenever a save dies, the one
-        before it still loads, and two that run at once are never mixed. Other files in that folder stay; a link, a file
-        or another program's ``meta.json`` in its place is refused before anything is written. Inside an accumulation
-        window the gradients so far are not saved, and a warning says so.
+        Each rank writes its own share, into files whose names belong to this save alone. Once all of it has reached the
+        disk, its index replaces the previous one, and ``latest`` changes last. So whenever a save dies, the one before
+        it still loads, and two concurrent saves never mix. Other files in that folder stay; a link, a file or another
+        program's ``meta.json`` in its place is refused before anything is written. Inside an accumulation window the
+        gradients so far are not saved, and a warning says so.
 
         tag            a folder name, or a number; default: ``global_step`` and the step
-        client_state   plain data of the caller's (numbers, text, tensors, containers), given back by load_checkpoint()
+        client_state   the caller's plain data (numbers, text, tensors, containers), which load_checkpoint() returns
         save_latest    make it the one that load_checkpoint() takes without a tag
         exclude_frozen_parameters   leave them out; such a checkpoint loads with ``load_module_strict=False``
 
         Returns True. With ``checkpoint.async`` it returns once the copy is made, and the next save, load, destroy() or
         the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
-        ``async`` where it is waited for; the log has it at once); what was there before stays.
+        ``async`` where it is waited for; the log has it at once); the previous checkpoint stays.
         """
         folder = Path(save_dir) / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
         self.wait_for_save()
@@ -1409,17 +1409,17 @@ class Engine(_Training):
         if not self.config.checkpoint.async_:
             save.write()
             return True
-        if self._writer is None:  # a thread, for which the program's end waits, and a process group of its own
+        if self._writer is None:  # a thread that the program's end waits for, and a process group of its own
             self._writer = (ThreadPoolExecutor(1, "checkpoint"),
                             dist.new_group(backend="gloo", timeout=self.config.collective_timeout()))
         thread, group = self._writer
         self._writing = thread.submit(save.write, group)
-        self._writing.add_done_callback(  # at once, since no wait_for_save() may follow
+        self._writing.add_done_callback(  # logged at once, since perhaps no wait_for_save() follows
             lambda done: done.exception() and logger.error("%s", done.exception()))
         return True
 
     def wait_for_save(self) -> None:
-        """Wait for an asynchronous save, and raise what went wrong in it."""
+        """Wait for an asynchronous save; raises its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -1428,13 +1428,13 @@ class Engine(_Training):
     def load_checkpoint(self, load_dir: str | os.PathLike, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False) -> tuple[str | None, dict[str, Any] | None]:
-        """Go on where save_checkpoint() was called, at any stage, number of ranks or precision; all ranks must call it.
+        """Resume a saved run, at any stage, number of ranks or precision. Every rank must call it.
 
-        tag                        which; default: the one that the file ``latest`` names
+        tag                        default: the one that the file ``latest`` names
         load_module_strict         False: parameters and buffers that the model or the checkpoint lacks are left alone
         load_optimizer_states      False: the optimizer starts anew, from the loaded weights
         load_lr_scheduler_states   False: the schedule goes on where it is
-        load_module_only           the weights and buffers alone
+        load_module_only           only the weights and buffers
 
         Returns the folder and the saved ``client_state``; ``(None, None)``, with a warning, where nothing was saved.
         Raises CheckpointError on every rank, with nothing changed, where the checkpoint is damaged or of another model,
@@ -1448,7 +1448,7 @@ class Engine(_Training):
         if folder is None:
             _warn("load_checkpoint(): there is no checkpoint in %s, so nothing was loaded", load_dir)
             return None, None
-        self.zero.thaw()  # what is trained by now has state in the checkpoint, perhaps
+        self.zero.thaw()  # the checkpoint may have state of what is trained by now
         with_optimizer = load_optimizer_states and not load_module_only and self.optimizer is not None
         with_schedule = load_lr_scheduler_states and not load_module_only and self.lr_scheduler is not None
         with closing(_Reader(folder)) as reader:
@@ -1465,12 +1465,12 @@ class Engine(_Training):
 
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
-        """On rank 0 the whole model's state dict, in fp32 from the masters; elsewhere empty. All must call it."""
+        """The whole model's state dict on rank 0, in fp32 from the masters; empty elsewhere. All ranks must call it."""
         return self._whole_state_dict(torch.float32)
 
     @_by_all_ranks()
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict | None:
-        """On rank 0 the whole state dict in the dtypes that the model computes in; elsewhere None. All must call it."""
+        """The whole state dict on rank 0, in the model's compute dtypes; None elsewhere. All ranks must call it."""
         return self._whole_state_dict(None, not exclude_frozen_parameters) or None
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
@@ -1480,7 +1480,7 @@ class Engine(_Training):
     @_by_all_ranks()
     def save_16bit_model(self, save_dir: str | os.PathLike, save_filename: str = "pytorch_model.bin",
                          exclude_frozen_parameters: bool = False) -> bool:
-        """Save the whole model's state dict, in the dtype that it computes in, as one file; every rank must call it."""
+        """Save the whole model's state dict, in its compute dtypes, as one file; every rank must call it."""
         _check("save_filename", save_filename, isinstance(save_filename, str) and save_filename, "the name of a file")
         whole, path = self._whole_state_dict(None, not exclude_frozen_parameters), Path(save_dir) / save_filename
 
@@ -1503,10 +1503,10 @@ class Engine(_Training):
                  if id(p) in whole}
         return named | _copies(_persistent_buffers(self.module)) if self.global_rank == 0 else {}
 
-    # What it takes, and its end.
+    # Its memory, and its end.
 
     def memory_report(self) -> zero.Estimate:
-        """The bytes that this rank holds now, by category, compared with what ``estimate`` says; print it."""
+        """The bytes that this rank holds now, by category, compared with ``estimate``; print it."""
         found = zero.estimate(self.module, self.config.zero_optimization, self.world_size,
                               dtypes=self.precision.path, device=self.device, rank=self.global_rank,
                               micro_batches=self.gradient_accumulation_steps(),
@@ -1514,9 +1514,9 @@ class Engine(_Training):
         return replace(found, measured=zero.measure(self.zero, self.module))
 
     def destroy(self) -> None:
-        """Let go of the model and of the process group, if this engine started it; this engine can train no more.
+        """Release the model, and the process group if this engine started it; the engine can't train any more.
 
-        Raises RuntimeError where another rank still trains, having been given more micro-batches.
+        Raises RuntimeError where another rank still trains on more micro-batches.
         """
         self.wait_for_save()
         self._progress.print_traffic()
@@ -1530,7 +1530,7 @@ class Engine(_Training):
 
 
 class _Progress:
-    """What rank 0 prints while training: progress lines, each step's times, and what was sent."""
+    """What rank 0 prints while training: progress lines, each step's times, and the traffic."""
 
     def __init__(self, engine: Engine):
         self.engine, self.every = engine, engine.config.steps_per_print
@@ -1538,7 +1538,7 @@ class _Progress:
         self.losses, self.since = 0, time.perf_counter()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take note of one micro-batch's loss."""
+        """Add one micro-batch's loss."""
         if self.every:
             self.loss_sum, self.losses = self.loss_sum + loss.float(), self.losses + 1
 
@@ -1551,7 +1551,7 @@ class _Progress:
             self.print_traffic()
 
     def _line(self) -> str:
-        """Mean loss of what backward() has had, rate, and samples/s, since the last line."""
+        """Mean loss given to backward(), rate, and samples/s, since the last line."""
         engine, now = self.engine, time.perf_counter()
         mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=engine.device)
         if engine.world_size > 1:
@@ -1562,10 +1562,10 @@ class _Progress:
         return f"{loss}lr {', '.join(f'{rate:.4g}' for rate in rates)}, {speed:.1f} samples/s"
 
     def _times(self) -> str:
-        """What an optimizer step's time went into; on a GPU the host waits for it here.
+        """Where an optimizer step's time went; on a GPU the host waits for it here.
 
-        Communication is the time spent waiting for it and adding up, offload that of gradients' way down, which the
-        other phases do not include; what overlaps with computation costs no time and is not in it.
+        Communication is the time spent waiting for it and adding up, offload that of copying gradients down. The other
+        phases do not include these. Communication that overlaps with computation costs no time and is not in it.
         """
         spent = self.engine.communicator.clock.read()  # begins anew
         offloads = self.engine.config.zero_optimization.offload_optimizer.device != "none"
@@ -1592,8 +1592,8 @@ class _Progress:
 # Next to the folders is the file latest, with the name of the one that load_checkpoint() takes.
 #
 # The index of a save begins as its claim, on which rank 0 has a lock as long as the save lives; one rename makes it the
-# checkpoint's meta.json. What a newer save replaces, or keep_last lets go, gets a claim again. Every save removes the
-# files of the claims that nobody has locked. So what a dead save leaves goes, and what another job writes stays.
+# checkpoint's meta.json. A checkpoint that a newer save replaces, or that keep_last drops, gets a claim again. Every
+# save removes the files of claims that nobody has locked. So the remains of a dead save go, and another job's stay.
 
 
 CheckpointError = zero.CheckpointError
@@ -1603,12 +1603,12 @@ CHUNK = 2**20   # bytes that are read at a time to check them
 
 
 def _agreed(work: Callable[[], Any], group: Any = None) -> list[Any]:
-    """What ``work()`` gives on each rank. Where it raises on any of them, CheckpointError on every rank."""
+    """Every rank's result of ``work()``. If it raises on any rank, all ranks raise CheckpointError."""
     return zero.agree(work, kind=CheckpointError, group=group)
 
 
 def _on_rank_0(work: Callable[[], Any], group: Any = None) -> Any:
-    """What ``work()`` gives on rank 0, on every rank."""
+    """Rank 0's result of ``work()``, on every rank."""
     return _agreed(work if dist.get_rank() == 0 else lambda: None, group)[0]
 
 
@@ -1626,12 +1626,12 @@ class _Piece(NamedTuple):
     shape: list[int] | None = None  # of state in a shape of its own; None: 1-D, from start to end
 
 
-# Files, each written next to how it is read.
+# Files: for each, the writer and the reader.
 
 
 @contextmanager
 def _synced(path: Path) -> Iterator[Any]:
-    """A new file, which is on the disk when the block is left."""
+    """A new file, which has reached the disk when the block ends."""
     with open(path, "wb") as file:
         yield file
         file.flush()
@@ -1672,7 +1672,7 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """What ``meta.json`` says; CheckpointError unless it is the undamaged index of a checkpoint."""
+    """The contents of ``meta.json``; CheckpointError unless it is the undamaged index of a checkpoint."""
     path = folder / "meta.json"
     try:
         wrapped = json.loads(path.read_text())
@@ -1689,7 +1689,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _to_bytes(value: Any, place: str = "") -> bytes:
-    """``value`` as the contents of a file that loads safely; CheckpointError names what in it can't be."""
+    """``value`` as the contents of a file that loads safely; CheckpointError names the part that can't be saved so."""
     value, stored = tree_map_only(np.generic, np.generic.item, value), io.BytesIO()
     try:
         torch.save(value, stored)
@@ -1708,7 +1708,7 @@ def _from_bytes(data: bytes) -> Any:
 
 
 def _folder_name(tag: Any) -> str:
-    """The name of a tag's folder; refuses what is neither a plain folder name nor a number."""
+    """The name of a tag's folder; ValueError for what is neither a plain folder name nor a number."""
     name = str(tag) if isinstance(tag, (str, Real)) and not isinstance(tag, bool) else ""
     if (not name or name != Path(name).name or name in (".", "..", "latest") or not name.isprintable()
             or name.startswith((".", " ")) or name.endswith((".", " "))):
@@ -1737,14 +1737,14 @@ class _Save:
     """A checkpoint on its way to the disk."""
 
     def __init__(self, engine: Engine, folder: Path, client_state: Any, save_latest: bool, with_frozen: bool):
-        """Take what will be written, and on rank 0 make the folder and the claim. All ranks must call it."""
+        """Take the data to write, and on rank 0 make the folder and the claim. All ranks must call it."""
         self.folder, self.save_latest, self.keep_last = folder, save_latest, engine.config.checkpoint.keep_last
         self.claim: Any = None  # rank 0's file, open and locked
         states = _agreed(lambda: self._take(engine, client_state, with_frozen))
         self.id = _on_rank_0(lambda: self._begin(states))
 
     def _take(self, engine: Engine, client_state: Any, with_frozen: bool) -> bytes:
-        """Take this rank's numbers; returns its plain data, as the contents of a file."""
+        """Take this rank's shares; returns its plain data as the contents of a file."""
         if not isinstance(client_state, Mapping | None):
             raise CheckpointError(f"client_state is {client_state!r}; allowed: a dict, or None")
         self.index = {"step": engine.global_steps, "time": time.time_ns(), "ranks": engine.world_size,
@@ -1755,7 +1755,7 @@ class _Save:
         return _to_bytes(_state_of(engine) | {"client_state": dict(client_state or {})})
 
     def _begin(self, states: list[bytes]) -> str:
-        """Refuse a folder that is not ours, and claim this save's files; returns their ID."""
+        """Refuse a folder of another program, and claim this save's files; returns their ID."""
         meta, merged = self.folder / "meta.json", io.BytesIO()
         torch.save(_merged([_from_bytes(data) for data in states]), merged)
         self.state = merged.getvalue()
@@ -1781,14 +1781,14 @@ class _Save:
         return self.folder / (f"rank_{what:05d}.{self.id}.bin" if isinstance(what, int) else f"{what}.{self.id}")
 
     def write(self, group: Any = None) -> None:
-        """Write this rank's file; rank 0 adds the rest and makes it the checkpoint. Talks only to ``group``."""
+        """Write this rank's file; rank 0 adds the rest and makes it the checkpoint. Uses only ``group``."""
         failure = None
         try:
             pieces = _agreed(lambda: _write_pieces(self.shares, self._file(dist.get_rank())), group)
             _on_rank_0(lambda: self._publish(sum(pieces, [])), group)
         except CheckpointError as error:  # on every rank
             failure = error
-        finally:  # as the system does where the process dies
+        finally:  # as the system does if the process dies
             if self.claim is not None:
                 with suppress(OSError):
                     _lock(self.claim, release=True)  # close() would not do where the process was forked since
@@ -1821,12 +1821,12 @@ class _Save:
 
 
 def _claim_of(folder: Path) -> Path:
-    """The claim that makes the present checkpoint of ``folder`` go, once its index is gone."""
+    """The claim under which the files of the current checkpoint in ``folder`` go, once its index is gone."""
     return folder / f"meta{Path(_read_index(folder)['state']).suffix}"
 
 
 def _lock(file: Any, release: bool = False) -> None:
-    """Lock a file, or release it; OSError where another process has locked it, or the system knows no such locks."""
+    """Lock a file, or release it; OSError where another process has locked it, or the system has no such locks."""
     try:
         import fcntl  # here, as not all systems have it
     except ImportError:
@@ -1835,7 +1835,7 @@ def _lock(file: Any, release: bool = False) -> None:
 
 
 def _sweep(save_dir: Path) -> None:
-    """Remove the files of claims that nobody has locked, unless an index names them. What can't be removed stays."""
+    """Remove the files of claims that nobody has locked, unless an index names them. Files that can't go stay."""
     for claim in save_dir.glob(f"[!.]*/meta.{'[0-9a-f]' * 16}"):
         folder = claim.parent
         with suppress(OSError, CheckpointError), open(claim) as file:
@@ -1847,9 +1847,9 @@ def _sweep(save_dir: Path) -> None:
 
 
 def _outdated(newest: Path, keep_last: int) -> list[Path]:
-    """The checkpoints of the earliest steps, so that ``keep_last`` stay with ``newest``.
+    """The checkpoints of the earliest steps, so that ``keep_last`` stay, ``newest`` included.
 
-    Not what ``latest`` or a link names, and no folder without a checkpoint.
+    Those that ``latest`` or a link names stay, and so do folders without a checkpoint.
     """
     save_dir, found = newest.parent, []
     kept = {path.resolve() for path in save_dir.iterdir() if path.is_symlink()}
@@ -1863,13 +1863,13 @@ def _outdated(newest: Path, keep_last: int) -> list[Path]:
     return [folder for folder in old if folder.resolve() not in kept]
 
 
-# The life of a load: open, check all, fill. What needs no engine only opens and checks.
+# The life of a load: open, check all, fill. Uses without an engine only open and check.
 
 
 class _Reader:
-    """A checkpoint's folder. Nothing in it is run: the index is JSON, the rest raw numbers and plain data.
+    """A checkpoint's folder. Nothing in it is executed: the index is JSON, the rest raw numbers and plain data.
 
-    A file that was opened stays open: what ``verify`` has seen is what ``read`` gives, whatever happens to the folder.
+    An opened file stays open: ``read`` returns what ``verify`` has checked, whatever happens to the folder.
     """
 
     def __init__(self, folder: Path):
@@ -1879,12 +1879,12 @@ class _Reader:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What ``meta.json`` says."""
+        """The contents of ``meta.json``."""
         return _read_index(self.folder)
 
     @cached_property
     def pieces(self) -> dict[str, dict[str, list[_Piece]]]:
-        """By parameter and key, in order; they cover each element once."""
+        """The pieces by parameter and key, in order; they cover each element once."""
         pieces: dict[str, dict[str, list[_Piece]]] = {name: {"": []} for name in self.index["parameters"]}
         for piece in sorted((_Piece(**raw) for raw in self.index["pieces"]), key=lambda piece: piece.start):
             pieces[piece.name].setdefault(piece.key, []).append(piece)
@@ -1914,7 +1914,7 @@ class _Reader:
                                   ) from None
 
     def keys(self, name: str) -> list[str]:
-        """The optimizer state that is there for a parameter, as numbers."""
+        """The keys of a parameter's optimizer state that is saved as pieces."""
         return [key for key in self.pieces[name] if key]
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -1944,9 +1944,9 @@ class _Reader:
     def read(self, name: str, key: str, start: int, out: Tensor, stride: list[int]) -> None:
         """Fill a share of ``zero.shares``, of a parameter whose elements lie by ``stride``."""
         facts = self.index["parameters"].get(name)
-        if facts is None:  # left as it is
+        if facts is None:  # not saved, so left as it is
             return
-        if stride != facts["stride"] and out.dim() == 1:  # saved by a model that lays it out in another way
+        if stride != facts["stride"] and out.dim() == 1:  # saved from a model with another memory layout
             there = self.whole(name, key)
             flat = torch.empty_strided(there.shape, stride, dtype=there.dtype).copy_(there)
             out.copy_(flat.as_strided((flat.numel(),), (1,))[start:start + len(out)])
@@ -1970,7 +1970,7 @@ class _Reader:
         return flat.as_strided(facts["shape"], facts["stride"])
 
     def _fill(self, memory: memoryview, name: str, start: int = 0) -> memoryview:
-        """Fill ``memory`` with a file's bytes from ``start`` on; returns what of it there were."""
+        """Fill ``memory`` with a file's bytes from ``start`` on; returns the part that could be filled."""
         if name not in self.files:
             path = self.folder / Path(name).name
             try:
@@ -2018,7 +2018,7 @@ def _check_fits(engine: Engine, reader: _Reader, strict: bool, with_optimizer: b
 
 
 def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
-    """Take over weights, buffers and the optimizer's state."""
+    """Load weights, buffers and the optimizer's state."""
     strides = {name: facts["stride"] for name, facts in zero.describe(engine.zero).items()}
     zero.fill(engine.zero, lambda name, *place: reader.read(name, *place, strides[name]),
               reader.optimizer_state() if with_optimizer else None)
@@ -2044,15 +2044,15 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: boo
         return whole | reader.state["buffers"]
 
 
-# What a checkpoint has of an engine as plain data: taken and put back.
+# An engine's plain data in a checkpoint: taken and put back.
 
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def _state_of(engine: Engine) -> dict[str, Any]:
-    """This rank's plain data: all that is no share of a parameter."""
-    def entry(value: Any) -> tuple[Any, str | None]:  # a number is small, and quickly compared
+    """This rank's plain data: everything except the shares of parameters."""
+    def entry(value: Any) -> tuple[Any, str | None]:  # as a number: small, and quickly compared
         is_number = isinstance(value, Tensor) and value.dim() == 0
         return (value.item(), str(value.dtype)[6:]) if is_number else (value, None)
 
@@ -2087,7 +2087,7 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain data of all ranks: rank 0's, each one's generators, and the buffers in which it differs."""
+    """The plain data of all ranks: rank 0's, each rank's generators, and each rank's buffers that differ."""
     buffers, kept = states[0]["buffers"], {}
     for name, entries in (item for state in states for item in state["optimizer_state"].items()):
         known = kept.setdefault(name, entries)
@@ -2101,17 +2101,17 @@ def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _own_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The inverse: this rank's buffers where there are as many ranks, else rank 0's."""
+    """The inverse: this rank's buffers if the number of ranks is the same, else rank 0's."""
     mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
     return state["buffers"] | mine
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two entries of an optimizer's state, of any kind, say the same."""
+    """Whether two entries of an optimizer's state, of any kind, are equal."""
     (a, kind), (b, other) = tree_flatten(a), tree_flatten(b)
     return kind == other and all(
         type(x) is type(y) and (x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else
-                                bool(x == y or x != x and y != y)) for x, y in zip(a, b))  # NaN is like NaN
+                                bool(x == y or x != x and y != y)) for x, y in zip(a, b))  # NaN equals NaN
 
 
 def _random_state() -> dict[str, Any]:
@@ -2154,14 +2154,14 @@ def initialize(args: Any = None, model: nn.Module | None = None,
                ) -> tuple[Engine, Optimizer | None, ShardedLoader | None, Any]:
     """Make an engine out of ``model`` and a config; DeepSpeed's signature and return value.
 
-    args                may carry ``deepspeed_config``, the path of the config, and ``local_rank``
+    args                may have ``deepspeed_config``, the path of the config, and ``local_rank``
     model               an ``nn.Module``; moved to this rank's device and made equal to rank 0's
     optimizer           over the model's parameters, or a callable that makes one; wins over the config's section
-    model_parameters    what the config's optimizer is built over: parameters or param groups; default: all
+    model_parameters    parameters or param groups for the config's optimizer; default: all
     training_data       a dataset, of which each rank gets a share in micro-batches
     lr_scheduler        or a callable that makes one from the optimizer; wins over the config's section
     distributed_port    the port of the process group when MASTER_PORT is not set
-    dist_init_required  False: insist that the process group is already there
+    dist_init_required  False: the process group must exist already
     collate_fn          how samples become a batch; default: PyTorch's
     config              a dict, or the path of a JSON file; ``config_params`` is its old name
     mpu, mesh_param     model parallelism, which is not covered: refused
@@ -2172,14 +2172,14 @@ def initialize(args: Any = None, model: nn.Module | None = None,
     try:
         _check_arguments(args, model, mpu, mesh_param, collate_fn, distributed_port, dist_init_required)
         settings = load_config(_only_config(args, config, config_params))
-    except ValueError as error:  # on this rank alone, perhaps, and then the others must hear of it
+    except ValueError as error:  # perhaps on this rank alone: the others must learn of it
         if not dist.is_initialized() and "RANK" not in os.environ:
             raise
         failure = error
     device, local_rank, started = _join_group(args, model, distributed_port, dist_init_required, settings)
 
     def build() -> list[str]:
-        """An engine that does not train yet: what can be refused is refused here, and the model is as it was."""
+        """Make an engine that does not train yet. All refusals come here, while the model is unchanged."""
         nonlocal engine
         if failure is not None:
             raise failure
@@ -2196,12 +2196,12 @@ def initialize(args: Any = None, model: nn.Module | None = None,
 
 
 def _describe(engine: Engine, data: Any) -> list[str]:
-    """What all ranks must have in common, a line each."""
+    """Lines of text that must be the same on all ranks."""
     model, groups = engine.module, engine.optimizer.param_groups if engine.optimizer else ()
     names = {id(p): name for name, p in model.named_parameters()}
     settings, _ = tree_flatten_with_path(asdict(engine.config), lambda part: not (isinstance(part, dict) and part))
     lines = [f"{'.'.join(key.key for key in path)} {value!r} in its config" for path, value in settings
-             if path[-1].key != "nvme_path"]  # each rank may have a disk of its own
+             if path[-1].key != "nvme_path"]  # each rank may have its own disk
     lines += [f"the parameter {name} of shape {tuple(p.shape)}, {p.dtype}, {'' if p.requires_grad else 'not '}trained"
               for name, p in model.named_parameters()]
     lines += [f"the buffer {name} of shape {tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()]
@@ -2215,9 +2215,9 @@ def _describe(engine: Engine, data: Any) -> list[str]:
 
 @contextmanager
 def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
-    """On an error, give the caller's optimizer its options back, which a schedule changes, and end the process group.
+    """On an error, restore the options of the caller's optimizer, which a schedule changes, and end the process group.
 
-    The group goes if it was ``started`` here, or the next, corrected call would find one that no engine lets go.
+    The group ends if it was ``started`` here: the next, corrected call would find one that no engine ends.
     """
     options = [(group, dict(group)) for group in getattr(optimizer, "param_groups", ())]
     try:
@@ -2232,7 +2232,7 @@ def _undone_if_refused(optimizer: Any, started: bool) -> Iterator[None]:
 
 
 def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
-    """Refuse what does not fit the model, the number of ranks or their memory."""
+    """Raise where the config does not fit the model, the number of ranks or their memory."""
     settings.settle_batch_sizes(dist.get_world_size())
     _check_data(training_data)
     zero.check_memory(model)
@@ -2243,7 +2243,7 @@ def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
 def _join_group(args: Any, model: Any, port: int, required: bool | None, settings: Config | None
                 ) -> tuple[torch.device, int, bool]:
     """This rank's device and local rank, and whether the process group was started for this model."""
-    local_rank = getattr(args, "local_rank", None) if settings else None  # without settings, it may be anything
+    local_rank = getattr(args, "local_rank", None) if settings else None  # without settings it is unchecked
     local_rank = int(os.environ.get("LOCAL_RANK", max(0, local_rank or 0)))
     try:
         device = zero.own_device(local_rank)
@@ -2276,7 +2276,7 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
 
 
 def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str, nn.Module]:
-    """The modules, by name, that the config's ``key`` means: class names, or patterns of module names."""
+    """The modules, by name, that the config's ``key`` names: by class name, or by a pattern of module names."""
     found: set[str] = set()
     for what in wanted:
         hits = {name for name, module in model.named_modules()
@@ -2291,7 +2291,7 @@ def find_modules(model: nn.Module, wanted: Iterable[str], key: str) -> dict[str,
 
 
 def _precision(settings: Config, model: nn.Module, device: torch.device) -> amp.Precision:
-    """What the config says of precision, with the modules that it names."""
+    """The config's precision, with the modules that it names."""
     kept, safe, autocast = {}, {}, settings.torch_autocast
     for key in ("fp16", "bf16"):
         if getattr(settings, key).enabled:
@@ -2314,7 +2314,7 @@ def _recomputed(settings: Config, model: nn.Module) -> dict[str, nn.Module] | No
 
 
 def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable | None) -> None:
-    """Give the engine all that trains its model. ZeRO refuses before it changes anything; after it, nothing refuses."""
+    """Give the engine all that trains its model. Only ZeRO can still refuse, before it changes anything."""
     model, settings, device = engine.module, engine.config, engine.device
     table, recomputed = engine.precision.table(model, engine.scaler), _recomputed(settings, model)
     if training_data is not None:
