@@ -507,6 +507,8 @@ def make_mistake(mistake: Mistake, stage: int, one_rank: bool, folder: str) -> N
                 "save_16bit_model": {"save_dir": folder}, "set_train_micro_batch_size": {"micro_batch_size": 2},
                 "set_train_batch_size": {"train_batch_size": 2 * dist.get_world_size()}}
         said = error_of(getattr(pair.engine, what), **good.get(what, {}) | wrong)
+        if one_rank:
+            told += rf"|ranks disagree.*rank 1 has {what}\(\), where ({'|'.join(mistake.arguments)}) is"
     pair.backward(0)
     if what == "step":
         said = error_of(pair.engine.step, **wrong)

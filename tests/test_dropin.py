@@ -241,7 +241,7 @@ def test_init_distributed_by_address(tmp_path):
     deepspeed.init_distributed(init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         assert dist.get_world_size() == 1
-        with pytest.raises(ValueError, match="world_size is 2, but the process group that there is has 1"):
+        with pytest.raises(ValueError, match="world_size is 2, but the existing process group has 1"):
             deepspeed.init_distributed(rank=0, world_size=2)
     finally:
         dist.destroy_process_group()
