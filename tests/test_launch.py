@@ -391,11 +391,11 @@ print("right", dist.get_rank())
 """
 
 
-def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request):
+def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, is_long):
     script = tmp_path / "forgetful.py"
     script.write_text(FORGETFUL)
     cases = [("engine", "3", "0.3"), ("alone", "0", "0")]
-    for run, case in enumerate(cases * 25 if request.config.getoption("--long") else cases[:1]):
+    for run, case in enumerate(cases * 25 if is_long else cases[:1]):
         with free_port() as port:
             common = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -408,9 +408,8 @@ def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request)
             assert "terminate" not in err and "Error" not in err, f"run {run}, {case}, rank {rank}: {err}"
 
 
-def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("six restarts take a minute or two; --long runs it")
+@pytest.mark.long  # six restarts take a minute or two
+def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path):
     common = [*TRAINING, "--steps=3000", "--report=100"]
     (together, _), moments = run_ranks(run_script, 2, common), random.Random(0)
     launcher = Program(run_ranks, tmp_path / "printed", [
@@ -547,8 +546,8 @@ def read(path: Path) -> list:
     return json.loads(path.read_text(), object_hook=lambda d: {int(k) if k.isdecimal() else k: v for k, v in d.items()})
 
 
-def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path, request):
-    each = 2 if request.config.getoption("--long") else 1  # processes per machine
+def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path, is_long):
+    each = 2 if is_long else 1  # processes per machine
     with machines.launch(run_ranks, ["--nnodes", "2", "--nproc_per_node", str(each)], tmp_path) as launchers:
         (stages,), (whole,) = run_ranks(train_at_all_stages, 1), run_ranks(train, 1, 2, STEPS)
         ends = [launcher.end() for launcher in launchers]
@@ -573,9 +572,8 @@ def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machine
         assert_close(resumed, whole, f"resumed on {world_size} processes of one machine")
 
 
-def test_with_the_cable_cut_one_machine_goes_on_without_the_other(machines, run_ranks, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("waits a minute for the other machine; --long runs it")
+@pytest.mark.long  # waits a minute for the other machine
+def test_with_the_cable_cut_one_machine_goes_on_without_the_other(machines, run_ranks, tmp_path):
     options = ["--nnodes", "1:2", "--nproc_per_node", "2", "--max_restarts", "1",
                "--rdzv_conf", "last_call_timeout=5,read_timeout=20"]
     for name in machines.names:  # a dead connection ends after seconds, not after Linux' quarter of an hour
