@@ -1025,6 +1025,7 @@ class Slot:
     end: int
     shape: torch.Size
     stride: tuple[int, ...]
+    group: int | None = None           # the optimizer's param group, if it is in one
     kind: type = nn.Parameter          # its Python class while its values can be used, see ShardedParameter
     bucket: "Bucket | None" = None
     place: tuple[int, int] = (0, 0)    # start and length within what this rank updates of the bucket
@@ -1094,16 +1095,16 @@ def _owner_of(parameter: nn.Parameter) -> "Gatherer | Init | None":
     return None if slot is None or slot.bucket.unit is None else slot.bucket.unit.owner
 
 
-def _append_slot(slots: list[Slot], name: str, p: nn.Parameter) -> None:
+def _append_slot(slots: list[Slot], name: str, p: nn.Parameter, group: int | None = None) -> None:
     """Append a slot for ``p`` behind the last one."""
     before, offset = _SLOTS.get(id(p)), _round_up(slots[-1].end, ALIGN) if slots else 0
     dense = torch.empty_like(torch.empty_strided(p.shape, p.stride(), device="meta"))  # as a copy without gaps lies
-    slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, dense.stride(),
+    slots.append(Slot(name, p, offset, offset + p.numel(), p.shape, dense.stride(), group,
                       type(p) if before is None else before.kind))
 
 
 class Bucket:
-    """Parameters of one param group and dtype that communicate together; the picture is at the top of this file.
+    """Parameters of one dtype that communicate together; the picture is at the top of this file.
 
     flat       (numel,), compute dtype: the whole parameters. In stage 3 it has no memory while its unit is sharded
     shard      (numel / N,), stage 3: this rank's slice. It is the master unless one is offloaded, or nothing is trained
@@ -1119,7 +1120,7 @@ class Bucket:
 
     def __init__(self, plan: "Plan", communicator: Communicator, sharded: Sharded, host: Host | None = None,
                  shard_host: Host | None = None, zero: "Zero | None" = None):
-        self.unit, self.group, trained, self.dtypes, self.slots, bounds = plan
+        self.unit, trained, self.whole, self.dtypes, self.slots, bounds = plan
         self.communicator, self.device, self.sharded = communicator, communicator.device, sharded
         self.host, self.shard_host, self.zero = host, shard_host, zero
         self.gradients: Gradients | None = None
@@ -1210,16 +1211,16 @@ class Bucket:
 
     # The optimizer's view.
 
-    def hand_over(self, optimizer: Optimizer, whole: bool) -> None:
+    def hand_over(self, optimizer: Optimizer) -> None:
         """Give the optimizer this rank's pieces in place of the parameters, with the state that it has for them.
 
-        A piece is a view of the master: in the parameter's own shape if ``whole``, else 1-D. A parameter outside of
-        this rank's shard has no piece; one of no elements has an empty one, as in plain PyTorch.
+        A piece is a view of the master: in the parameter's own shape if none may be cut, else 1-D. A parameter
+        outside of this rank's shard has no piece; one of no elements has an empty one, as in plain PyTorch.
         """
         for slot in self.slots:
             state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
             if part.numel() or not slot.shape.numel():
-                slot.piece = nn.Parameter(slot.view(part, slot.offset) if whole else part)
+                slot.piece = nn.Parameter(slot.view(part, slot.offset) if self.whole else part)
             if slot.piece is not None and state:
                 optimizer.state[slot.piece] = {
                     key: slot.own_values(value) if _is_like(key, value, slot.shape) else value
@@ -1629,8 +1630,8 @@ class TakenGradient(Tensor):
 class Plan(NamedTuple):
     """What a Bucket is made from."""
     unit: "Unit | None"   # of stage 3; None: the parameters stay whole
-    group: int | None     # the optimizer's param group, if it is in one
-    trained: bool         # in one, and not frozen
+    trained: bool         # in a param group of the optimizer, and not frozen
+    whole: bool           # none of them may be cut
     dtypes: Dtypes
     slots: list[Slot]
     bounds: list[int] | None = None  # of the ranks' shards; None: all are of one size
@@ -1653,15 +1654,14 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
     for name, p in named:
         unit = units.get(id(p)) if p.numel() > limit else None
         group = groups.get(id(p))
-        key = (unit, group, group is not None and p.requires_grad, Dtypes(*dtypes(p)))
-        slots = open_slots.setdefault(key, [])
-        _append_slot(slots, name, p)
+        key = (unit, group is not None and p.requires_grad, group in whole, Dtypes(*dtypes(p)))
+        slots = open_slots.setdefault((key, group is None), [])
+        _append_slot(slots, name, p, group)
         if unit is None and slots[-1].end >= size:
-            plans.append(Plan(*key, open_slots.pop(key)))
-    plans += [Plan(*key, slots) for key, slots in open_slots.items()]
-    together = [plan for plan in plans if plan.group in whole]
-    bounds = lay_out_whole([plan.slots for plan in together], ranks)
-    return [plan._replace(bounds=bounds.pop(0)) if plan.group in whole else plan for plan in plans]
+            plans.append(Plan(*key, open_slots.pop((key, group is None))))
+    plans += [Plan(*key, slots) for (key, _), slots in open_slots.items()]
+    bounds = lay_out_whole([plan.slots for plan in plans if plan.whole], ranks) if ranks > 1 else []
+    return [plan._replace(bounds=bounds.pop(0)) if plan.whole and bounds else plan for plan in plans]
 
 
 def lay_out_whole(buckets: list[list[Slot]], ranks: int) -> list[list[int]]:
@@ -2674,8 +2674,8 @@ class Zero:
         self.reducer = Reducer(self)
         self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
         self._make_buckets()
-        self._frozen = [slot for bucket in self.buckets if bucket.group is not None and not bucket.trained
-                        for slot in bucket.slots]  # in the optimizer, but frozen; see thaw
+        self._frozen = [slot for bucket in self.buckets if not bucket.trained for slot in bucket.slots
+                        if slot.group is not None]  # in the optimizer, but frozen; see thaw
         self.hooks: list[Any] = []
         self.updater = None if optimizer is None else Updater(self, optimizer)
         self._train([bucket for bucket in self.buckets if bucket.trained])
@@ -2715,7 +2715,7 @@ class Zero:
         self.buckets: list[Bucket] = []
         plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
                              self.gatherer.unit_of if self.gatherer is not None else {},
-                             self.whole if self.sharded.optimizer else (), self.communicator.world_size)
+                             self.whole, self.communicator.world_size if self.sharded.optimizer else 1)
         for plan in plans:
             host = self.offload.host_for(plan.slots[-1].end, self.buckets) if plan.trained else None
             shard_host = None if plan.unit is None else self.offload.parameters
@@ -2725,7 +2725,7 @@ class Zero:
         """From now on these buckets' gradients are reduced, and the optimizer updates their masters."""
         for bucket in buckets:
             bucket.gradients = Gradients(bucket, self.predivide, not self.config.reduce_scatter)
-            bucket.hand_over(self.optimizer, bucket.group in self.whole)
+            bucket.hand_over(self.optimizer)
             bucket.keep_state(self.optimizer)
             self.hooks += [self.reducer.listen(slot) for slot in bucket.slots if slot not in self._frozen]
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
@@ -2750,9 +2750,8 @@ class Zero:
     def slots_by_group(self) -> list[list[Slot]]:
         """The parameters in each of the optimizer's param groups, frozen ones included."""
         groups: list[list[Slot]] = [[] for _ in (self.optimizer.param_groups if self.optimizer else ())]
-        for bucket in self.buckets:
-            if bucket.group is not None:
-                groups[bucket.group] += bucket.slots
+        for slot in (slot for bucket in self.buckets for slot in bucket.slots if slot.group is not None):
+            groups[slot.group].append(slot)
         return groups
 
     def release(self) -> None:
@@ -3090,7 +3089,7 @@ class Init:
         for name, p in new:
             slots: list[Slot] = []
             _append_slot(slots, name, p)
-            plan = Plan(BuiltUnit(type(module).__name__, module, 0, self), None, False, Dtypes(*[p.dtype] * 4), slots)
+            plan = Plan(BuiltUnit(type(module).__name__, module, 0, self), False, False, Dtypes(*[p.dtype] * 4), slots)
             self.buckets.append(Bucket(plan, self.communicator, SHARDED[3], shard_host=self.host))
             plan.unit.free()
         self.modules.setdefault(module)  # for copies of modules, which have registered nothing
@@ -3441,7 +3440,7 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
         names[id(p)].append(name)
     slots = {known[0]: (_SLOTS[key], known[1:]) for key, known in names.items()}
     return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": slot.bucket.trained,
-                   "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.bucket.group, "aliases": aliases}
+                   "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.group, "aliases": aliases}
             for name, (slot, aliases) in slots.items() if slot.bucket.trained or with_frozen}
 
 
@@ -3488,7 +3487,7 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
 
 def _entry(slot: Slot, value: Any, before: Any, read: Callable[[int, Tensor], None]) -> Any:
     """An entry of a piece's optimizer state as ``fill`` needs it, in the memory of the previous one if that fits."""
-    piece, group = slot.piece, slot.bucket.zero.optimizer.param_groups[slot.bucket.group]
+    piece, group = slot.piece, slot.bucket.zero.optimizer.param_groups[slot.group]
     if isinstance(value, torch.dtype):  # to be filled with the shares
         new = torch.zeros_like(piece, dtype=value, requires_grad=False)
         fits = _is_like("", before, new.shape) and (before.dtype, before.stride()) == (value, new.stride())

@@ -124,13 +124,13 @@ def trained(kind: str, draw: dict, stage: int) -> tuple:
         norms = train_drawn(engine, draw)
         state, groups, buckets = engine.optimizer.state, engine.optimizer.param_groups, engine.zero.trained
         for index in engine.zero.whole:
-            shapes = {slot.shape for bucket in buckets if bucket.group == index for slot in bucket.slots}
+            shapes = {slot.shape for bucket in buckets for slot in bucket.slots if slot.group == index}
             assert all(p.shape in shapes for p in groups[index]["params"]), f"{kind}: group {index} has pieces"
         held = sum(v.numel() for s in state.values() for k, v in s.items() if isinstance(v, Tensor) and k != "step")
         expected = elements = 0
         for bucket in buckets:
-            tensors = TENSORS.get(kind, 2 - groups[bucket.group].get("use_muon", 0))
             for slot in bucket.slots:
+                tensors = TENSORS.get(kind, 2 - groups[slot.group].get("use_muon", 0))
                 here = max(0, min(bucket.own.stop, slot.end) - max(bucket.own.start, slot.offset))
                 elements += here
                 if "never" not in slot.name:  # which never had a gradient

@@ -19,7 +19,7 @@ import engine as deepspeed
 import zero
 from conftest import on_ranks
 from oracle import PLAIN, STAGES, Mlp, Net, Pair, assert_close, assert_equal, batches, drawn_loss, drawn_optimizer, \
-    draws, fitting, mine, plain, plain_backward, sharded, square, start, whole
+    draws, fitting, mine, plain, plain_backward, sgd, sharded, square, start, whole
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
@@ -565,6 +565,25 @@ def test_nccls_collectives_train_the_same_whenever_their_results_come(stage, is_
         sent = sum(record.elements for kind, record in traffic.items() if kind != "scalars")
         assert sent == (3 if stage == 3 else 2) * count // 2, traffic
         pair.engine.destroy()
+
+
+def in_groups(parameters):
+    parameters = list(parameters)
+    return torch.optim.SGD([{"params": [p for p in parameters if p.dim() > 1], "momentum": 0.9},
+                            {"params": [p for p in parameters if p.dim() < 2], "lr": 0.3}], lr=0.1)
+
+
+@on_ranks(2, stage=STAGES)
+def test_param_groups_travel_together(stage):
+    sent = []
+    for optimizer in (sgd, in_groups):
+        pair = Pair(Mlp, stage, optimizer)
+        pair.train(0)
+        sent.append({kind: record.calls for kind, record in pair.engine.zero.communicator.traffic.items()})
+        pair.train(1)
+        pair.check()
+        pair.engine.destroy()
+    assert sent[0] == sent[1], f"collectives with one param group, and with two: {sent}"
 
 
 @on_ranks(2)
