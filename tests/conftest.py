@@ -8,38 +8,46 @@ A test that is decorated with ``@on_ranks(N)`` runs on N such processes from its
 
 The processes are started once per test session, and each stays for all the tests that need it. They are forked from a
 server that has PyTorch and the tests' modules loaded already, since loading them takes longer than most tests.
+``Program`` runs scripts of the project from there, as ``python SCRIPT ARGS`` would. The whole suite runs in two lanes.
 """
 
+import ctypes
 import gc
 import inspect
 import multiprocessing
 import os
 import pickle
+import queue
+import runpy
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import groupby
 from multiprocessing import connection as connections
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tests")]
 sys.path[:0] = FOLDERS
-from lanes import pytest_runtestloop  # noqa: E402, F401
-
+FORK = multiprocessing.get_context("fork")
 MAX_RANKS = 4
+FEWEST_FILES = 6  # of tests that a second lane is worth
 # Deadlines are for what hangs, not for what is slow: a test must also pass on a machine that is busy with other things.
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # a lost rank shows as an error, not as a hang
 DEADLINE = 600.0  # seconds, of whatever a test starts and waits for
@@ -252,3 +260,182 @@ def fresh_ranks(run_ranks: Ranks) -> Iterator[Ranks]:
     run_ranks.stop()
     yield run_ranks
     run_ranks.stop()
+
+
+# --- Scripts, run as ``python SCRIPT ARGS`` runs them, in processes that have PyTorch loaded already ------------------
+# Where the script is the launcher, what it starts is forked in the same way. test_launch.py also starts one for real.
+
+
+def run_script(command: Sequence[str], variables: dict[str, str], streams: tuple[int, ...]) -> None:
+    """Be ``python SCRIPT ARGS`` in this process: with these environment variables, and these stdout and stderr."""
+    os.environ.clear()
+    os.environ |= variables
+    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", "1")))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the launcher catches them
+        signal.signal(number, signal.SIG_DFL)
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = list(command)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+class Forked:
+    """The launcher's ``subprocess.Popen(["python", "-u", SCRIPT, ARGS])``, without a new interpreter."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str], stdout: TextIO | None, stderr: TextIO | None,
+                 start_new_session: bool) -> None:
+        assert args[:2] == (sys.executable, "-u") and start_new_session, args
+        ready, begun = FORK.Pipe(duplex=False)
+        streams = tuple(stream.fileno() if stream else number for number, stream in ((1, stdout), (2, stderr)))
+        self.process = FORK.Process(target=self.run, args=(begun, args[2:], env, streams))
+        self.process.start()
+        self.args, self.pid = args, self.process.pid
+        begun.close()
+        with suppress(EOFError):
+            ready.recv()  # from here on its process group can be signalled
+
+    @staticmethod
+    def run(begun: Any, *command: Any) -> None:
+        os.setsid()
+        begun.close()
+        run_script(*command)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+
+def begin(command: Sequence[str], variables: dict[str, str], printed: Path, folder: Path, network: str) -> None:
+    """In a forked process: become the program, in a folder and, if named, a network namespace of ``ip netns``."""
+    if network:
+        with open(f"/run/netns/{network}") as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0, network
+    os.chdir(folder)
+    subprocess_handler.Popen = Forked
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # several processes write
+    streams = tuple(os.open(printed.with_suffix(f".{name}"), flags) for name in ("out", "err"))
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    run_script(command, inherited | variables | {"CUDA_VISIBLE_DEVICES": ""}, streams)
+
+
+class Program:
+    """``python SCRIPT ARGS`` in the background; what it prints goes into files whose names start with ``printed``."""
+
+    def __init__(self, run_ranks: Ranks, printed: Path, command: Sequence[str], folder: Path = ROOT, network: str = "",
+                 **variables: str) -> None:
+        self.printed = printed
+        self.process = run_ranks.context.Process(target=begin, args=(command, variables, printed, folder, network))
+        self.process.start()
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end: the exit code, and what it printed."""
+        self.process.join(DEADLINE)
+        out, err = (self.printed.with_suffix(f".{name}").read_text() for name in ("out", "err"))
+        assert self.process.exitcode is not None, err
+        return self.process.exitcode, out, err
+
+    def stop(self) -> None:
+        """End it, and with it what it has started."""
+        self.process.terminate()
+        self.process.join(DEADLINE)
+
+
+# --- Two lanes: pytest and a fork of it, each with a file of tests at a time ------------------------------------------
+# Most tests keep one core busy, or wait. Where few files are asked for there is one lane, and everything is as usual.
+
+
+class Sender:
+    """A plugin of the second lane: what happens to each test goes to the first one."""
+
+    def __init__(self, config: pytest.Config, reports: Any) -> None:
+        self.config, self.reports = config, reports
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reports.put(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """A hook of pytest's: run the tests; None leaves it to pytest."""
+    groups = [list(items) for _, items in groupby(session.items, lambda item: item.path)]
+    if len(groups) < FEWEST_FILES or session.config.option.collectonly or session.testsfailed or os.name != "posix":
+        return None
+    groups.sort(key=lambda items: -items[0].path.stat().st_size)  # so that both lanes end at about the same time
+    session.config._tmp_path_factory.getbasetemp()  # one for both
+    counter, numbers = os.pipe()
+    os.write(numbers, bytes(range(len(groups))))
+    os.close(numbers)
+
+    def take() -> list[pytest.Item]:
+        """The next file's tests, if there is one; each number is read by one lane."""
+        number = os.read(counter, 1)
+        return groups[number[0]] if number else []
+
+    reports = FORK.Queue()
+    other = FORK.Process(target=second_lane, args=(session, take, reports))
+    other.start()
+    try:
+        for _ in lane(session, take):
+            tell(session, reports, other, wait=False)
+        tell(session, reports, other, wait=True)
+    finally:
+        other.kill()
+        other.join()
+        os.close(counter)
+    return True
+
+
+def lane(session: pytest.Session, take: Callable[[], list[pytest.Item]]) -> Iterator[None]:
+    """Run files of tests until none is left; pauses after each test."""
+    items = take()
+    while items:
+        following = take()
+        for item, nextitem in zip(items, [*items[1:], *(following[:1] or [None])]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+            yield
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+        items = following
+
+
+def second_lane(session: pytest.Session, take: Callable[[], list[pytest.Item]], reports: Any) -> None:
+    """In the fork: run tests, and send what happens in place of printing it. What is captured goes to its own files."""
+    plugins = session.config.pluginmanager
+    plugins.unregister(name="terminalreporter")
+    plugins.register(Sender(session.config, reports))
+    capture = plugins.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    capture.start_global_capturing()
+    capture.suspend_global_capture()
+    try:
+        for _ in lane(session, take):
+            if not multiprocessing.parent_process().is_alive():
+                break
+    except (session.Failed, session.Interrupted):
+        pass  # the first lane stops for the same report
+
+
+def tell(session: pytest.Session, reports: Any, other: Any, wait: bool) -> None:
+    """Report the second lane's tests as if they had run here: those that have ended, or all."""
+    hook = session.config.hook
+    while wait or not reports.empty():
+        try:
+            data = reports.get(timeout=0.1)
+        except queue.Empty:
+            if other.exitcode is None or not reports.empty():
+                continue
+            if other.exitcode:
+                pytest.exit(f"the second lane died with exit code {other.exitcode}", 3)
+            return
+        hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=session.config, data=data))

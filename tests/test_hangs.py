@@ -9,7 +9,6 @@ import gc
 import itertools
 import os
 import re
-import subprocess
 import sys
 import random
 import time
@@ -26,10 +25,9 @@ import torch.distributed as dist
 from torch import nn
 
 import engine as deepspeed
-import lanes
 import oracle
 import zero
-from conftest import DEADLINE, on_ranks
+from conftest import FEWEST_FILES, Program, Ranks, on_ranks
 from oracle import STAGES, Model
 
 # --- In training ------------------------------------------------------------------------------------------------------
@@ -385,30 +383,31 @@ def test_a_marked_test_runs_on_its_ranks(ranks, tmp_path):
     assert (dist.get_world_size(), tmp_path.exists()) == (ranks, True)
 
 
-def two_lanes(folder: Path, first: str, second: str) -> subprocess.CompletedProcess:
+def two_lanes(run_ranks: Ranks, folder: Path, first: str, second: str) -> tuple[int, str, str]:
     """pytest on files enough for two lanes: what each lane's tests do, the first lane's once the second runs."""
-    for number in range(lanes.FEWEST_FILES):
-        (folder / f"test_{number}.py").write_text(f"""import multiprocessing, os, pathlib, time
+    for number in range(FEWEST_FILES):
+        (folder / f"test_{number}.py").write_text(f"""import os, pathlib, time
+first_lane = os.getpid()
 def test_it():
     runs = pathlib.Path({str(folder / "runs")!r})
-    if multiprocessing.parent_process():
+    if os.getpid() != first_lane:
         runs.touch()
         {second}
     while not runs.exists():
         time.sleep(0.01)
     {first}
 """)
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "lanes", "-p", "no:cacheprovider", folder],
-                          env=os.environ | {"PYTHONPATH": str(Path(lanes.__file__).parent)}, text=True,
-                          timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    script = str(Path(pytest.__file__).with_name("__main__.py"))
+    return Program(run_ranks, folder / "printed", [script, "-q", "-p", "conftest", "-p", "no:cacheprovider"],
+                   folder).end()
 
 
-def test_what_fails_in_either_lane_is_told_with_what_it_printed(tmp_path):
-    done = two_lanes(tmp_path, "assert not 'right here'", "print('there'); assert not 'right'")
-    assert done.returncode == 1 and f"{lanes.FEWEST_FILES} failed" in done.stdout, done.stdout
-    assert "assert not 'right here'" in done.stdout and re.search(r"stdout call -+\nthere\n", done.stdout), done.stdout
+def test_what_fails_in_either_lane_is_told_with_what_it_printed(run_ranks, tmp_path):
+    code, out, _ = two_lanes(run_ranks, tmp_path, "assert not 'right here'", "print('there'); assert not 'right'")
+    assert code == 1 and f"{FEWEST_FILES} failed" in out, out
+    assert "assert not 'right here'" in out and re.search(r"stdout call -+\nthere\n", out), out
 
 
-def test_a_lane_that_dies_fails_the_suite(tmp_path):
-    done = two_lanes(tmp_path, "pass", "os._exit(4)")
-    assert done.returncode == 3 and "the second lane died with exit code 4" in done.stdout, done.stdout
+def test_a_lane_that_dies_fails_the_suite(run_ranks, tmp_path):
+    code, out, err = two_lanes(run_ranks, tmp_path, "pass", "os._exit(4)")
+    assert code == 3 and "the second lane died with exit code 4" in out + err, out + err

@@ -1,41 +1,110 @@
-"""The documented example in one process and in several, and the command line around it.
+"""The training script, the documented example, and the launcher: by its command line, for real, and on two machines.
 
     .venv/bin/python -m pytest -q tests/test_launch.py
+    .venv/bin/python -m pytest -q tests/test_launch.py --long     also kills, and one machine without the other
+
+The two machines are two network namespaces joined by a cable that can be cut, with a launcher in each. They need root,
+on Linux. Both have the same host name, which stands for the loopback address, as on many real machines: an address
+taken from the name would lead each to itself. This file is also the script that the launchers start.
 """
 
-import contextlib
 import errno
 import io
 import ipaddress
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import engine as deepspeed
 import launch
-from conftest import DEADLINE, ROOT, Ranks, free_port
-from programs import Program
-from test_train_gpt import SMALL, losses, run_script
+import train_gpt
+from conftest import DEADLINE, ROOT, Program, Ranks, free_port
 
 STEP_LOSS = re.compile(r"step +(\d+)/\d+  loss (\d+\.\d+)")
+SMALL = ["--dim=16", "--layers=1", "--heads=2", "--context=16", "--batch=8", "--steps=20", "--report=10", "--sample=8"]
+
+
+def run_script(arguments: list[str]) -> str:
+    """What the script prints."""
+    with mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]), redirect_stdout(io.StringIO()) as out:
+        train_gpt.main()
+    return out.getvalue()
+
+
+def losses(printed: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss (\d+\.\d+)", printed)]
+
+
+def test_it_learns_real_text_the_same_on_one_rank_and_on_two(run_ranks, tmp_path):
+    arguments = [*SMALL, f"--plot={tmp_path / 'loss.png'}"]
+    (alone,) = run_ranks(run_script, 1, arguments)
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    together, silent = run_ranks(run_script, 2, arguments)
+    assert silent == "" and "the model writes:\ndef " in alone
+    assert len(losses(alone)) == 4 and losses(alone)[0] > 5 > losses(alone)[2], "three steps' losses and a held-out one"
+    assert losses(together) == pytest.approx(losses(alone), abs=2e-4)
+
+
+def curves_of(arguments: list[str]) -> list[list[tuple[int, float]]]:
+    """The curves that the script draws."""
+    with mock.patch.object(train_gpt, "draw_curves") as drawn:
+        run_script(arguments)
+    return [list(curve) for curve in drawn.call_args.args[:2]] if drawn.called else []
+
+
+def test_the_curve_has_every_step_also_those_before_a_resume(run_ranks, tmp_path):
+    (whole, held_out), _ = run_ranks(curves_of, 2, SMALL)
+    assert [step for step, _ in whole] == list(range(1, 21)) and [step for step, _ in held_out] == [20]
+    saving = [*SMALL, f"--save_dir={tmp_path / 'runs'}", "--save_every=5", "--report=100", "--resume"]
+    schedule = "--config=" + str(tmp_path / "constant.json")
+    (tmp_path / "constant.json").write_text('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}}')
+    (expected, _), _ = run_ranks(curves_of, 2, [*SMALL, schedule])
+    run_ranks(curves_of, 2, [*saving, schedule, "--steps=7"])
+    (resumed, held_out), _ = run_ranks(curves_of, 2, [*saving, schedule, "--steps=20"])
+    assert resumed == expected and [step for step, _ in held_out] == [7, 20]
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--data", "no such file"], "train_gpt.py: error: --data no such file can't be read"),
+    (["--data", "SHORT"], "too little text: 27 bytes to train on and 3 held out"),
+    (["--config", "no such file"], "train_gpt.py: error: the config file no such file can't be read"),
+    (["--resume"], "--resume needs --save_dir"), (["--heads", "5"], "--heads 5 does not divide --dim 96"),
+    (["--steps", "0"], "--steps is 0; allowed")])
+def test_bad_input_is_refused(tmp_path, capsys, arguments, told):
+    (tmp_path / "short").write_text("x" * 30)
+    arguments = [str(tmp_path / "short") if a == "SHORT" else a for a in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(arguments)
+    assert told in str(stopped.value) + capsys.readouterr().err
+
+
+# --- The documented example, and the command line ---------------------------------------------------------------------
+
+
 RATE = "Learning rate after warm-up step: 0.0023546349804879152"  # DeepSpeed 0.19.8's own, to the last digit
 
 
 def run_main(arguments: list[str]) -> tuple[int, str, str]:
     """The exit code of launch.main and what it printed."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err):
         try:
             code = launch.main(arguments)
         except SystemExit as stop:  # argparse's way out
@@ -146,7 +215,7 @@ def failed(folder: Path, *ranks: tuple[int, int, float]) -> tuple[int, str]:
         if code:
             failures[rank] = ProcessFailure(rank, 0, code, "")
             failures[rank].timestamp = int(1e9 + seen)
-    with contextlib.redirect_stderr(io.StringIO()) as err:
+    with redirect_stderr(io.StringIO()) as err:
         code = launch.report_failure(ChildFailedError("train.py", failures), "train.py", str(folder))
     return code, err.getvalue()
 
@@ -321,11 +390,11 @@ print("right", dist.get_rank())
 """
 
 
-def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request):
+def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, is_long):
     script = tmp_path / "forgetful.py"
     script.write_text(FORGETFUL)
     cases = [("engine", "3", "0.3"), ("alone", "0", "0")]
-    for run, case in enumerate(cases * 25 if request.config.getoption("--long") else cases[:1]):
+    for run, case in enumerate(cases * 25 if is_long else cases[:1]):
         with free_port() as port:
             common = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -338,9 +407,8 @@ def test_a_script_that_forgets_the_process_group_ends_cleanly(tmp_path, request)
             assert "terminate" not in err and "Error" not in err, f"run {run}, {case}, rank {rank}: {err}"
 
 
-def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("six restarts take a minute or two; --long runs it")
+@pytest.mark.long  # six restarts take a minute or two
+def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path):
     common = [*TRAINING, "--steps=3000", "--report=100"]
     (together, _), moments = run_ranks(run_script, 2, common), random.Random(0)
     launcher = Program(run_ranks, tmp_path / "printed", [
@@ -351,9 +419,173 @@ def test_kills_at_any_moment_leave_the_same_losses(run_ranks, tmp_path, request)
         time.sleep(moments.uniform(4, 10))  # a start takes some of this: kills also hit loading and connecting
         processes = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         if processes:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.kill(int(moments.choice(processes)), signal.SIGKILL)
     code, out, err = launcher.end()
     assert code == 0 and err.count("launch.py: starting again, on 1 machine(s)\n") >= 2, err
     whole, resumed = dict(STEP_LOSS.findall(together)), STEP_LOSS.findall(out)
     assert resumed[-1][0] == "3000" and all(whole[step] == loss for step, loss in resumed), (resumed, whole)
+
+
+ADDRESSES = ["10.71.0.1", "10.71.0.2"]
+CARD = "cable"  # the network interface's name, on both
+TIMEOUT = 8  # seconds that a collective waits
+STEPS, SAVED, CUT = 8, 4, 6  # of the last run: all, the one saved after, the one in which the cable is cut
+
+
+# --- Two machines -----------------------------------------------------------------------------------------------------
+
+
+def cut_cable() -> None:
+    """From inside a machine: from here on its packets get lost, without an error."""
+    subprocess.run(["ip", "link", "set", CARD, "down"], check=True)
+
+
+def train(stage: int, steps: int, folder: str | None = None, cut: bool = False) -> dict[int, float]:
+    """{step: loss of the whole batch}, from ``folder``'s checkpoint on, if any; saved there after step SAVED."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(dim=16, layers=2, heads=2, context=8)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+        "train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "zero_optimization": {"stage": stage}})
+    if folder:
+        engine.load_checkpoint(folder)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(256, (8, 9), generator=generator) for _ in range(steps)]
+    losses = {}
+    for step, batch in list(enumerate(batches, 1))[engine.global_steps:]:
+        share = batch[engine.global_rank::engine.world_size]
+        loss = engine(share[:, :-1], share[:, 1:])
+        if cut and step == CUT and os.environ["GROUP_RANK"] == "1" and os.environ["LOCAL_RANK"] == "0":
+            cut_cable()
+        engine.backward(loss)
+        engine.step()
+        losses[step] = float(train_gpt.mean_over_ranks(loss))
+        if folder and step == SAVED:
+            engine.save_checkpoint(folder)
+    engine.destroy()
+    return losses
+
+
+def train_at_all_stages() -> list[dict[int, float]]:
+    return [train(stage, 3) for stage in range(4)]
+
+
+def main(folder: str) -> None:
+    """A process on one of the machines: all stages, then a run in which the cable is cut; resumed, the rest of that."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    first = not Path(folder, "checkpoints").exists()
+    if first:
+        place = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
+        Path(folder, f"rank{place['RANK']}.json").write_text(json.dumps([place, train_at_all_stages()]))
+    last = train(2, STEPS, f"{folder}/checkpoints", cut=first)
+    Path(folder, "last.json").write_text(json.dumps(last))
+
+class Machines:
+    """Two network namespaces; ``launch`` starts the launcher in both."""
+
+    def __init__(self) -> None:
+        self.names = [f"machine{number}_{os.getpid()}" for number in (0, 1)]
+
+    def connect(self) -> None:
+        """Make them; CalledProcessError where that is not allowed."""
+        for name in self.names:
+            self.ip("netns", "add", name)
+        self.ip("link", "add", CARD, "netns", self.names[0], "type", "veth", "peer", "name", CARD, "netns",
+                 self.names[1])
+        for name, address in zip(self.names, ADDRESSES):
+            self.ip("-n", name, "address", "add", f"{address}/24", "dev", CARD)
+            for card in ("lo", CARD):
+                self.ip("-n", name, "link", "set", card, "up")
+
+    def remove(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    @staticmethod
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+    @contextmanager
+    def launch(self, run_ranks: Ranks, options: list[str], folder: Path) -> Iterator[list[Program]]:
+        """A launcher of this file per machine; stopped at the end if they still run."""
+        launchers = [Program(run_ranks, folder / name, ["launch.py", "--node_rank", str(number), "--rdzv_endpoint",
+                                                        f"{ADDRESSES[0]}:29500", *options, __file__, str(folder)],
+                             network=name, OMP_NUM_THREADS="1") for number, name in enumerate(self.names)]
+        try:
+            yield launchers
+        finally:
+            for launcher in launchers:
+                launcher.stop()
+
+
+@pytest.fixture()
+def machines() -> Iterator[Machines]:
+    if sys.platform != "linux" or shutil.which("ip") is None:
+        pytest.skip("network namespaces need Linux, and its command ip")
+    machines = Machines()
+    try:
+        try:
+            machines.connect()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces can't be made here: {error.stderr.strip()}")
+        yield machines
+    finally:
+        machines.remove()
+
+
+def assert_close(losses: dict[int, float], expected: dict[int, float], what: str) -> None:
+    differences = {step: abs(losses[step] - expected[step]) for step in losses}
+    step = max(differences, key=differences.get)
+    assert differences[step] < 1e-5, f"{what}, step {step}: {losses[step]} where one process has {expected[step]}"
+
+
+def read(path: Path) -> list:
+    """JSON, with whole-number keys again."""
+    return json.loads(path.read_text(), object_hook=lambda d: {int(k) if k.isdecimal() else k: v for k, v in d.items()})
+
+
+def test_two_machines_train_as_one_process_and_a_cut_cable_ends_them_all(machines, run_ranks, tmp_path, is_long):
+    each = 2 if is_long else 1  # processes per machine
+    with machines.launch(run_ranks, ["--nnodes", "2", "--nproc_per_node", str(each)], tmp_path) as launchers:
+        (stages,), (whole,) = run_ranks(train_at_all_stages, 1), run_ranks(train, 1, 2, STEPS)
+        ends = [launcher.end() for launcher in launchers]
+    for rank in range(2 * each):
+        path = tmp_path / f"rank{rank}.json"
+        assert path.exists(), ends
+        place, losses = read(path)
+        assert place == {"RANK": str(rank), "LOCAL_RANK": str(rank % each), "WORLD_SIZE": str(2 * each),
+                         "GLOO_SOCKET_IFNAME": CARD}
+        for stage in range(4):
+            assert list(losses[stage]) == [1, 2, 3]
+            assert_close(losses[stage], stages[stage], f"rank {rank} of {2 * each}, stage {stage}")
+    assert not (tmp_path / "last.json").exists(), "trained on with the cable cut"
+    for code, _, machine in ends:
+        assert code == 1, machine
+        summary = machine[machine.index("launch.py: error: "):]
+        assert re.search(r"failed on rank \d with exit code 1\n", summary) and "Traceback" in summary, machine
+        assert re.search("Timed out waiting|Connection closed by peer|Connection reset by peer", summary), machine
+    for world_size in (1, 4):
+        (resumed, *_) = run_ranks(train, world_size, 1, STEPS, str(tmp_path / "checkpoints"))
+        assert list(resumed) == list(range(SAVED + 1, STEPS + 1))
+        assert_close(resumed, whole, f"resumed on {world_size} processes of one machine")
+
+
+@pytest.mark.long  # waits a minute for the other machine
+def test_with_the_cable_cut_one_machine_goes_on_without_the_other(machines, run_ranks, tmp_path):
+    options = ["--nnodes", "1:2", "--nproc_per_node", "2", "--max_restarts", "1",
+               "--rdzv_conf", "last_call_timeout=5,read_timeout=20"]
+    for name in machines.names:  # a dead connection ends after seconds, not after Linux' quarter of an hour
+        machines.ip("netns", "exec", name, "sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2")
+    with machines.launch(run_ranks, options, tmp_path) as launchers:
+        (whole,) = run_ranks(train, 1, 2, STEPS)
+        (code, _, first), (lost, _, second) = [launcher.end() for launcher in launchers]
+    assert code == 0 and "launch.py: starting again, on 1 machine(s)" in first, first
+    assert lost == 1 and "other machines can't be reached" in second.splitlines()[-1], second
+    last = read(tmp_path / "last.json")
+    assert list(last) == list(range(SAVED + 1, STEPS + 1))
+    assert_close(last, whole, "resumed on one machine of two")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

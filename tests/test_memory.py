@@ -1,4 +1,4 @@
-"""Memory and traffic: the estimate, engines that are alive, one simulated rank of many, and many steps.
+"""What it costs: memory and traffic, estimated and measured; offload; and what a GPU would be asked to do.
 
     .venv/bin/python -m pytest -q tests/test_memory.py
     .venv/bin/python -m pytest -q tests/test_memory.py --long     every stage and number of ranks of the ZeRO paper
@@ -8,33 +8,44 @@ import copy
 import ctypes
 import gc
 import json
+import os
+import re
+import shutil
 import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # noqa: F401  knows the backend "fake"
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import engine as deepspeed
 import train_gpt
 import zero
-from conftest import memory, on_ranks
-from oracle import STAGES, Mlp, Model, chain, square, start
+from conftest import DEADLINE, ROOT, memory, on_ranks
+from oracle import STAGES, Mlp, Model, Pair, assert_equal, chain, draws, fitting, read_drawn, square, start, \
+    start_drawn, train_drawn
 
 COUNT = 64 * 64 * 12 * 20  # parameters, of which none is padding at any number of ranks below
+CPU, NVME, BF16 = {"device": "cpu"}, {"device": "nvme", "nvme_path": "."}, {"bf16": {"enabled": True}}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "fp32": {}, "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}},
-    "bf16-fp32": {"bf16": {"enabled": True}}}
+    "fp32": {}, "bf16": BF16 | {"data_types": {"grad_accum_dtype": "bf16"}}, "bf16-fp32": BF16}
 PAPER_GB = {1: [120, 52.5, 35.6, 31.4, 30.4, 30.1], 2: [120, 41.3, 21.6, 16.6, 15.4, 15.1],
             3: [120, 30, 7.5, 1.88, 0.47, 0.12]}  # arXiv 1910.02054: 7.5 B parameters, at the ranks of RANKS
-CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "."}
 
 
 def config_of(stage: int, precision: str, **section: Any) -> dict[str, Any]:
@@ -515,3 +526,391 @@ def test_the_peak_does_not_grow_with_the_steps(fresh_ranks, stage, is_long):
         for rank, (early, late) in enumerate(fresh_ranks(peaks, 2, stage, steps, exact)):
             assert late <= most * early, f"stage {stage}, rank {rank}, exact {exact}: {early / 2**20:.1f} MiB after " \
                 f"{steps[0]} steps grew to {late / 2**20:.1f} after {steps[1]}"
+
+
+# --- Offload: the same numbers, and the memory really goes elsewhere --------------------------------------------------
+
+
+def placed(offload: dict, folder: Path | str) -> dict:
+    """The sections of ``offload``, each with a folder for files."""
+    return {key: {**section, "nvme_path": str(folder)} for key, section in offload.items()}
+
+
+def check_places(state: zero.Zero, offload: dict) -> None:
+    """What the config sends to files is in files."""
+    for bucket in state.buckets:
+        if offload.get("offload_optimizer", {}).get("device") == "nvme" and bucket.host is not None:
+            kept = [bucket.master] + [value for piece in bucket.pieces
+                                      for value in state.optimizer.state[piece].values()
+                                      if isinstance(value, torch.Tensor) and value.dim() and value.numel()]
+            assert all(t.untyped_storage().filename for t in kept), f"{bucket.slots[0].name}: state is in memory"
+        if offload.get("offload_param", {}).get("device") == "nvme" and bucket.unit is not None:
+            assert bucket.shard.untyped_storage().filename, f"{bucket.slots[0].name}: the shard is in memory"
+
+
+def same_with_and_without(draw: dict, stage: int, offload: dict, folder: Path) -> None:
+    """Norms, weights and optimizer state, bit for bit; nothing is left in the folder."""
+    results = []
+    for sections in ({}, offload):
+        engine = start_drawn(draw | {"offload": placed(sections, folder)}, stage)
+        results.append((train_drawn(engine, draw, 3), *read_drawn(engine, draw)))
+        check_places(engine.zero, sections)
+        engine.destroy()
+        assert not os.listdir(folder), f"left in the folder: {os.listdir(folder)}"
+    # One process has units only with offloaded parameters; the norm is then added up unit by unit, in another order.
+    regrouped = dist.get_world_size() == 1 and offload.get("offload_param", {"device": "none"})["device"] != "none"
+    assert_equal(results[1], results[0], 2e-6 if regrouped else 0, f"{draw} with {offload}")
+
+
+DEVICES = st.sampled_from(["nvme", "cpu", "none"])
+OFFLOADS = st.tuples(st.sampled_from([3, 0, 1, 2, 3]), DEVICES, st.sampled_from([1.0, 0.5]), DEVICES)
+
+
+@given(draws(), OFFLOADS, st.booleans(), st.sampled_from([2, 1, 3]))
+@settings(max_examples=max(10, settings().max_examples // 3), phases=[Phase.generate])
+def test_offload_changes_no_number(run_ranks, tmp_path_factory, draw, offload, bf16, ranks):
+    stage, device, ratio, of_parameters = offload
+    sections = {"offload_optimizer": {"device": device, "ratio": ratio}} | (
+        {"offload_param": {"device": of_parameters}} if stage == 3 else {})
+    draw |= {"dtype": torch.float32, "mixed": False, "more": BF16 | {"communication_data_type": "bf16"}} if bf16 else {}
+    run_ranks(same_with_and_without, ranks, fitting(draw, ranks), stage, sections, tmp_path_factory.mktemp("files"))
+
+
+@on_ranks(2, stage=[1, 3])
+def test_a_checkpoint_goes_from_offload_to_none_and_back(stage, tmp_path):
+    """Two steps, save, two more; the same from the checkpoint with another offload, or none."""
+    reference, scratch = None, tmp_path / f"scratch_{dist.get_rank()}"
+    scratch.mkdir()
+    for device in ("nvme", "none", "cpu"):
+        offload = {"offload_optimizer": {"device": device}}
+        pair = Pair(Mlp, stage, partial(torch.optim.AdamW, lr=0.01), zero_options=placed(offload, scratch))
+        if reference:
+            pair.engine.load_checkpoint(tmp_path / "saved")
+        for step in range(2 if reference else 0, 4):
+            pair.backward(step)
+            pair.engine.step()
+            if not reference:
+                pair.plain(step)
+            if not reference and step == 1:
+                pair.engine.save_checkpoint(tmp_path / "saved")
+        reference = reference or pair.reference
+        pair.reference = reference
+        pair.check(device)
+        check_places(pair.engine.zero, offload)
+        pair.engine.destroy()
+
+
+def refusal(section: dict, stage: int, free: int | None = None) -> str:
+    """The error that initialize() gives on this rank; ``free`` is how much room the disk says it has."""
+    room = shutil.disk_usage(".")
+    with mock.patch.object(shutil, "disk_usage", lambda path: room if free is None else room._replace(free=free)):
+        try:
+            start(Mlp().float(), stage, None, section, optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+@on_ranks(2)
+def test_a_folder_that_is_missing_or_full_is_refused_with_the_bytes_it_needs(tmp_path):
+    count = sum(p.numel() for p in Mlp().parameters())
+    place = {"device": "nvme", "nvme_path": "/no/such/folder"}
+    for stage, needed in ((0, 12 * count), (2, 6 * count)):  # fp32 masters and Adam's two moments
+        told = refusal({"offload_optimizer": place}, stage)
+        assert "offload_optimizer.nvme_path is '/no/such/folder'" in told and f"{needed:,} bytes" in told, told
+    place = {"device": "nvme", "nvme_path": str(tmp_path)}
+    needed = 2 * (6 * count) + 2 * (2 * count)  # 2 ranks: each half of masters and moments, and of weights
+    told = refusal({"offload_optimizer": place, "offload_param": place}, 3, needed - 1)
+    assert f"{needed - 1:,} bytes" in told and f"{needed:,} for all ranks" in told, told
+    assert refusal({"offload_optimizer": place, "offload_param": place}, 3, needed) == "no error"
+
+
+@on_ranks(1)
+def test_one_process_keeps_two_blocks_at_a_time_with_offloaded_parameters(tmp_path):
+    pair = Pair(partial(Mlp, 8), 3, zero_options=placed({"offload_param": {"device": "nvme"}}, tmp_path))
+    live = []
+
+    def look(*_: object) -> None:
+        live.append(sum(b.flat.untyped_storage().nbytes() for b in pair.engine.zero.buckets))
+
+    look()
+    pair.train(0)  # from now on the order of the blocks is known, and the next is gathered ahead
+    for block in pair.model.blocks:
+        block[0].register_forward_hook(look)
+    pair.train(1)
+    look()
+    pair.check()
+    block, *_ = {8 * unit.numel for unit in pair.engine.zero.units if unit.buckets}
+    assert live[0] == live[-1] == 0 and max(live) == 2 * block, f"bytes of whole parameters: {live}"
+    pair.engine.destroy()
+
+
+def limited(device: str, folder: str) -> str:
+    """Train with less memory than gradients and Adam's state take; what comes of it."""
+    import resource  # not on Windows
+
+    libc = ctypes.CDLL(None)  # holes that are free would count too: large tensors go back to the system
+    assert libc.mallopt(-8, 1) and libc.mallopt(-3, 2**20)  # M_ARENA_MAX, M_MMAP_THRESHOLD of <malloc.h>
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB of fp32
+    engine, *_ = deepspeed.initialize(model=model, config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": folder}}})
+    # From here on it may have, beside files: its gradients (96 MiB) and some buffers, but no Adam (192 more).
+    resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + 270 * 2**20, -1))
+    try:
+        for _ in range(3):
+            engine.backward(engine(torch.ones(1, 1024)).square().mean())
+            engine.step()
+    except (RuntimeError, MemoryError) as error:
+        return str(error) or type(error).__name__
+    return f"trained {engine.global_steps}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory by Linux's RLIMIT_DATA")
+def test_state_larger_than_the_memory_limit_trains_from_files_and_not_without(fresh_ranks, tmp_path):
+    """RLIMIT_DATA bounds what a process holds in memory of its own; pages of files are the system's to evict."""
+    assert fresh_ranks(limited, 1, "nvme", str(tmp_path)) == ["trained 3"]
+    fresh_ranks.stop()
+    (without,) = fresh_ranks(limited, 1, "cpu", str(tmp_path))
+    assert re.search("can't allocate memory|MemoryError|not enough memory", without), without
+
+
+# --- What a GPU would be asked to do ----------------------------------------------------------------------------------
+# Device operations, and how often the host waits for it, counted without a GPU: a copy of the program takes the meta
+# device for its GPU, as rank 0 of 8. Each copy between device and host that the host waits for counts, and so does each
+# wait for a stream. Functions that run there import the copy themselves.
+
+
+WORLD, LAYERS, WINDOW = 8, 4, 2
+VIEWS = {"view", "as_strided", "slice", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "select",
+         "_unsafe_view", "split", "empty", "empty_like", "empty_strided", "set_", "unbind", "squeeze", "_reshape_alias"}
+
+
+class Device(TorchDispatchMode):
+    """The meta device in the place of a GPU: counts operations, and what the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.waits = Counter(), Counter()
+        self.message = lambda numel: [0.0] * numel  # what the host reads of a tensor in float64
+
+    def wait(self, what):
+        lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in traceback.extract_stack()
+                 if Path(frame.filename).name in ("zero.py", "engine.py", "amp.py")]
+        self.waits[f"{what} at {lines[-1] if lines else 'the test'}"] += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            self.wait("item")
+            return 0.0
+        if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            if not kwargs.get("non_blocking"):
+                self.wait("copy to the host")
+            numbers = self.message(args[0].numel()) if args[0].dtype == torch.float64 else [0.0] * args[0].numel()
+            return torch.tensor(numbers, dtype=kwargs.get("dtype") or args[0].dtype).view(args[0].shape)
+        if name == "copy_" and args[0].is_meta != args[1].is_meta:
+            if not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+                self.wait("copy between host and device")
+            return args[0] if args[0].is_meta else args[0].zero_()
+        result = function(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        self.operations[name] += name not in VIEWS and any(t.is_meta for t in tensors)
+        if name == "_to_copy" and result.is_meta != args[0].is_meta and not kwargs.get("non_blocking"):
+            self.wait("copy to the device")
+        return result
+
+
+groups: list[int] = []  # the process groups that were made and not ended
+
+
+class Work:
+    """A collective, stream or event that never has anything to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait(self, *args):
+        pass
+
+    wait_stream = wait_event = record = wait
+
+    def record_event(self, *args):
+        return Work()
+
+    def synchronize(self):
+        device.wait("synchronize")
+
+
+pinned: dict[int, int] = {}  # bytes by address
+
+
+class Runtime:
+    """The part of CUDA's runtime that pins memory."""
+
+    @staticmethod
+    def cudaHostRegister(address, size, flags):
+        assert size and address % 4096 == size % 4096 == flags == 0, "not in whole pages"
+        assert address not in pinned, "pinned twice"
+        pinned[address] = size
+
+    @staticmethod
+    def cudaHostUnregister(address):
+        del pinned[address]
+
+
+def on_device(*tensors):
+    assert all(tensor.is_meta for tensor in tensors), "a host tensor in a collective of the device"
+    return Work()
+
+
+def pretend(zero):
+    """A process group of 8 on the meta device, and CUDA's names for it."""
+    dist.init_process_group("fake", rank=0, world_size=WORLD, store=dist.HashStore())
+    for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"):
+        setattr(dist, name, lambda output, given, group=None, async_op=False: on_device(output, given))
+    dist.all_reduce = dist.broadcast = lambda tensor, *args, **kwargs: on_device(tensor)
+    dist.new_group = lambda *args, **kwargs: groups.append(len(groups)) or groups[-1]
+    dist.destroy_process_group = lambda group=None: groups.remove(group)
+    zero.gather = lambda value, group=None: [value] * WORLD
+    zero.own_device = lambda local_rank: torch.device("meta")
+    zero.start_process_group = lambda *args, **kwargs: False
+    zero.Logbook = mock.MagicMock()
+    torch.cuda.Stream = torch.cuda.Event = Work
+    torch.cuda.current_stream, torch.cuda.stream = Work, lambda stream: nullcontext()
+    torch.cuda.cudart, torch.cuda.check_error, torch.cuda.synchronize = Runtime, lambda code: None, lambda *args: None
+    torch.Tensor.record_stream = lambda self, stream: None
+    make = torch.tensor
+
+    def tensor(*args, **kwargs):
+        if torch.device(kwargs.get("device") or "cpu").type == "meta":
+            device.wait("torch.tensor on the device")
+        return make(*args, **kwargs)
+
+    torch.tensor = tensor
+
+
+def count_one(section: dict, options: dict) -> dict:
+    """Operations of the last backward and step of a window, and the host's waits in the whole window."""
+    import engine as deepspeed
+    import train_gpt
+    import zero
+    torch.manual_seed(0)
+    model = train_gpt.GPT(32, LAYERS, 4, 8).to("meta")
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": WINDOW, "gradient_clipping": 0.5,
+              "optimizer": {"type": "AdamW", "params": {"fused": True}}, **options,
+              "zero_optimization": {"reduce_bucket_size": 6000, **section}}
+    nothing = {"new": lambda *args, **kwargs: None}
+    with (mock.patch.object(deepspeed, "_check_arguments", **nothing),  # it refuses a model on the meta device
+          mock.patch("torch.optim.adam._device_dtype_check_for_fused", **nothing)):
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        slots = sum(len(bucket.slots) for bucket in engine.zero.trained)
+        device.message = lambda numel: [1.0] + [8.0] * slots + [0.0] * (numel - slots - 1)
+        batch = torch.zeros(2, 8, dtype=torch.long, device="meta")
+        for micro_batch in range(2 * WINDOW):
+            if micro_batch == WINDOW:
+                device.waits.clear()
+            loss = engine(batch, batch)
+            device.operations.clear()
+            engine.backward(loss)
+            backward = device.operations.total()
+            device.operations.clear()
+            engine.step()
+        most = sum(pinned.values())
+        engine.destroy()
+        del engine, loss, model
+        gc.collect()
+    return {"waits": dict(device.waits), "backward": backward, "step": device.operations.total(), "pinned": most,
+            "pinned after": sum(pinned.values()), "groups left": len(groups)}
+
+
+def plain() -> int:
+    """Operations of plain PyTorch's backward."""
+    import train_gpt
+    model, batch = train_gpt.GPT(32, LAYERS, 4, 8).to("meta"), torch.zeros(2, 8, dtype=torch.long, device="meta")
+    for _ in range(2):
+        loss = model(batch, batch)
+        device.operations.clear()
+        loss.backward()
+    return device.operations.total()
+
+
+def count_all(folder: Path) -> None:
+    """In a process that has the program's own modules already: the same with those of ``folder``, for all CASES."""
+    global device
+    for name in ("zero", "engine", "amp", "checkpointing", "schedulers", "train_gpt"):
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(folder))
+    import zero
+    assert zero.__file__.startswith(str(folder))
+    gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
+    device = Device()
+    pretend(zero)
+    with device:
+        found = [plain(), [count_one(section, options) for section, options in CASES]]
+    (folder / "counts.json").write_text(json.dumps(found))
+    os._exit(0)
+
+
+def copy_program(folder: Path) -> None:
+    """The program with the meta device in the place of CUDA's."""
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        if path.name in ("zero.py", "engine.py"):
+            assert 'device.type == "cuda"' in text
+            text = text.replace('"meta" if device.type == "meta" else "cpu"', '"cpu"')  # the host of a real GPU
+            text = text.replace('device.type == "cuda"', 'device.type == "meta"')
+            text = text.replace('device.type != "cuda"', 'device.type != "meta"')
+        (folder / path.name).write_text(text)
+
+
+CASES = [({"stage": stage} | section, options) for stage, section, options in [
+    (0, {}, {}), (1, {}, {}), (2, {}, {}), (3, {}, {}), (1, {}, BF16), (3, {}, BF16),
+    (3, {}, {"fp16": {"enabled": True}}),
+    (2, {"offload_optimizer": CPU}, BF16), (3, {"offload_optimizer": CPU}, BF16), (3, {"offload_param": CPU}, BF16),
+    (3, {"offload_optimizer": CPU, "offload_param": CPU}, BF16), (2, {"offload_optimizer": CPU | {"ratio": 0.5}}, {})]]
+
+
+@pytest.fixture(scope="module")
+def counts(run_ranks, tmp_path_factory):
+    """What plain PyTorch asks of the device, and what each of CASES does."""
+    folder = tmp_path_factory.mktemp("program")
+    copy_program(folder)
+    process = run_ranks.context.Process(target=count_all, args=(folder,))
+    process.start()
+    process.join(DEADLINE)
+    assert process.exitcode == 0
+    return json.loads((folder / "counts.json").read_text())
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: json.dumps(CASES[case]))
+def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(counts, case):
+    plain, found = counts[0], counts[1][case]
+    offloads = "offload_optimizer" in CASES[case][0]
+    waits = found["waits"]
+    assert sum(waits.values()) <= (2 if offloads else 1), f"{CASES[case]}: the host waits for {waits}"
+    assert found["backward"] <= 1.6 * plain, f"{CASES[case]}: {found['backward']} operations, plain PyTorch {plain}"
+    assert found["step"] <= 60, f"{CASES[case]}: {found['step']} operations in a step, four for each wave of updates"
+    assert found["groups left"] == found["pinned after"] == 0
+    assert (found["pinned"] > 0) == any(key.startswith("offload") for key in CASES[case][0])
+
+
+@pytest.mark.parametrize("count, variables, expected", [
+    (8, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, 5),
+    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "5"}, 0),
+    (1, {"LOCAL_WORLD_SIZE": "8"}, 0),
+    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "8 processes on this machine need as many GPUs; it "),
+    (4, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "need as many GPUs; it has 4"),
+])
+def test_each_process_takes_its_own_gpu(count, variables, expected):
+    """Also where each process is shown one alone."""
+    names = "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"
+    variables = {name: value for name, value in os.environ.items() if name not in names} | variables
+    with mock.patch.dict(os.environ, variables, clear=True), mock.patch.multiple(
+            torch.cuda, is_available=lambda: True, device_count=lambda: count, set_device=mock.DEFAULT) as patched:
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                zero.own_device(5)
+        else:
+            assert zero.own_device(5) == torch.device("cuda", expected)
+            patched["set_device"].assert_called_once_with(expected)

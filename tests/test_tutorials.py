@@ -1,7 +1,9 @@
-"""The course: every block of every chapter runs and prints what the chapter shows, and all that it names exists.
+"""The course: every block of every chapter runs and prints what the chapter shows, all that it names exists, and its
+pictures are there, small, and made by figures.py.
 
     .venv/bin/python -m pytest -q tests/test_tutorials.py
     .venv/bin/python -m pytest -q tests/test_tutorials.py -k 4_learning     one chapter
+    .venv/bin/python -m pytest -q tests/test_tutorials.py --long            make all pictures anew
 
 How fenced blocks are read. A chapter's blocks run in order, in a temporary folder of its own in which the project's
 files can be named as from the project's folder. A traceback names the line of the chapter.
@@ -30,6 +32,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -37,9 +40,9 @@ import torch.distributed as dist
 import torch.distributed.run
 
 import checkpointing
+import figures
 import grade
-from conftest import DEADLINE, ROOT, Ranks
-from programs import Program
+from conftest import DEADLINE, ROOT, Program, Ranks
 
 CHAPTERS = sorted(path for path in (ROOT / "tutorials").glob("*.md")
                   if path.name != "coming_from_deepspeed.md")  # names what is absent; test_dropin.py reads it
@@ -346,3 +349,62 @@ def test_what_leads_nowhere_is_found(tmp_path):
                        "`Gradients.take`, `Gradients.give`\n")
     assert missing_in(chapter) == ["#b", "figures/none.svg", "zero.Bucket.fly", "amp.nothing",
                                    "Gradients.give", "test_amp.py::test_nothing"]
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+FOLDER = figures.ROOT / "tutorials" / "figures"
+
+
+def check(path: Path) -> None:
+    """A well-formed SVG below 80 kB, whose sheet has a light background of its own."""
+    data = path.read_bytes()
+    assert len(data) < 80_000, f"{path.name}: {len(data)} bytes"
+    assert ElementTree.fromstring(data).tag.endswith("svg") and b"fill: #ffffff" in data
+
+
+def test_every_picture_is_there_and_small():
+    assert {path.stem for path in FOLDER.iterdir()} == set(figures.FIGURES)
+    for path in FOLDER.iterdir():
+        check(path)
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 500_000
+
+
+def test_schedules_are_drawn_the_same_each_time(tmp_path, capsys):
+    drawn = []
+    for _ in range(2):
+        figures.main(["schedules", "--output", str(tmp_path)])
+        assert re.fullmatch(r"wrote .*schedules.svg: \d+ kB\n", capsys.readouterr().out)
+        check(tmp_path / "schedules.svg")
+        drawn.append((tmp_path / "schedules.svg").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+def test_what_ranks_hold_lies_within_the_whole_and_covers_it(run_ranks):
+    for stage, ranks in enumerate(zip(*run_ranks(figures.at_all_stages, 3, figures.pieces_held))):
+        for rows in zip(*(rows for rows, _ in ranks)):
+            end = 0
+            for kind, held, start, whole in rows:
+                assert start <= end + 0.02 * whole and start + held <= whole, f"stage {stage}, {kind}: {rows}"
+                end = start + held
+            assert end > 0.98 * whole, f"stage {stage}, {kind}: {rows}"
+
+
+def test_a_gradient_that_a_bucket_took_is_counted_once(run_ranks):
+    ((samples, _),) = run_ranks(figures.memory_of_a_step, 1, 0)
+    parameters, most = (max(sample[kind] for sample in samples) for kind in ("parameters", "gradients"))
+    assert parameters <= most < 1.2 * parameters, "a buffer as large as the parameters, and a gradient on its way"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_all_pictures_are_made(tmp_path, name):
+    figures.main([name, "--output", str(tmp_path)])
+    check(tmp_path / f"{name}.svg")
+
+
+def test_an_unknown_picture_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        figures.main(["scheduls"])
+    assert "the figure is 'scheduls'; allowed: schedules, holdings" in capsys.readouterr().err
