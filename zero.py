@@ -220,8 +220,7 @@ def own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count, needed = torch.cuda.device_count(), max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    shown_one = count == 1 and (os.environ.get("CUDA_VISIBLE_DEVICES") or "TORCHELASTIC_RUN_ID" not in os.environ)
-    if shown_one:  # Slurm, or a script around this one, may show each process its own GPU alone
+    if count == 1:  # Slurm, or a script around this one, may show each process its own GPU alone; else check_gpus
         local_rank = 0
     elif needed > count:  # the same on all ranks: all raise, none waits
         raise ValueError(f"{needed} processes on this machine need as many GPUs; it has {count}")
@@ -246,6 +245,8 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
         if timeout is not None and dist.get_rank() == 0:
             logger.warning("a timeout of %s has no effect: the process group is there already, and keeps its own",
                            timeout)
+        if device.type == "cuda" and dist.group.WORLD._get_backend(device).name() == "nccl":
+            check_gpus(device, dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
         return False
     if required is False:
         raise ValueError("dist_init_required is False, but torch.distributed is not initialized")
@@ -268,9 +269,22 @@ def start_process_group(device: torch.device, port: int = 29500, required: bool 
     store, rank, world_size = next(dist.rendezvous("env://"))
     # A second group must not find the first one's addresses in the launcher's store.
     store = dist.PrefixStore(f"start {next(Communicator.starts)}", store)
+    if own is not None:
+        check_gpus(device, store, rank, world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
     atexit.register(end_process_group)
     return True
+
+
+def check_gpus(device: torch.device, store: Any, rank: int, world_size: int) -> None:
+    """Raise ValueError on all ranks where two have one GPU: NCCL's own error, later, does not say so."""
+    store.set(f"gpu/{rank}", f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}")
+    every = [gpu.decode() for gpu in store.multi_get([f"gpu/{other}" for other in range(world_size)])]
+    (gpu, users), = Counter(every).most_common(1)
+    if users > 1:
+        ranks = ", ".join(str(other) for other in range(world_size) if every[other] == gpu)
+        raise ValueError(f"ranks {ranks} all use the GPU {gpu}; needed: as many GPUs as processes on each machine, and "
+                         "where CUDA_VISIBLE_DEVICES shows a process one alone, another one to each")
 
 
 def _backend(device: torch.device) -> str:

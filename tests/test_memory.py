@@ -897,9 +897,7 @@ def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(co
 
 @pytest.mark.parametrize("count, variables, expected", [
     (8, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, 5),
-    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "5"}, 0),
-    (1, {"LOCAL_WORLD_SIZE": "8"}, 0),
-    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "8 processes on this machine need as many GPUs; it "),
+    (1, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, 0),  # check_gpus refuses what all see
     (4, {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, "need as many GPUs; it has 4"),
 ])
 def test_each_process_takes_its_own_gpu(count, variables, expected):
@@ -914,3 +912,13 @@ def test_each_process_takes_its_own_gpu(count, variables, expected):
         else:
             assert zero.own_device(5) == torch.device("cuda", expected)
             patched["set_device"].assert_called_once_with(expected)
+
+
+@on_ranks(3)
+def test_two_processes_on_one_gpu_are_refused_on_all_ranks_before_nccl_starts():
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    for name, gpus, told in (("two", "aab", "ranks 0, 1 all use the GPU a of"), ("none", "abc", None)):
+        properties = mock.Mock(uuid=gpus[rank])
+        with (mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+              pytest.raises(ValueError, match=told) if told else nullcontext()):
+            zero.check_gpus(torch.device("cuda", 0), dist.PrefixStore(name, store), rank, 3)
