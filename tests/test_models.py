@@ -1,4 +1,4 @@
-"""Any model, used the way people use models: under every stage it trains what plain PyTorch trains, or says why not.
+"""Any model and any call: under every stage they do what they do in plain PyTorch, or say why not.
 
     .venv/bin/python -m pytest -q tests/test_models.py
     .venv/bin/python -m pytest -q tests/test_models.py --long     compiles at every stage
@@ -8,8 +8,10 @@ Every rank has its own rows of a batch; the reference is the same model in plain
 """
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
 import zero
 from conftest import on_ranks
 from oracle import LENGTH, STAGES, WIDTH, Case, Mlp, Model, Pair, assert_close, assert_same, batches, chain, inside, \
-    mine, plain_backward, sgd, square, start, train, twins
+    mine, plain_backward, sgd, square, start, train, twins, whole
 
 
 def linear(outs: int = WIDTH, ins: int = WIDTH) -> nn.Linear:
@@ -195,19 +197,23 @@ def tables() -> Model:
     return Model(chain, blocks=[block() for _ in range(3)])
 
 
-class WritesData(Mlp):
-    """Changes its weights in forward in the way that PyTorch does not count."""
+class Writes(Mlp):
+    """Changes its weights in forward: also in the way that PyTorch does not count, after their use, and by max_norm."""
 
     def __init__(self):
         super().__init__(3)
-        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.scale, self.first = nn.Parameter(torch.ones(WIDTH)), linear()
+        self.rows = nn.Embedding(LENGTH, WIDTH, max_norm=0.5)
 
     def forward(self, x):
         for p in [self.scale, self.blocks[1][0].weight]:
             p.data.mul_(0.9)
         with torch.no_grad():
             self.blocks[0][0].weight.mul_(0.9)
-        return self.blocks(x * self.scale)
+        x = self.blocks((self.first(x) + self.rows(torch.arange(LENGTH))) * self.scale)
+        with torch.no_grad():
+            self.first.weight.clamp_(-0.1, 0.1)
+        return x
 
 
 # --- What a model gives back ------------------------------------------------------------------------------------------
@@ -464,7 +470,7 @@ CASES = {
     "unset fields and cycles": Case(lambda: Model(gives_cycles, blocks=Mlp(2).blocks),
                                     lambda model, x: model(x)[0].out.square().mean()),
     "views of weights": Case(views), "views of weights, recomputed": Case(partial(views, True)),
-    "written through .data": Case(WritesData, whole=True), "methods": Case(Methods, encoded),
+    "written to in forward": Case(Writes, whole=True), "methods": Case(Methods, encoded),
     "reversible": Case(Reversible), "reversible, in a method": Case(Reversible, lambda m, x: m.run(x).square().mean()),
     **{name: Case(partial(Mlp, 2), loss) for name, loss in (
         ("two forwards", lambda model, x: (model(x) - model(-x)).square().mean()), ("unrolled", unrolled),
@@ -634,37 +640,6 @@ def test_one_loss_trains_two_engines_at_stages_of_their_own(stages):
             pair.check(f"step {step}: the {what} model alone")
 
 
-class Raising(torch.autograd.Function):
-    """The identity, of which the backward may raise."""
-
-    @staticmethod
-    def forward(context, x, raises):
-        context.raises = raises
-        return x.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        if context.raises:
-            raise ArithmeticError("raised in backward")
-        return gradient, None
-
-
-@on_ranks(2, stage=STAGES)
-def test_training_goes_on_after_a_backward_that_raised(stage):
-    """Some gradients were sent and others not: zero_grad() forgets it all."""
-    pair = Pair(lambda: Model(lambda m, x: m.blocks[2:](Raising.apply(m.blocks[:2](x), m.raises)), blocks=Mlp().blocks,
-                              raises=False), stage)
-    pair.train(0)
-    pair.model.raises = True
-    with pytest.raises(ArithmeticError, match="raised in backward"):
-        pair.backward(1)
-    pair.model.raises = False
-    pair.engine.zero_grad()
-    pair.train(2)
-    pair.train(3)
-    pair.check()
-
-
 def choice() -> Model:
     """One of several experts, by the caller's choice."""
     return Model(lambda m, x, expert: m.last(m.experts[expert](m.first(x))), first=linear(), experts=Mlp(2).blocks,
@@ -686,9 +661,9 @@ def train_by_rank(pair: Pair) -> None:
         pair.plain_step()
 
 
-@on_ranks(2, stage=range(3), kind=[choice, skipping])
-def test_below_stage_3_ranks_may_use_different_layers_or_none(stage, kind):
-    pair = Pair(kind, stage)
+@on_ranks(2, stage=range(3), kind=[choice, skipping], debug=[False, True])
+def test_below_stage_3_ranks_may_use_different_layers_or_none(stage, kind, debug):
+    pair = Pair(kind, stage, debug=debug)
     train_by_rank(pair)
     pair.check()
 
@@ -756,10 +731,15 @@ def test_training_inside_gathered_parameters(stage, modifier_rank, steps_inside)
     pair.check()
 
 
-@on_ranks(2, stage=STAGES)
-def test_whole_gradients_can_be_read_after_ones_own_backward(stage):
-    """In the middle of a window of two, at its end, and after the step."""
-    pair = Pair(Mlp, stage, gradient_accumulation_steps=2)
+def reused() -> Model:
+    """Its layers are used inside and outside of a recomputed part, so a gradient comes twice in a backward."""
+    return Model(lambda m, x: m.layers(checkpoint(m.layers, x.requires_grad_(), use_reentrant=True)), layers=net())
+
+
+@on_ranks(2, stage=STAGES, kind=[Mlp, reused])
+def test_whole_gradients_can_be_read_after_ones_own_backward(stage, kind):
+    """In the middle of a window of two, at its end, and after the step; a gradient that comes late is in them."""
+    pair = Pair(kind, stage, gradient_accumulation_steps=2)
     for window in range(2):
         for micro in range(2):
             rows = batches(2 * window + micro)
@@ -991,27 +971,308 @@ def test_a_returned_parameter_collects_no_hooks_and_a_lost_write_is_told():
         engine(mine(batches(0)))
 
 
+# --- PyTorch's own calls on a model and an optimizer that initialize() was given: gradients that are dropped ----------
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
+
+
+DROPS = {
+    "model.zero_grad()": lambda model, optimizer: model.zero_grad(),
+    "model.zero_grad(set_to_none=False)": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "optimizer.zero_grad()": lambda model, optimizer: optimizer.zero_grad(),
+    "a part's zero_grad()": lambda model, optimizer: model[1].zero_grad(),
+    "p.grad = None": lambda model, optimizer: setattr(model[2][0].weight, "grad", None),
+    "p.grad.zero_()": lambda model, optimizer: model[0][0].weight.grad.zero_(),
+}
+
+
+@pytest.mark.parametrize("stage, drop, raw", [
+    pytest.param(stage, drop, raw, marks=() if (stage + index + raw) % 2 else pytest.mark.long)
+    for stage in STAGES for index, drop in enumerate(DROPS) for raw in (False, True)])
+@on_ranks(2)
+def test_dropped_gradients_do_not_train(stage, drop, raw):
+    """Of a micro-batch, all or some; by either kind of backward."""
+    accumulation = 1 + (stage + raw) % 2
+    pair = Pair(net, stage, gradient_accumulation_steps=accumulation)
+    for step in range(3):
+        for micro in range(accumulation):
+            for bad in (True, False) if step < 2 else (False,):
+                data = 10 * step + 2 * micro + bad
+                loss = square(pair.engine, mine(batches(data)))
+                loss.backward() if raw else pair.engine.backward(loss)
+                plain_backward(square(pair.reference, x) / accumulation for x in batches(data))
+                if bad and micro == accumulation - 1:
+                    DROPS[drop](pair.model, pair.engine.optimizer)
+                    DROPS[drop](pair.reference, pair.optimizer)
+            pair.engine.step()
+        pair.plain_step()
+        pair.check(f"step {step}")
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_backward_after_zero_grad_reduces_each_bucket_once(stage):
+    pair, counts = Pair(net, stage, gradient_accumulation_steps=2 if stage > 1 else 1), [0]
+    for step in range(2):
+        pair.backward(step)
+        traffic = pair.engine.zero.communicator.traffic
+        counts.append(sum(record.calls for kind, record in traffic.items() if kind != "all-gather"))
+        pair.model.zero_grad()
+    assert counts[2] - counts[1] == counts[1] > 0
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_reduced_gradient_that_one_rank_drops_is_an_error_on_all(stage):
+    pair = Pair(net, stage)
+    pair.backward(0)
+    if dist.get_rank() == 1:
+        pair.model.zero_grad()
+    with pytest.raises(RuntimeError, match="dropped gradients on some ranks alone"):
+        pair.engine.step()
+
+
+# --- Calls that can't do what they say --------------------------------------------------------------------------------
+
+
+@on_ranks(2, stage=STAGES)
+def test_calls_that_move_nothing_raise_and_name_the_one_that_does(stage):
+    pair = Pair(net, stage)
+    model, engine, optimizer, p = pair.model, pair.engine, pair.engine.optimizer, pair.model[1][0].weight
+    before = whole(model)
+    pair.backward(0)
+    calls = {
+        "engine.step": [optimizer.step, lambda: torch.amp.GradScaler("cpu", enabled=False).step(optimizer)],
+        "initialize": [lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})],
+        "engine.load_checkpoint": [lambda: optimizer.load_state_dict(optimizer.state_dict())],
+        "safe_get_full_grad": [
+            lambda: clip_grad_norm_(model.parameters(), 1.0), lambda: clip_grad_value_(model.parameters(), 1.0),
+            lambda: p.grad.mul_(0.5), lambda: p.grad + 1, lambda: float(p.grad.norm()), lambda: p.grad.clone(),
+            lambda: p.grad.copy_(torch.ones(WIDTH, WIDTH)), lambda: torch._foreach_mul_([p.grad], 2.0)],
+    }
+    for name, some in calls.items():
+        for call in some:
+            with pytest.raises(RuntimeError, match=name):
+                call()
+    assert all(torch.equal(value, before[name]) for name, value in whole(model).items())
+    p.grad = torch.ones(WIDTH, WIDTH, dtype=p.dtype)
+    with pytest.raises(RuntimeError, match="p.grad of 1.0.weight was set after backward"):
+        engine.step()
+    p.grad = None
+    engine.zero_grad()
+    pair.train(0)
+    pair.check()
+    engine.destroy()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # it is the caller's again
+
+
+CHANGES = {
+    "replace a layer": (lambda model, optimizer: model[1].__setitem__(0, nn.Linear(WIDTH, WIDTH).double()),
+                        "1.0.weight came into the model"),
+    "add a layer": (lambda model, optimizer: model[2].add_module("adapter", nn.Linear(WIDTH, WIDTH).double()),
+                    "2.adapter.weight came into the model"),
+    "replace a parameter": (
+        lambda model, optimizer: setattr(model[0][0], "weight", nn.Parameter(torch.ones(WIDTH, WIDTH).double())),
+        "0.0.weight came into the model"),
+    "remove a layer": (lambda model, optimizer: model[2].__setitem__(0, nn.Identity()), "2.0.bias has left the model"),
+    "assign data": (lambda model, optimizer: setattr(model[0][0].weight, "data", torch.ones(WIDTH, WIDTH).double()),
+                    "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded"),
+    "assign data of the optimizer's": (
+        lambda model, optimizer: [setattr(p, "data", p.data.mul(0.9)) for p in optimizer.param_groups[0]["params"]],
+        "was given other memory"),
+    "append to a group": (
+        lambda model, optimizer: optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2))),
+        "param group 0 were changed"),
+    "append a group": (
+        lambda model, optimizer: optimizer.param_groups.append(
+            {**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2))]}), "param group 1 were changed"),
+}
+
+
+@on_ranks(2, change=CHANGES, stage=STAGES, then=["save_checkpoint", "step"])
+def test_a_model_or_optimizer_that_was_changed_behind_the_engine_is_named(change, stage, then, tmp_path):
+    pair = Pair(net, stage)
+    pair.backward(0)
+    call, told = CHANGES[change]
+    with pytest.raises(RuntimeError, match=told):
+        call(pair.model, pair.engine.optimizer)
+        getattr(pair.engine, then)(*[tmp_path] * (then == "save_checkpoint"))
+
+
+@on_ranks(2)
+def test_assigning_data_inside_gathered_parameters_is_an_error():
+    model, _ = twins(net)
+    start(model, 3)
+    with pytest.raises(RuntimeError, match="0.0.weight: p.data was assigned inside GatheredParameters"):
+        with zero.GatheredParameters(model.parameters(), modifier_rank=0):
+            model[0][0].weight.data = torch.ones(WIDTH, WIDTH).double()
+
+
+@pytest.mark.parametrize("share", ["a parameter", "a buffer", "a part"])
+def test_parameters_over_one_memory_are_refused(share):
+    model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    if share == "a parameter":
+        model["head"].weight = nn.Parameter(model["emb"].weight.data)
+    elif share == "a buffer":
+        model["head"].register_buffer("table", model["emb"].weight.data[1:3])
+    else:
+        model["head"].weight = nn.Parameter(model["emb"].weight.data[2:])
+    with pytest.raises(ValueError, match="emb.weight and head.* share memory"):
+        start(model, 0)
+    parts = torch.ones(9, 4)  # parts that don't overlap are parameters like others
+    model["emb"].weight, model["head"].weight = nn.Parameter(parts[:5]), nn.Parameter(parts[5:])
+    model["head"]._buffers.clear()
+    start(model, 0).destroy()
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda: torch.jit.script(nn.Linear(3, 1)), "model is a ScriptModule"),
+    (lambda: nn.LazyLinear(3), "weight has no shape yet; run a lazy model once")], ids=["script", "lazy"])
+def test_scripted_and_lazy_models_are_refused_by_name(make, told):
+    with pytest.raises(ValueError, match=told):
+        start(make(), 0, make_optimizer=None)
+
+
+# --- Hooks of the optimizer -------------------------------------------------------------------------------------------
+
+
+@on_ranks(2, stage=STAGES, kind=[torch.optim.SGD, torch.optim.AdamW])
+def test_step_hooks_run_once_around_the_whole_step(stage, kind):
+    """One doubles the gradients before the step, and one sees the model after it."""
+    seen: list[list] = []
+
+    def double(optimizer, *_):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(2)
+
+    def make(parameters):
+        parameters, weights = list(parameters), []
+        optimizer, read = kind(parameters, lr=0.01), torch.clone if seen else zero.safe_get_full_fp32_param
+        seen.append(weights)
+        optimizer.register_step_pre_hook(double)
+        optimizer.register_step_post_hook(lambda *_: weights.append([read(p) for p in parameters]))
+        return optimizer
+
+    pair = Pair(net, stage, make)  # the engine makes its own first
+    for step in range(2):
+        pair.train(step)
+    pair.check()
+    assert len(seen[0]) == len(seen[1]) == 2
+    for step, (ours, theirs) in enumerate(zip(*seen)):
+        assert all(map(torch.allclose, ours, theirs)), f"the hook of step {step} saw other weights"
+
+
+# --- The caller's own backward ----------------------------------------------------------------------------------------
+
+
+def test_a_backward_without_the_loss_scale_is_an_error():
+    engine = start(nn.Linear(2, 2), 0, fp16={"enabled": True, "initial_scale_power": 4})
+    x = torch.ones(1, 2, dtype=torch.float16)
+    for after in (lambda: engine(x), engine.step, lambda: engine.backward(engine.module(x).sum()), engine.flush):
+        engine.module(x).sum().backward()
+        with pytest.raises(RuntimeError, match=r"engine.backward\(loss\), or engine.scale\(loss\).backward\(\)"):
+            after()
+    engine.scale(engine(x).sum()).backward()
+    engine.step()
+    assert engine.global_steps == 1
+    engine.destroy()
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_loss_from_before_the_step_is_refused_as_in_pytorch(stage):
+    pair = Pair(net, stage)
+    old = square(pair.engine, mine(batches(0)))
+    pair.train(1)
+    with pytest.raises(RuntimeError, match="modified"):
+        pair.engine.backward(old)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_create_graph_leaves_no_graph_behind_the_bucket(stage):
+    engine = start(net(), stage, gradient_accumulation_steps=2)
+    for _ in range(2):
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        graph = weakref.ref(engine(x).square())
+        square(engine, x).backward(create_graph=True)
+        for bucket in engine.zero.buckets:
+            held = [bucket.gradients.buffer, bucket.gradients.sum, *(slot.parameter.grad for slot in bucket.slots)]
+            assert not any(t is not None and t.requires_grad for t in held)
+        engine.step()
+    assert graph() is None
+    engine.destroy()
+
+
+@on_ranks(ranks=[1, 2], stage=STAGES)
+def test_an_engine_that_nobody_refers_to_is_collected_with_its_model(ranks, stage):
+    """On several ranks once it is destroyed."""
+    model, before = net(), set(zero._SLOTS)
+    engine = start(model, stage)
+    engine.backward(square(engine, torch.randn(2, WIDTH)))
+    engine.step()
+    alive = weakref.ref(engine), weakref.ref(model), weakref.ref(engine.zero)
+    if ranks > 1:
+        engine.destroy()
+    del model, engine
+    gc.collect()
+    assert [thing() for thing in alive] == [None] * 3 and not set(zero._SLOTS) - before
+
+
+# --- Writes in place --------------------------------------------------------------------------------------------------
+
+
+SGD, AMP = partial(torch.optim.SGD, lr=0.0), {"bf16": {"enabled": True, "auto_cast": True}}
+
+
+def take_steps(engine, *inputs: torch.Tensor) -> None:
+    for x in inputs or (torch.ones(4, WIDTH),):
+        engine.backward(engine(x).sum())
+        engine.step()
+
+
+def largest(*parameters: nn.Parameter) -> float:
+    return max(float(zero.safe_get_full_fp32_param(p).abs().max()) for p in parameters)
+
+
+@on_ranks(2, stage=STAGES, options=[{}, AMP, {"zero_options": {"offload_optimizer": {"device": "cpu"}}}])
+def test_what_a_script_writes_between_steps_is_not_undone_by_the_next(stage, options):
+    """WGAN's clipping of weights."""
+    torch.manual_seed(0)
+    model = net()
+    engine = start(model, stage, SGD, **options)
+    for _ in range(2):
+        take_steps(engine)
+        with torch.no_grad(), zero.GatheredParameters(model.parameters(), modifier_rank=0 if stage == 3 else None):
+            for p in model.parameters():
+                p.clamp_(-0.01, 0.01)
+    take_steps(engine)
+    assert largest(*model.parameters()) <= 0.01001
+
+
+@on_ranks(2, stage=range(3))
+def test_what_was_written_just_before_is_saved_and_a_state_dict_that_is_loaded_stays(stage, tmp_path):
+    """With fp32 masters beside bf16 weights."""
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, WIDTH)
+    engine = start(model, stage, SGD, **AMP)
+    take_steps(engine)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        assert torch.equal(zero.safe_get_full_fp32_param(model.weight), torch.full((WIDTH, WIDTH), 0.5))
+        model.bias.fill_(0.25)
+    engine.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    assert torch.equal(zero.safe_get_full_fp32_param(model.bias), torch.full((WIDTH,), 0.25))
+    model.load_state_dict({name: torch.full_like(p, 0.125) for name, p in model.state_dict().items()})
+    take_steps(engine)
+    assert all(bool((value == 0.125).all()) for value in whole(model).values())
+
+
 # --- Compiled ---------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = linear()
-
-    def forward(self, x):
-        return x + torch.tanh(self.layer(x))
-
-
-class Blocks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
+def residuals() -> Model:
+    return Model(chain, blocks=[Model(lambda m, x: x + torch.tanh(m.layer(x)), layer=linear()) for _ in range(2)])
 
 
 USUAL = [("a model around the model", 1, "eager"), ("by the engine", 0, "eager"), ("by the engine", 2, "eager")]
@@ -1026,7 +1287,7 @@ def test_compiled_models_train_the_same(how, stage, backend):
     """Compiled by whom and when ``how`` says; the backends need no compiler of another language."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, reference = twins(Blocks)
+    model, reference = twins(residuals)
     given = torch.compile(model, backend=backend) if how == "a model around the model" else model
     if how == "in place":
         model.compile(backend=backend)
