@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property, partial, wraps
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
@@ -885,12 +885,16 @@ class ShardedLoader:
 
     The order comes from rank 0's PyTorch seed, so ``torch.manual_seed`` fixes it. Ranks get equally many samples: where
     the count does not divide, some come twice, as with PyTorch's DistributedSampler.
+
+    ``num_local_io_workers``, to be set before a loop, is how many processes read ahead. What a dataset draws there does
+    not go on in the middle of an epoch as it would have: checkpoints hold this process's random state alone.
     """
+
+    num_local_io_workers = 0
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, collate_fn: Callable | None,
                  drop_last: bool):
         self.dataset, self.batch_size, self.collate_fn, self.drop_last = dataset, batch_size, collate_fn, drop_last
-        self.generator = torch.Generator()  # DataLoader's draws must not depend on how often it is made
         self.device, self.world_size = device, dist.get_world_size()
         self.seed = zero.gather(torch.initial_seed() % 2**62)[0]
         self.epoch = 0      # epochs that have begun
@@ -907,15 +911,30 @@ class ShardedLoader:
             self.epoch, self.samples = self.epoch + 1, 0
         while True:
             self.moved = False
-            for batch in self._loader():
+            for batch in self._on_device(self._loader()):
                 self.samples += self.batch_size * self.world_size
-                yield _to_device(batch, self.device)
+                yield batch
                 if self.moved:
                     break
             else:
                 self.samples = 0
             if not (self.moved and self.samples):
                 return
+
+    def _on_device(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches on the device. A GPU gets one that a worker has read while it works on the one before."""
+        if self.device.type != "cuda" or not self.num_local_io_workers:
+            yield from (_to_device(batch, self.device) for batch in batches)
+            return
+        copies, ready = torch.cuda.Stream(self.device), None
+        for batch in chain(batches, [None]):
+            copies.wait_stream(torch.cuda.current_stream())  # whose work may use the memory that a copy takes
+            with torch.cuda.stream(copies):
+                following = _to_device(batch, self.device), copies.record_event()
+            if ready is not None:
+                torch.cuda.current_stream().wait_event(ready[1])
+                yield ready[0]
+            ready = following
 
     def _batches(self, samples: int) -> int:
         """Micro-batches that each rank gets from this number of samples."""
@@ -924,15 +943,20 @@ class ShardedLoader:
 
     def _loader(self) -> DataLoader:
         """This rank's share of the rest of the epoch."""
+        rank, workers = dist.get_rank(), self.num_local_io_workers
+        seeds = torch.Generator().manual_seed(self.seed + self.epoch * self.world_size + rank)  # of workers
         options = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
-                   "generator": self.generator, "pin_memory": self.device.type == "cuda"}
+                   "generator": seeds, "num_workers": workers, "pin_memory": self.device.type == "cuda"}
         if isinstance(self.dataset, IterableDataset):
+            if workers > 1:
+                raise ValueError(f"num_local_io_workers is {workers}, and training_data is an IterableDataset, of which "
+                                 "each worker would read all; allowed: 0 or 1")
             return DataLoader(_Rest(self.dataset, self.samples) if self.samples else self.dataset, **options)
         generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
         left = order[self.samples:]
         left += islice(cycle(order), -len(left) % self.world_size)
-        return DataLoader(self.dataset, sampler=left[dist.get_rank()::self.world_size], **options)
+        return DataLoader(self.dataset, sampler=left[rank::self.world_size], **options)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data: the epoch, the samples of it that all ranks together had, and the order's seed."""

@@ -261,8 +261,11 @@ def test_an_epoch_is_resumed_with_any_number_of_ranks_and_batch_size_and_each_sa
         assert sorted(set(give(monkeypatch, after))) == list(range(24)) and after[0].epoch == 2, case
 
 
-def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch, workers):
+    """Also where workers have read further."""
     (loader,), (other,) = loaders(monkeypatch, 1, 2), loaders(monkeypatch, 1, 2)
+    loader.num_local_io_workers = workers
     whole, seen = give(monkeypatch, [other]), []
     for i, batch in enumerate(loader):
         seen += batch.tolist()
@@ -293,7 +296,11 @@ def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path, kind, size,
     engine, _, loader, _ = alone({"train_batch_size": size}, training_data=kind())
     engine.load_checkpoint(tmp_path)
     assert [batch.tolist() for batch in loader] == rest
+    loader.num_local_io_workers = 1
     assert sum(batch.numel() for batch in loader) == 4
+    loader.num_local_io_workers = 2
+    with pytest.raises(ValueError, match="num_local_io_workers is 2, .* each worker would read all"):
+        next(iter(loader))
 
 
 @on_ranks(2)

@@ -835,19 +835,31 @@ def plain() -> int:
     return device.operations.total()
 
 
+def load() -> list:
+    """At each micro-batch that a loader gives: how many were copied to the device, and the place that is saved."""
+    import engine as deepspeed
+    loader = deepspeed.ShardedLoader(torch.arange(80), 2, torch.device("meta"), None, False)
+    loader.num_local_io_workers = 1
+    device.operations.clear()
+    device.waits.clear()
+    given = [(device.operations["_to_copy"], loader.state_dict()["samples"]) for batch in loader if batch.is_meta]
+    return [given, dict(device.waits)]
+
+
 def count_all(folder: Path) -> None:
     """In a process that has the program's own modules already: the same with those of ``folder``, for all CASES."""
     global device
     for name in ("zero", "engine", "amp", "checkpointing", "schedulers", "train_gpt"):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
+    import engine  # before train_gpt puts the program's own folder first
     import zero
-    assert zero.__file__.startswith(str(folder))
+    assert all(module.__file__.startswith(str(folder)) for module in (engine, zero))
     gc.freeze()  # collecting garbage need not look through PyTorch's half a million objects each time
     device = Device()
     pretend(zero)
     with device:
-        found = [plain(), [count_one(section, options) for section, options in CASES]]
+        found = [plain(), [count_one(section, options) for section, options in CASES], load()]
     (folder / "counts.json").write_text(json.dumps(found))
     os._exit(0)
 
@@ -893,6 +905,10 @@ def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(co
     assert found["step"] <= 60, f"{CASES[case]}: {found['step']} operations in a step, four for each wave of updates"
     assert found["groups left"] == found["pinned after"] == 0
     assert (found["pinned"] > 0) == any(key.startswith("offload") for key in CASES[case][0])
+
+
+def test_a_gpu_gets_the_next_micro_batch_beside_its_work_and_the_place_is_that_of_the_one_in_use(counts):
+    assert counts[2] == [[[min(k + 1, 5), 16 * k] for k in range(1, 6)], {}]
 
 
 @pytest.mark.parametrize("count, variables, expected", [
