@@ -1,29 +1,23 @@
-"""What the code of an exercise holds, sends and takes, as JSON: grade.py sets a reader's numbers beside the project's.
+"""What the code of an exercise holds, sends and takes: grade.py sets a reader's numbers beside the project's."""
 
-    python tutorials/compare.py zero:stage_1
-"""
-
-import json
-import sys
+import importlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "tests", "tutorials")]
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import nn
 
-import checkpointing  # noqa: E402
-import steps  # noqa: E402
-import zero  # noqa: E402
-from conftest import Ranks  # noqa: E402
-from test_checkpointing import peak  # noqa: E402
-from wire import CPU, Wire, held, storages  # noqa: E402
+import checkpointing
+import steps
+import zero
+from test_checkpointing import peak
+from wire import CPU, Wire, held, living
 
 RUNS = 10  # of which the fastest counts
 
@@ -87,7 +81,7 @@ def layers(count: int, width: int) -> nn.Sequential:
 
 def training(stage: int) -> Measured:
     """Steps of ``zero.Zero`` alone."""
-    before = storages()
+    before = living()
     model, x = layers(6, 256), torch.ones(64, 256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     mine = zero.Zero(model, optimizer, zero.ZeroConfig(stage=stage, reduce_bucket_size=2**16), CPU)
@@ -166,25 +160,14 @@ WORKLOADS: dict[str, tuple[int, Callable[[], Measured]]] = {  # on how many rank
 }
 
 
-def main() -> None:
-    """Measure one workload, and print rank 0's numbers."""
-    ranks, workload = WORKLOADS[sys.argv[1]]
-    torch.set_num_threads(1)
-    if ranks == 1:
-        print(json.dumps(asdict(workload())))
-        return
-    pool = Ranks(["compare"])
-    try:
-        print(json.dumps(asdict(pool(_measured, ranks, sys.argv[1])[0])))
-    finally:
-        pool.stop()
+def numbers(name: str, run_ranks: Callable) -> list[dict[str, Any]]:
+    """What rank 0 measures of the code in the exercise's module, and of that in ``project_`` and its name."""
+    ranks = WORKLOADS[name][0]
+    module = name.partition(":")[0]
+    return [run_ranks(_measured, ranks, name, code)[0] if ranks > 1 else _measured(name, code)
+            for code in (module, f"project_{module}")]
 
 
-def _measured(name: str) -> Measured:
-    return WORKLOADS[name][1]()
-
-
-if __name__ == "__main__":
-    import compare  # the processes must find these functions by the module's name
-
-    compare.main()
+def _measured(name: str, code: str) -> dict[str, Any]:
+    with mock.patch.dict(globals(), {name.partition(":")[0]: importlib.import_module(code)}):
+        return asdict(WORKLOADS[name][1]())

@@ -42,7 +42,8 @@ from exercises import EXERCISES, ROOT, Check, Exercise
 
 DONE = ROOT / ".graded"
 EVENTS = "GRADE_EVENTS"  # the environment variable that names the file to which the plugin writes
-ANSWER = "GRADE_ANSWER"  # and the one that has the name of the reader's file, as tracebacks show it
+ANSWER = "GRADE_ANSWER"  # the one that has the name of the reader's file, as tracebacks show it
+NUMBERS = "GRADE_NUMBERS"  # and the one that has the exercise whose numbers are measured where all tests pass
 MODULES = ("schedulers", "amp", "checkpointing", "zero")
 SLOW = 120.0  # seconds after which a test counts as hanging
 DRAWN = ("Failing test case", "Falsifying example")  # what Hypothesis says before a property's arguments
@@ -224,11 +225,13 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1", **more}
 
 
-def run_tests(folder: Path, tests: list[str], slow: float, answer: str) -> tuple[dict[str, Outcome], list[str]]:
+def run_tests(folder: Path, tests: list[str], slow: float, answer: str,
+              numbers: str) -> tuple[dict[str, Outcome], list[str]]:
     """Run tests of the project in ``folder``: their outcomes by id, as far as they came, and the lines that were
     printed. Raises AnswerError.
 
-    The first test that hangs ends the run. ``answer`` is the name that the reader's code has in tracebacks.
+    The first test that hangs ends the run. ``answer`` is the name that the reader's code has in tracebacks. Where all
+    pass, the numbers of the exercise ``numbers`` are the message of the last outcome, unless it is "".
     """
     events = folder / "events"
     events.touch()
@@ -236,7 +239,7 @@ def run_tests(folder: Path, tests: list[str], slow: float, answer: str) -> tuple
                *(f"tests/{test}" for test in tests)]
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment(folder, **{
-            EVENTS: str(events), ANSWER: answer}), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            EVENTS: str(events), ANSWER: answer, NUMBERS: numbers}), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         outcomes = _follow(process, events, slow)
     finally:
@@ -290,6 +293,18 @@ def pytest_sessionstart(session: Any) -> None:
         session.config.pluginmanager.unregister(name="terminalreporter")
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """A hook of pytest's: the numbers are measured last, by the processes that ran the tests."""
+    if os.environ.get(NUMBERS) and items:
+        items.append(type(items[0]).from_parent(items[0].parent, name="numbers", callobj=_numbers))
+
+
+def _numbers(run_ranks: Any, request: Any, record_property: Any) -> None:
+    if request.session.testsfailed == 0:
+        import compare
+        record_property("numbers", json.dumps(compare.numbers(os.environ[NUMBERS], run_ranks)))
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     """A hook of pytest's: a test begins."""
     _write(kind="start", test=nodeid.removeprefix("tests/"))
@@ -301,7 +316,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     text = report.longreprtext if report.failed else ""
     _write(kind="hung" if _hangs(text) else report.outcome, test=report.nodeid.removeprefix("tests/"),
-           message=essence(text, os.environ.get(ANSWER, "")))
+           message=essence(text, os.environ.get(ANSWER, "")) or dict(report.user_properties).get("numbers", ""))
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -402,41 +417,37 @@ def grade(target: str, path: Path, slow: float = SLOW) -> tuple[str, bool]:
         folder = Path(name)
         copy_project(folder)
         (folder / file.relative_to(ROOT)).write_text(text)
+        measured = exercise is not None and f'"{target}"' in (ROOT / "tutorials/compare.py").read_text()
+        if measured:  # else it takes no time and no memory to speak of
+            shutil.copyfile(file, folder / "tutorials" / f"project_{file.name}")
         try:
-            outcomes, printed = run_tests(folder, tests, slow, path.name if exercise else file.name)
+            outcomes, printed = run_tests(folder, tests, slow, path.name if exercise else file.name,
+                                          target if measured else "")
         except AnswerError as error:
             raise AnswerError(f"{path}: {error}".replace(name, ".")) from None
-        checks = exercise.checks if exercise else checks_of_module(target, outcomes)
-        told, fine = report(target, checks, outcomes, printed)
-        if fine and exercise:
-            told = "\n".join([told, *beside(exercise, folder, slow)])
+    numbers = outcomes.pop(next((test for test in outcomes if test.endswith("::numbers")), ""), None)
+    checks = exercise.checks if exercise else checks_of_module(target, outcomes)
+    told, fine = report(target, checks, outcomes, printed)
+    if fine and measured:
+        told += "\n" + (beside(*json.loads(numbers.message)) if numbers is not None and numbers.result == "passed" else
+                        f"(Its numbers could not be measured: {numbers})")
     return told, fine
 
 
 # --- The reader's numbers ---------------------------------------------------------------------------------------------
 
 
-def beside(exercise: Exercise, folder: Path, slow: float) -> list[str]:
-    """The numbers and the timeline of the reader's code in ``folder``, and of the project's."""
-    if f'"{exercise.name}"' not in (ROOT / "tutorials/compare.py").read_text():
-        return []  # nothing that takes time or memory
-    found = []
-    for where in (folder, ROOT):
-        try:
-            ran = subprocess.run([sys.executable, "tutorials/compare.py", exercise.name], cwd=where, timeout=slow,
-                                 env=environment(where), capture_output=True, text=True, check=True)
-        except subprocess.SubprocessError as error:
-            return [f"(Its numbers could not be measured: {error})"]
-        found.append(json.loads(ran.stdout.splitlines()[-1]))
-    (yours, theirs), rows = found, ["", f"{'':<32}{'yours':>14}{'this project':>16}"]
+def beside(yours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The numbers and the timeline of the reader's code, and of the project's."""
+    rows = ["", f"{'':<32}{'yours':>14}{'this project':>16}"]
     for name, value in yours["numbers"].items():
         other = theirs["numbers"][name]
         texts = [f"{number:,.4f}" if name == "seconds" else f"{number:,}" for number in (value, other)]
         rows.append(f"{name:<32}{texts[0]:>14}{texts[1]:>16}    yours {value / other:.1f} x")
-    longest = max(measured["phases"][-1][2] for measured in found)
+    longest = max(measured["phases"][-1][2] for measured in (yours, theirs))
     phases = ", ".join(f"{name[0]} {name}" for name, *_ in yours["phases"])
     rows += ["", f"One run, slowed by counting: {phases}{'; ^ something is sent' if yours['sends'] else ''}"]
-    return rows + timeline("yours", yours, longest) + timeline("this project", theirs, longest)
+    return "\n".join(rows + timeline("yours", yours, longest) + timeline("this project", theirs, longest))
 
 
 def timeline(name: str, measured: dict[str, Any], longest: float) -> list[str]:
