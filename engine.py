@@ -1675,12 +1675,31 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
+def _in_host_memory(shares: Iterable[zero.Share], device: torch.device, most: int = 2**26) -> Iterator[zero.Share]:
+    """The shares with their numbers in host memory. A GPU's come through pinned memory, about ``most`` bytes at a time.
+
+    A copy that does not block goes into memory that PyTorch pins, rounds up, and keeps for the next one.
+    """
+    waiting: list[zero.Share] = []
+    size = 0
+    for share in chain(shares, [None]):  # None: those that wait are the last
+        if waiting and (share is None or size >= most):
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            yield from waiting
+            waiting, size = [], 0
+        if share is not None:
+            *place, tensor = share
+            waiting.append((*place, tensor.detach().to("cpu", non_blocking=True)))
+            size += tensor.nbytes
+
+
 def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
     """Write a rank's shares into a file of its own, one after the other; returns the pieces of the index."""
     offset, pieces = 0, []
     with _synced(path) as file:
         for name, key, start, tensor in shares:
-            data = _memory(tensor.detach().cpu().contiguous())
+            data = _memory(tensor.contiguous())
             shape = None if tensor.dim() == 1 else list(tensor.shape)
             pieces.append(_Piece(name, key, start, start + tensor.numel(), str(tensor.dtype)[6:], path.name, offset,
                                  len(data), zlib.crc32(data), shape)._asdict())
@@ -1773,9 +1792,9 @@ class _Save:
             raise CheckpointError(f"client_state is {client_state!r}; allowed: a dict, or None")
         self.index = {"step": engine.global_steps, "time": time.time_ns(), "ranks": engine.world_size,
                       "stage": engine.zero_optimization_stage(), "parameters": zero.describe(engine.zero, with_frozen)}
-        self.shares = zero.shares(engine.zero, with_frozen)
+        self.shares = _in_host_memory(zero.shares(engine.zero, with_frozen), engine.device)
         if engine.config.checkpoint.async_:
-            self.shares = [(*what, tensor.detach().to("cpu", copy=True)) for *what, tensor in self.shares]
+            self.shares = [(*what, tensor.clone()) for *what, tensor in self.shares]
         return _to_bytes(_state_of(engine) | {"client_state": dict(client_state or {})})
 
     def _begin(self, states: list[bytes]) -> str:
