@@ -3,8 +3,7 @@
     .venv/bin/python -m pytest -q tests/test_exercises.py
 
 They ask what docstrings promise, and measure what a rank really has in memory and sends, whatever an answer calls: see
-wire.py. Each runs as a plain function, given ``run_ranks`` if it asks for it, so that test_grade.py can run it on wrong
-answers.
+wire.py. test_grade.py runs each on wrong answers, as a plain function.
 """
 
 import copy
@@ -32,8 +31,20 @@ import steps
 import test_amp
 import test_zero
 import zero
+from conftest import on_ranks
 from test_checkpointing import peak
 from wire import CPU, PATIENCE, Wire, after_rank_0, bytes_of, held, living, storages
+
+
+def random(count: int, seed: int = 0) -> Tensor:
+    """The same numbers on every rank."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def error_of(net: nn.Module, reference: nn.Module) -> float:
+    """The largest difference of two models' weights."""
+    return max(float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), reference.parameters()))
+
 
 # --- A learning-rate schedule -----------------------------------------------------------------------------------------
 
@@ -106,10 +117,10 @@ def test_the_top_of_a_warmup_is_each_groups_own_and_that_of_the_start():
 
 
 def test_a_loss_scale_goes_on_where_it_was_after_any_short_history():
-    for window, hysteresis, consecutive in itertools.product((1, 2, 3), (1, 2, 3), (False, True)):
-        settings = 256.0, window, hysteresis, consecutive, 2.0 ** -20
+    for power, window, hysteresis, consecutive in itertools.product((0, 60), (1, 2, 3), (1, 2, 3), (False, True)):
+        settings = 2.0 ** power, window, hysteresis, consecutive, 2.0 ** -20
         for overflows in itertools.product((False, True), repeat=6):
-            expected = test_amp.rule(overflows, 8, *settings[1:])
+            expected = test_amp.rule(overflows, power, *settings[1:])
             for cut in range(7):
                 scaler = amp.DynamicLossScaler(*settings)
                 for count, overflow in enumerate(overflows):
@@ -119,8 +130,8 @@ def test_a_loss_scale_goes_on_where_it_was_after_any_short_history():
                         scaler.load_state_dict(state)
                     scaler.update(overflow)
                 assert scaler.scale == expected, (
-                    f"window {window}, hysteresis {hysteresis}, consecutive {consecutive}, overflows {overflows}, "
-                    f"resumed after {cut}: {scaler.scale}, and not {expected}")
+                    f"from 2 ** {power}, window {window}, hysteresis {hysteresis}, consecutive {consecutive}, "
+                    f"overflows {overflows}, resumed after {cut}: {scaler.scale}, and not {expected}")
 
 
 def test_an_overflow_at_the_smallest_scale_is_an_error():
@@ -255,10 +266,15 @@ def test_a_checkpointed_function_runs_twice():
 
 
 def test_a_checkpointed_function_keeps_its_inputs_only():
-    weight = torch.randn(64, 64, requires_grad=True)
-    without = peak(lambda: stack(plainly, stretch, weight, layers=12))
-    held = peak(lambda: stack(checkpointing.checkpoint, stretch, weight, layers=12))
-    assert held < 0.5 * without, f"{held / without:.0%} of the memory without recomputation"
+    weight, held_then = torch.randn(64, 64, requires_grad=True), {}
+    for run in (plainly, checkpointing.checkpoint):
+        before, x = living(), torch.rand(512, 64)
+        for _ in range(12):
+            x = run(stretch, x, weight)
+        held_then[run] = held(before), peak(lambda: stack(run, stretch, weight, layers=12))
+        del x
+    for what, without, with_it in zip(("between forward and backward", "at the peak"), *held_then.values()):
+        assert with_it < 0.5 * without, f"{with_it / without:.0%} of the memory without recomputation {what}"
 
 
 def test_a_checkpointed_function_leaves_nothing_behind():
@@ -282,109 +298,106 @@ def test_a_checkpointed_function_does_nothing_without_grad_mode():
 # --- Collectives ------------------------------------------------------------------------------------------------------
 
 
-def slices_of_sums() -> list[Tensor]:
-    """What reduce-scatters of (rank + 1) times 0, 1, 2, ... leave: plainly, added, and in place."""
-    communicator = zero.Communicator(CPU)
-    flats = [torch.arange(dist.get_world_size() * 64.0) * (dist.get_rank() + 1) for _ in range(3)]
+def slices_of_sums() -> None:
+    """Reduce-scatters of three tensors at a time: plainly, added, and in place."""
+    communicator, rank, ranks = zero.Communicator(CPU), dist.get_rank(), dist.get_world_size()
+    flats = [random(ranks * 64, seed=10 * rank + i) for i in range(3)]
     outs = [torch.ones(64), torch.ones(64), communicator.shard_of(flats[2])]
     handles = [communicator.reduce_scatter(flat, out, add)
                for flat, out, add in zip(flats, outs, (False, True, False))]
     for handle in handles[::-1]:
         handle.wait()
-    return outs
+    for i, (out, what) in enumerate(zip(outs, ("", ", added to ones", ", out is a slice of flat"))):
+        expected = sum(random(ranks * 64, seed=10 * r + i) for r in range(ranks)).chunk(ranks)[rank] + (i == 1)
+        assert torch.allclose(out, expected, atol=1e-5), \
+            f"rank {rank} of {ranks}{what}: off by {(out - expected).abs().max():.3g}"
 
 
 def test_a_reduce_scatter_gives_each_rank_its_slice_of_the_sum(run_ranks):
     for ranks in (1, 3):
-        total = torch.arange(ranks * 64.0) * sum(range(1, ranks + 1))
-        for rank, outs in enumerate(run_ranks(slices_of_sums, ranks)):
-            for out, added, what in zip(outs, (0, 1, 0), ("", ", added", ", out is a slice of flat")):
-                assert torch.equal(out, total.chunk(ranks)[rank] + added), f"rank {rank} of {ranks}{what}: {out}"
+        run_ranks(slices_of_sums, ranks)
 
 
-def sum_in_turns(order: tuple[int, ...]) -> Tensor:
-    """A sum that depends on the order of adding, where ranks call one after the other."""
-    communicator, store = zero.Communicator(CPU), dist.distributed_c10d._get_default_store()
-    flat = torch.tensor([1e8, 1.0, -1e8])[dist.get_rank()].repeat(6)
-    out, turn = torch.empty(2), order.index(dist.get_rank())
-    key = f"turn of {communicator.number} after "
-    if turn:
-        store.wait([f"{key}{turn - 1}"], PATIENCE)
-    handle = communicator.reduce_scatter(flat, out, False)
-    store.set(f"{key}{turn}", "")
-    handle.wait()
-    return out
+@on_ranks(3)
+def test_a_reduce_scatter_adds_in_one_order_whoever_comes_first():
+    store, sums = dist.distributed_c10d._get_default_store(), {}
+    for order in itertools.permutations(range(3)):
+        communicator = zero.Communicator(CPU)
+        flat, out = torch.tensor([1e8, 1.0, -1e8])[dist.get_rank()].repeat(6), torch.empty(2)
+        turn, key = order.index(dist.get_rank()), f"turn of {communicator.number} after "
+        if turn:
+            store.wait([f"{key}{turn - 1}"], PATIENCE)
+        handle = communicator.reduce_scatter(flat, out, False)
+        store.set(f"{key}{turn}", "")
+        handle.wait()
+        sums[order] = out
+    for order, out in sums.items():
+        assert torch.equal(out, sums[0, 1, 2]), \
+            f"ranks come in the order {order}: {out}; in the order (0, 1, 2): {sums[0, 1, 2]}"
 
 
-def test_a_reduce_scatter_adds_in_one_order_whoever_comes_first(run_ranks):
-    sums = {order: run_ranks(sum_in_turns, 3, order) for order in itertools.permutations(range(3))}
-    for order, outs in sums.items():
-        assert all(map(torch.equal, outs, sums[0, 1, 2])), \
-            f"ranks come in the order {order}: {outs}; in the order (0, 1, 2): {sums[0, 1, 2]}"
-
-
-def returns_at_once() -> tuple[bool, int]:
-    """Whether rank 0's reduce-scatter returned before rank 1 began its own; elements on their way by then."""
+@on_ranks(2)
+def test_a_reduce_scatter_returns_at_once():
     communicator = zero.Communicator(CPU)
     with after_rank_0() as early, Wire() as wire:
         handle = communicator.reduce_scatter(torch.ones(2**18), torch.empty(2**17), False)
     handle.wait()
-    return early, wire.elements
+    assert early, "rank 0 waits for rank 1 inside the call"
+    assert wire.elements == 2**17, f"{wire.elements} elements are on their way when the call returns, and not {2**17}"
 
 
-def test_a_reduce_scatter_returns_at_once(run_ranks):
-    for early, sent in run_ranks(returns_at_once, 2):
-        assert early, "rank 0 waits for rank 1 inside the call"
-        assert sent == 2**17, f"{sent} elements are on their way when the call returns, and not {2**17}"
+@on_ranks(2)
+def test_a_reduce_scatter_keeps_nothing():
+    communicator = zero.Communicator(CPU)
+    for turn in range(9):
+        before = living() if turn == 1 else before if turn else 0
+        communicator.reduce_scatter(torch.ones(2**16), torch.empty(2**15), False).wait()
+    kept = held(before) / 2**17
+    assert kept < 4, f"eight calls leave {kept:.1f} times the bytes of a slice behind"
 
 
-def sent_and_counted(stage: int) -> tuple[int, int]:
-    """Elements of 4 bytes that a step sends, and those that the communicator has counted."""
-    engine = test_zero.train_wide(stage, steps=1)
-    traffic = engine.zero.communicator.traffic
-    before = sum(record.bytes for record in traffic.values())
-    with Wire() as wire:
-        engine.backward(engine(torch.randn(2, 64)).square().mean())
-        engine.step()
-    return wire.elements, (sum(record.bytes for record in traffic.values()) - before) // 4
-
-
-def test_what_is_counted_is_what_is_sent(run_ranks):
+@on_ranks(3)
+def test_what_is_counted_is_what_is_sent():  # of two ranks, each would send all it has in any way
     for stage in (0, 1, 2):
-        for sent, counted in run_ranks(sent_and_counted, 3, stage):  # of two, each would send all it has in any way
-            assert abs(sent - counted) < 0.01 * counted, f"stage {stage}: {sent} elements sent, {counted} counted"
+        engine = test_zero.train_wide(stage, steps=1)
+        traffic = engine.zero.communicator.traffic
+        before = sum(record.bytes for record in traffic.values())
+        with Wire() as wire:
+            engine.backward(engine(torch.randn(2, 64)).square().mean())
+            engine.step()
+        counted = (sum(record.bytes for record in traffic.values()) - before) // 4
+        assert abs(wire.elements - counted) < 0.01 * counted, \
+            f"stage {stage}: {wire.elements} elements sent, {counted} counted"
 
 
-def another_order(stage: int):
-    """The largest error of the weights after two steps in which each rank goes through the layers in its own order."""
-    torch.manual_seed(0)
-    model = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-    reference = copy.deepcopy(model)
+# --- Buckets ----------------------------------------------------------------------------------------------------------
 
+
+@on_ranks(2)
+def test_gradients_that_come_in_another_order_on_each_rank():
     def run(layers: nn.ModuleList, rank: int, step: int) -> Tensor:
-        x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2 * step + rank))
+        x = random(48, 2 * step + rank).view(3, 16)
         for index in (range(4), (2, 0, 3, 1))[rank]:
             x = layers[index](x).tanh()
         return x.square().mean()
 
-    model.forward = lambda step: run(model, dist.get_rank(), step)
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0, "zero_optimization": {
-            "stage": stage, "reduce_bucket_size": 1}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}})
-    optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
-    for step in range(2):
-        engine.backward(engine(step))
-        engine.step()
-        for rank in range(2):
-            (run(reference, rank, step) / 2).backward()
-        optimizer.step(), optimizer.zero_grad()
-    return max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
-
-
-def test_gradients_that_come_in_another_order_on_each_rank(run_ranks):
     for stage in (0, 1, 2):
-        for rank, error in enumerate(run_ranks(another_order, 2, stage)):
-            assert error < 1e-6, f"stage {stage}, rank {rank}: weights are off by {error:.3g}"
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        reference = copy.deepcopy(model)
+        model.forward = lambda step: run(model, dist.get_rank(), step)
+        engine, *_ = deepspeed.initialize(model=model, config={
+            "train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0, "zero_optimization": {
+                "stage": stage, "reduce_bucket_size": 1}, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}})
+        optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
+        for step in range(2):
+            engine.backward(engine(step))
+            engine.step()
+            for rank in range(2):
+                (run(reference, rank, step) / 2).backward()
+            optimizer.step(), optimizer.zero_grad()
+        error = error_of(model, reference)
+        assert error < 1e-6, f"stage {stage}, rank {dist.get_rank()}: weights are off by {error:.3g}"
 
 
 def two_buckets(overlap: bool = True, width: int = 64) -> tuple[nn.Module, Any, list[str]]:
@@ -393,70 +406,59 @@ def two_buckets(overlap: bool = True, width: int = 64) -> tuple[nn.Module, Any, 
     model, log = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)), []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda _: log.append("gradient"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = zero.ZeroConfig(stage=0, reduce_bucket_size=width * (width + 2), overlap_comm=overlap)
-    mine = zero.Zero(model, optimizer, config, CPU)
+    mine = zero.Zero(model, torch.optim.SGD(model.parameters(), lr=0.1), config, CPU)
     assert len(mine.buckets) == 2
     return model, mine, log
 
 
-def overlapping(overlap: bool) -> tuple[list[str], bool]:
-    """What happened during a backward pass, and whether rank 0 ended its own before rank 1 began."""
-    model, mine, log = two_buckets(overlap)
-    with after_rank_0() as early, Wire(log):
-        model(torch.ones(1, 64)).square().mean().backward()
-    mine.finish_backward()
-    mine.step(divisor=2)
-    return log, early
+class Layers(nn.ModuleList):
+    """Layers of which each window leaves out others, the first one used twice, behind an embedding."""
 
+    def __init__(self, sparse: bool):
+        torch.manual_seed(0)
+        super().__init__([nn.Embedding(20, 8, sparse=sparse), *(nn.Linear(8, 8) for _ in range(4))])
 
-def trained_by_buckets(stage: int, overlap: bool) -> tuple[float, list[int]]:
-    """The error of weights after windows of two micro-batches, with unused layers; elements sent in each window."""
-    torch.manual_seed(0)
-    model = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-    reference = copy.deepcopy(model)
-
-    def loss(layers: nn.ModuleList, *case: int) -> Tensor:
-        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(sum(100 ** i * c for i, c in enumerate(case))))
-        used = [layer for i, layer in enumerate(layers) if i != case[0] and (i != 0 or case[1] == 0)]
-        for layer in [*used, used[0]]:  # the first one twice
+    def forward(self, step: int, micro: int, rank: int) -> Tensor:
+        seed = step + 100 * micro + 10_000 * rank
+        x = random(24, seed).view(3, 8) + self[0](torch.arange(seed, seed + 3) % 20)
+        used = [layer for i, layer in enumerate(list(self)[1:]) if i != step and (i != 0 or micro == 0)]
+        for layer in [*used, used[0]]:
             x = layer(x).tanh()
         return x.square().mean()
 
-    mine = zero.Zero(model, torch.optim.SGD(model.parameters(), lr=1.0),
-                     zero.ZeroConfig(stage=stage, reduce_bucket_size=80, overlap_comm=overlap), CPU)
-    theirs, sent = torch.optim.SGD(reference.parameters(), lr=1.0), []
-    for step in range(3):
-        with Wire() as wire:
-            for micro in range(2):
-                mine.boundary = micro == 1
-                loss(model, step, micro, dist.get_rank()).backward()
-                mine.finish_backward()
-            mine.step(divisor=2 * dist.get_world_size())
-        sent.append(wire.elements)
-        for micro, rank in itertools.product(range(2), range(dist.get_world_size())):
-            (loss(reference, step, micro, rank) / 2 / dist.get_world_size()).backward()
-        theirs.step(), theirs.zero_grad()
-    return max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters())), sent
+
+@on_ranks(2)
+def test_training_by_buckets_equals_plain_pytorch():
+    for stage, overlap, sparse in ((0, False, False), (0, True, True), (1, False, True), (1, True, False)):
+        model, reference = Layers(sparse), Layers(sparse)
+        mine = zero.Zero(model, torch.optim.SGD(model.parameters(), lr=1.0),
+                         zero.ZeroConfig(stage=stage, reduce_bucket_size=80, overlap_comm=overlap), CPU)
+        theirs, size = torch.optim.SGD(reference.parameters(), lr=1.0), 4 * 128 + 192  # with what aligns and pads
+        where = f"stage {stage}, overlap_comm {overlap}, sparse embedding {sparse}, rank {dist.get_rank()}, window"
+        for step in range(3):
+            with Wire() as wire:
+                for micro in range(2):
+                    mine.boundary = micro == 1
+                    model(step, micro, dist.get_rank()).backward()
+                    mine.finish_backward()
+                mine.step(divisor=4)
+            for micro, rank in itertools.product(range(2), range(2)):
+                (reference(step, micro, rank) / 4).backward()
+            theirs.step(), theirs.zero_grad()
+            error = error_of(model, reference)
+            assert error < 1e-5, f"{where} {step}: weights are off by {error:.3g}"
+            assert wire.elements < 1.3 * size, f"{where} {step}: {wire.elements} elements sent, the buckets have {size}"
 
 
-def test_training_by_buckets_equals_plain_pytorch(run_ranks):
-    for stage, overlap in itertools.product((0, 1), (False, True)):
-        for rank, (error, sent) in enumerate(run_ranks(trained_by_buckets, 2, stage, overlap)):
-            where = f"stage {stage}, overlap_comm {overlap}, rank {rank}"
-            assert error < 1e-5, f"{where}: weights are off by {error:.3g}"
-            size = 4 * 128  # with what aligns and pads each layer
-            assert max(sent) < 1.3 * size, f"{where}: {sent} elements are sent in windows; the buckets have {size}"
-
-
-def with_late_gradients() -> float:
-    """The error of a weight for which two gradients come when its bucket is on its way."""
+@on_ranks(2)
+def test_a_late_gradient_counts():
     model, mine, _ = two_buckets()
     before = copy.deepcopy(model)
     model(torch.ones(1, 64)).square().mean().backward()
     before(torch.ones(1, 64)).square().mean().backward()
-    gradients = next(b.gradients for b in mine.buckets if any(s.parameter is model[2].weight for s in b.slots))
-    slot = next(slot for slot in gradients.bucket.slots if slot.parameter is model[2].weight)
+    slot = next(slot for b in mine.buckets for slot in b.slots if slot.parameter is model[2].weight)
+    gradients = slot.bucket.gradients
     assert gradients.life is zero.Life.SENDING, "the bucket is not on its way when backward ends"
     for work in gradients.reduction.works:
         work.wait()  # what is added to the sum from now on is this rank's alone
@@ -465,58 +467,53 @@ def with_late_gradients() -> float:
             gradients.take(slot, torch.full((64, 64), size * (1 + dist.get_rank())))
     mine.finish_backward()
     mine.step(divisor=2)
-    expected = before[2].weight - 0.1 * (before[2].weight.grad + 3.0 * 1.5)
-    return float((model[2].weight - expected).detach().abs().max())
+    error = (model[2].weight - before[2].weight + 0.1 * (before[2].weight.grad + 3.0 * 1.5)).detach().abs().max()
+    assert error < 1e-5, f"two gradients of a bucket on its way, and the weight is off by {error:.3g}"
 
 
-def test_a_late_gradient_counts(run_ranks):
-    for rank, error in enumerate(run_ranks(with_late_gradients, 2)):
-        assert error < 1e-5, f"rank {rank}: two gradients of a bucket on its way, and the weight is off by {error:.3g}"
-
-
-def finished_all_reduce() -> tuple[list[str], list[float]]:
-    """When an all-reduce ran its ``finish``, and the sum."""
+def finished_all_reduce() -> None:
     communicator, log, tensor = zero.Communicator(CPU), [], torch.ones(8) * (1 + dist.get_rank())
     with after_rank_0():
         handle = communicator.all_reduce(tensor, "sums", lambda: log.append(f"finish {tensor.sum()}"))
         log.append("returned")
     handle.wait(), handle.wait()
-    return log, tensor.tolist()
+    ranks = dist.get_world_size()
+    total = sum(range(1, ranks + 1))
+    assert tensor.tolist() == [total] * 8, f"{ranks} ranks: the sum is {tensor}"
+    assert log == ["returned", f"finish {total * 8.0}"], f"{ranks} ranks: {log}"
 
 
 def test_an_all_reduce_runs_its_finish_once_when_the_sum_is_there(run_ranks):
     for ranks in (1, 2):
-        total = sum(range(1, ranks + 1))
-        for log, tensor in run_ranks(finished_all_reduce, ranks):
-            assert tensor == [total] * 8, f"{ranks} ranks: the sum is {tensor}"
-            assert log == ["returned", f"finish {total * 8.0}"], f"{ranks} ranks: {log}"
+        run_ranks(finished_all_reduce, ranks)
 
 
-def test_full_buckets_go_out_while_backward_runs(run_ranks):
-    for log, early in run_ranks(overlapping, 2, True):
-        last = len(log) - 1 - log[::-1].index("gradient")
-        assert "allreduce" in log[:last], f"nothing is sent before the last gradient: {log}"
-        assert early, "backward on rank 0 waits for that of rank 1"
-    for log, _ in run_ranks(overlapping, 2, False):
-        assert set(log) == {"gradient"}, f"overlap_comm is false, and backward does this: {log}"
+@on_ranks(2)
+def test_full_buckets_go_out_while_backward_runs():
+    for overlap in (True, False):
+        model, mine, log = two_buckets(overlap)
+        with after_rank_0() as early, Wire(log):
+            model(torch.ones(1, 64)).square().mean().backward()
+        mine.finish_backward()
+        mine.step(divisor=2)
+        if overlap:
+            last = len(log) - 1 - log[::-1].index("gradient")
+            assert "allreduce" in log[:last], f"nothing is sent before the last gradient: {log}"
+            assert early, "backward on rank 0 waits for that of rank 1"
+        else:
+            assert set(log) == {"gradient"}, f"overlap_comm is false, and backward does this: {log}"
 
 
-def held_after_backward() -> tuple[int, int]:
-    """Bytes of a model with its gradients, after backward and before the step, and its parameters."""
+@on_ranks(2)
+def test_gradients_are_kept_once():
     before = living()
     model, mine, _ = two_buckets(width=512)
     for _ in range(2):
         model(torch.ones(1, 512)).square().mean().backward()
         mine.finish_backward()
-        kept = held(before)
+        kept = held(before) / sum(p.numel() for p in model.parameters())
         mine.step(divisor=2)
-    return kept, sum(p.numel() for p in model.parameters())
-
-
-def test_gradients_are_kept_once(run_ranks):
-    for rank, (kept, count) in enumerate(run_ranks(held_after_backward, 2)):
-        assert kept < 1.1 * 8 * count, \
-            f"rank {rank} has {kept / count:.2f} bytes per parameter; weights and gradients are 8"
+    assert kept < 1.1 * 8, f"a rank has {kept:.2f} bytes per parameter; weights and gradients are 8"
 
 
 # --- Stage 3 ----------------------------------------------------------------------------------------------------------
@@ -529,10 +526,8 @@ def with_frozen_biases(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
 
 
-def late_gathers() -> tuple[float, int, int, float]:
-    """Training where nothing arrives before it is waited for: the weights' error; gathers begun, and waited for; and
-    how many a step begins for each bucket.
-    """
+def late_gathers() -> float:
+    """Training where nothing arrives before it is waited for; returns how often a step gathers each bucket."""
     torch.manual_seed(0)
     model = test_zero.Wide(2, 16)
     reference = copy.deepcopy(model)
@@ -555,7 +550,7 @@ def late_gathers() -> tuple[float, int, int, float]:
 
     mine.communicator.all_gather = late
     for step in range(2):
-        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        x = random(64, step).view(4, 16)
         for net in (model, reference):
             net(x).square().mean().backward()
         mine.finish_backward()
@@ -568,22 +563,25 @@ def late_gathers() -> tuple[float, int, int, float]:
     assert unit.state is zero.UnitState.GATHERING, f"after start_gather() the state is {unit.state}"
     unit.free()
     with zero.GatheredParameters(list(model.parameters())):
-        error = max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), reference.parameters()))
-    return error, counts["begun"], counts["ended"], before / 2 / len(mine.buckets)
+        error = error_of(model, reference)
+    assert error < 1e-6, f"weights are off by {error:.3g}"
+    assert counts["begun"] == counts["ended"], f"{counts['begun']} gathers began, {counts['ended']} were waited for"
+    return before / 2 / len(mine.buckets)
 
 
-def test_gathers_may_come_late(run_ranks):
-    for rank, (error, begun, ended, _) in enumerate(run_ranks(late_gathers, 2)):
-        assert error < 1e-6, f"rank {rank}: weights are off by {error:.3g}"
-        assert begun == ended, f"rank {rank}: {begun} gathers began, and {ended} were waited for"
+@on_ranks(2)
+def test_gathers_may_come_late():
+    late_gathers()
 
 
-def test_a_pass_gathers_each_unit_once(run_ranks):
-    for *_, times in run_ranks(late_gathers, 2):
-        assert times == 2, f"a step gathers each bucket {times} times; forward and backward need it once each"
+@on_ranks(2)
+def test_a_pass_gathers_each_unit_once():
+    times = late_gathers()
+    assert times == 2, f"a step gathers each bucket {times} times; forward and backward need it once each"
 
 
-def two_users() -> None:
+@on_ranks(2)
+def test_a_unit_that_two_use_stays_until_both_are_done():
     model = test_zero.Wide(1, 16)
     mine = zero.Zero(model, with_frozen_biases(model), zero.ZeroConfig(stage=3), CPU)
     unit, weight = next(unit for unit in mine.units if unit.buckets), model.blocks[0][0].weight
@@ -591,35 +589,25 @@ def two_users() -> None:
         if ahead:
             unit.start_gather()
         with Wire() as wire:
-            unit.acquire("first"), unit.acquire("second")
+            unit.acquire("first"), unit.acquire("second"), unit.acquire("second")
         assert (wire.elements == 0) is ahead, f"gathered ahead: {ahead}, and acquire() sends {wire.elements} elements"
         unit.release("first")
         assert unit.state is zero.UnitState.WHOLE, f"two use it, one releases it, and it is {unit.state}"
         assert bool(weight.isfinite().all()) and type(weight) is nn.Parameter
         unit.release("second")
-        unit.release("second")
         assert unit.state is zero.UnitState.SHARDED, f"nobody uses it, and it is {unit.state}"
+        unit.release("second")
         size = sum(bucket.flat.untyped_storage().nbytes() for bucket in unit.buckets)
         assert size == 0, f"nobody uses it, and it has {size} bytes"
         with pytest.raises(RuntimeError, match="is sharded"):
             weight.sum()
 
 
-def test_a_unit_that_two_use_stays_until_both_are_done(run_ranks):
-    run_ranks(two_users, 2)
-
-
-class Grown(NamedTuple):
-    """Bytes of a unit; by how many a rank grows in each kind of pass; and bytes per parameter between steps."""
-    unit: int
-    passes: dict[str, int]
-    between: float
-
-
-def held_at_stage_3() -> Grown:
+def held_at_stage_3() -> tuple[dict[str, float], float]:
+    """By how many units a rank grows in each kind of pass; and bytes per parameter between steps."""
     there, most = living(), {"forward": [], "backward": [], "evaluation": []}
     torch.manual_seed(0)
-    model = test_zero.Wide(8, 256)
+    model, x = test_zero.Wide(8, 256), torch.ones(1, 256)
     mine = zero.Zero(model, torch.optim.AdamW(model.parameters()), zero.ZeroConfig(stage=3), CPU)
 
     def watch(kind: str) -> None:
@@ -633,45 +621,46 @@ def held_at_stage_3() -> Grown:
     for block in model.blocks:
         block[0].register_forward_hook(in_forward)
     for _ in range(3):
-        model(torch.ones(1, 256)).square().mean().backward()
+        model(x).square().mean().backward()
         mine.finish_backward()
         mine.step(divisor=2)
         between = held(there)
     with torch.no_grad():
-        model(torch.ones(1, 256))
-    numel = sum(unit.numel for unit in mine.units)
-    return Grown(4 * max(unit.numel for unit in mine.units),
-                 {kind: max(sizes) - between for kind, sizes in most.items()}, between / numel)
+        model(x)
+    unit = 4 * max(unit.numel for unit in mine.units)
+    return {kind: (max(sizes) - between) / unit for kind, sizes in most.items()}, 4 * between / unit / 8
 
 
-def test_no_pass_holds_more_than_two_units(run_ranks):
-    for rank, grown in enumerate(run_ranks(held_at_stage_3, 2)):
-        for kind, size in grown.passes.items():
-            units = size / grown.unit
-            most = 5.5 if kind == "backward" else 2.5  # in backward two buffers of gradients, and room to receive
-            assert units < most, f"rank {rank} holds {units:.1f} units in {kind}; there are 8"
+@on_ranks(2)
+def test_no_pass_holds_more_than_two_units():
+    for kind, units in held_at_stage_3()[0].items():
+        most = 5.5 if kind == "backward" else 2.5  # in backward two buffers of gradients, and room to receive
+        assert units < most, f"a rank holds {units:.1f} units in {kind}; there are 8"
 
 
-def test_stage_3_keeps_shards_alone_between_steps(run_ranks):
-    for rank, grown in enumerate(run_ranks(held_at_stage_3, 2)):
-        assert grown.between < 1.1 * 16 / 2, \
-            f"rank {rank} of 2 holds {grown.between:.2f} bytes per parameter; its shards are 8"
+@on_ranks(2)
+def test_stage_3_keeps_shards_alone_between_steps():
+    between = held_at_stage_3()[1]
+    assert between < 1.1 * 16 / 2, f"each of 2 ranks holds {between:.2f} bytes per parameter; its shards are 8"
 
 
 # --- Stage 1 without the engine ---------------------------------------------------------------------------------------
 
 
 class Awkward(nn.Module):
-    """Two layers with one weight, a layer that some ranks use at some steps, and one that nobody uses."""
+    """Two layers with one weight, a layer that nobody uses, one that some ranks use at some steps, and a weight whose
+    gradient is 0, which decays all the same. No number of ranks divides its length.
+    """
 
     def __init__(self, width: int):
         super().__init__()
+        self.unused, self.still = nn.Linear(width, 2), nn.Parameter(torch.ones(4))
         self.first, self.second, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 3)
         self.second.weight = self.first.weight
-        self.side, self.unused = nn.Linear(width, 3), nn.Linear(width, 2)
+        self.side = nn.Linear(width, 3)
 
     def forward(self, x: Tensor, side: bool) -> Tensor:
-        y = self.out(self.second(self.first(x).tanh()).tanh())
+        y = self.out(self.second(self.first(x).tanh()).tanh()) + 0 * self.still.sum()
         return y + self.side(x) if side else y
 
 
@@ -689,17 +678,9 @@ class Bad(Enum):
     ONE_NAN = "one element of one gradient is NaN"
 
 
-class Row(NamedTuple):
-    """A step of ``by_hand``: what came out of it, what plain PyTorch says, and the weights' largest error."""
-    result: zero.StepResult
-    norm: float
-    clip: float
-    overflow: bool
-    error: float
-
-
-def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad: Bad = Bad.NOTHING, delay: float = 0.0):
-    """Four steps with ``zero.Zero`` alone, the elements that the last one sent, and the parameters.
+def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad: Bad = Bad.NOTHING,
+            delay: float = 0.0) -> float:
+    """Four steps with ``zero.Zero`` alone, compared with plain PyTorch; elements per parameter that the last one sent.
 
     scale   what the loss is larger by; the rate falls from step to step
     delay   by which rank 1 begins each collective later: who does not wait for it goes on with other numbers
@@ -711,13 +692,12 @@ def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad:
     model, optimizer, mine = started(width)
 
     def loss(net: nn.Module, step: int, micro: int, r: int) -> Tensor:
-        x = torch.randn(2, width, generator=torch.Generator().manual_seed(100 * step + 10 * micro + r))
-        loss = net(x, side=(step, r) == (1, 1)).square().mean() / accumulation * scale
+        x = random(2 * width, 100 * step + 10 * micro + r).view(2, width)
+        loss = net(x, side=(step, r) in ((1, 1), (3, 0))).square().mean() / accumulation * scale
         if (step, r) == (2, 1) and bad is not Bad.NOTHING:
             return loss * math.inf if bad is Bad.INFINITE else loss + net.out.bias[0] * math.nan
         return loss
 
-    rows = []
     for step in range(4):
         wrong = step == 2 and bad is not Bad.NOTHING
         for group in (*optimizer.param_groups, *theirs.param_groups):
@@ -728,61 +708,53 @@ def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad:
                 loss(model, step, micro, rank).backward()
                 mine.finish_backward()
             result = mine.step(clip=clip, divisor=ranks * scale)
-        weights = [p.detach().clone() for p in model.parameters()]  # at once: nothing may arrive any more
+        weights = copy.deepcopy(model)  # at once: nothing may arrive any more
         for micro, r in itertools.product(range(accumulation), range(ranks)):
             (loss(reference, step, micro, r) / ranks / scale).backward()
         norm = float(nn.utils.clip_grad_norm_(reference.parameters(), clip or 1e9))
         if not wrong:
             theirs.step()
         theirs.zero_grad()
-        error = max(float((a - b).detach().abs().max()) for a, b in zip(weights, reference.parameters()))
-        rows.append(Row(result, norm, min(1.0, clip / norm) if clip else 1.0, wrong, error))
-    return rows, wire.elements, sum(p.numel() for p in model.parameters())
-
-
-def assert_plain(results: list, case: str) -> None:
-    for rank, (rows, *_) in enumerate(results):
-        for step, (result, norm, clip, wrong, error) in enumerate(rows):
-            where = f"rank {rank} of {len(results)}, step {step}, {case}"
-            assert result.overflow == wrong, f"{where}: overflow is {result.overflow}"
-            assert wrong or abs(result.norm - norm) < 1e-5, f"{where}: norm {result.norm}, plain PyTorch {norm}"
-            assert wrong or abs(result.clip - clip) < 1e-4, f"{where}: clip {result.clip}, plain PyTorch {clip}"
-            assert error < 1e-5, f"{where}: weights are off by {error:.3g}"  # NaN is not below either
+        error, least = error_of(weights, reference), min(1.0, clip / norm) if clip else 1.0
+        where = (f"rank {rank} of {ranks}, step {step}, clip {clip}, divisor {ranks * scale}, micro-batches "
+                 f"{accumulation}, wrong with a loss: {bad.value}, rank 1 is late by {delay} s")
+        assert result.overflow == wrong, f"overflow is {result.overflow}; {where}"
+        assert wrong or abs(result.norm - norm) < 1e-5, f"norm {result.norm}, plain PyTorch {norm}; {where}"
+        assert wrong or abs(result.clip - least) < 1e-4, f"clip {result.clip}, plain PyTorch {least}; {where}"
+        assert error < 1e-5, f"weights are off by {error:.3g}; {where}"  # NaN is not below either
+    return wire.elements / sum(p.numel() for p in model.parameters())
 
 
 def test_stage_1_by_hand_equals_plain_pytorch(run_ranks):
     for ranks, clip, scale in ((2, 0.0, 1.0), (2, 0.1, 8.0), (3, 0.1, 1.0), (2, 100.0, 1.0), (1, 0.1, 2.0)):
-        assert_plain(run_ranks(by_hand, ranks, 7, 1, clip, scale), f"clip {clip}, divisor {ranks * scale}")
+        run_ranks(by_hand, ranks, 7, 1, clip, scale)
 
 
-def test_stage_1_by_hand_waits_for_what_it_sends(run_ranks):
-    assert_plain(run_ranks(by_hand, 2, 7, 1, 0.1, 1.0, Bad.NOTHING, 0.1), "rank 1 is late in each collective")
+@on_ranks(2)
+def test_stage_1_by_hand_waits_for_what_it_sends():
+    by_hand(7, 1, 0.1, delay=0.1)
 
 
-def test_stage_1_by_hand_leaves_out_a_step_that_is_not_finite(run_ranks):
+@on_ranks(2)
+def test_stage_1_by_hand_leaves_out_a_step_that_is_not_finite():
     for bad, clip in itertools.product((Bad.INFINITE, Bad.ONE_NAN), (0.0, 0.1)):
-        assert_plain(run_ranks(by_hand, 2, 7, 1, clip, 1.0, bad), f"clip {clip}, a loss of which {bad.value}")
+        by_hand(7, 1, clip, bad=bad)
 
 
-def forced() -> tuple[bool, bool]:
-    """Whether a step with an infinite norm that may not be skipped was left out, and whether the weights are finite."""
+@on_ranks(2)
+def test_stage_1_by_hand_takes_a_step_that_must_not_be_skipped():
     model, _, mine = started(7)
     (model(torch.ones(1, 7), False).sum() * math.inf).backward()
     mine.finish_backward()
-    result = mine.step(divisor=2, skip_overflow=False)
-    return result.overflow, all(bool(p.isfinite().all()) for p in model.parameters())
+    overflow = mine.step(divisor=2, skip_overflow=False).overflow
+    assert not all(bool(p.isfinite().all()) for p in model.parameters()), \
+        f"skip_overflow is False, the norm is infinite, and the weights did not change ({overflow})"
 
 
-def test_stage_1_by_hand_takes_a_step_that_must_not_be_skipped(run_ranks):
-    for overflow, finite in run_ranks(forced, 2):
-        assert not finite, f"skip_overflow is False, the norm is infinite, and the weights did not change ({overflow})"
-
-
-def test_stage_1_by_hand_accumulates(run_ranks):
-    results = run_ranks(by_hand, 2, 7, 3, 0.1)
-    assert_plain(results, "windows of 3 micro-batches")
-    window, once = results[0][1], run_ranks(by_hand, 2, 7, 1, 0.1)[0][1]
-    assert window == once, f"{window} elements for a window of 3 micro-batches, {once} for one micro-batch"
+@on_ranks(2)
+def test_stage_1_by_hand_accumulates():
+    window, once = by_hand(7, 3, 0.1), by_hand(7, 1, 0.1)
+    assert window == once, f"{window:.2f} elements per parameter for 3 micro-batches, {once:.2f} for one"
 
 
 class Kept(NamedTuple):
@@ -793,13 +765,13 @@ class Kept(NamedTuple):
     foreign: float
 
 
-def kept_by_hand(width: int) -> Kept:
+def kept_by_hand() -> Kept:
     """What a rank holds."""
     others = {id(o) for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)}
     there, sizes = living(), []
-    model, optimizer, mine = started(width)
-    for step in range(3):
-        model(torch.ones(1, width), False).square().mean().backward()
+    model, optimizer, mine = started(800)
+    for _ in range(3):
+        model(torch.ones(1, 800), False).square().mean().backward()
         mine.finish_backward()
         sizes.append(held(there))
         mine.step(divisor=dist.get_world_size())
@@ -816,7 +788,7 @@ def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def test_stage_1_by_hand_shards_the_optimizer(run_ranks):
-    results = run_ranks(kept_by_hand, 3, 800)
+    results = run_ranks(kept_by_hand, 3)
     for rank, kept in enumerate(results):
         assert kept.state < 1.05 * 8 / 3, \
             f"rank {rank} of 3 holds {kept.state:.2f} bytes of optimizer state per parameter; 8 / 3 are its third"
@@ -825,17 +797,18 @@ def test_stage_1_by_hand_shards_the_optimizer(run_ranks):
     assert 0.9 < used < 1.01, f"all ranks together hold the state of {used:.0%} of the parameters"
 
 
-def test_stage_1_by_hand_keeps_nothing_else(run_ranks):
-    for rank, kept in enumerate(run_ranks(kept_by_hand, 3, 800)):
-        for when, size in (("before a step", kept.before), ("after a step", kept.after)):
-            assert size < 4 + 4 + 12 / 3 + 0.6, f"rank {rank} of 3 holds {size:.2f} bytes per parameter {when}; " \
-                "weights, gradients, its third of the state and masters of its own are 12"
+@on_ranks(3)
+def test_stage_1_by_hand_keeps_nothing_else():
+    kept = kept_by_hand()
+    for when, size in (("before a step", kept.before), ("after a step", kept.after)):
+        assert size < 4 + 4 + 12 / 3 + 0.6, f"each of 3 ranks holds {size:.2f} bytes per parameter {when}; weights, " \
+            "gradients, its third of the state and masters of its own are 12"
 
 
-def test_stage_1_by_hand_sends_as_much_as_an_all_reduce(run_ranks):
-    for rank, (_, sent, count) in enumerate(run_ranks(by_hand, 2, 100, 1, 0.0)):
-        assert 0.95 * count < sent < 1.05 * count, \
-            f"rank {rank} of 2 sent {sent / count:.2f} elements per parameter; 1 is an all-reduce's"
+@on_ranks(2)
+def test_stage_1_by_hand_sends_as_much_as_an_all_reduce():
+    sent = by_hand(100, 1, 0.0)
+    assert 0.95 < sent < 1.05, f"each of 2 ranks sent {sent:.2f} elements per parameter; 1 is an all-reduce's"
 
 
 # --- The small steps -------------------------------------------------------------------------------------------------
@@ -843,24 +816,21 @@ def test_stage_1_by_hand_sends_as_much_as_an_all_reduce(run_ranks):
 FLAT = torch.arange(8.0)
 
 
-def filled(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
-
-
-def sum_by_hand() -> tuple[Tensor, list[str]]:
-    tensor, log = filled(1000, dist.get_rank()), []
+def sum_by_hand() -> Tensor:
+    rank, ranks, log = dist.get_rank(), dist.get_world_size(), []
+    tensor = random(1000, rank)
     with Wire(log):
         steps.all_reduce(tensor)
-    return tensor, log
+    error = (tensor - sum(random(1000, r) for r in range(ranks))).abs().max()
+    assert error < 1e-5, f"rank {rank} of {ranks}: the sum is off by {error:.3g}"
+    assert log == ["send"] * (ranks - 1), f"one isend to each other rank, and rank {rank} of {ranks} did {log}"
+    return tensor
 
 
 def test_all_reduce(run_ranks):
     for ranks in (1, 3):
-        expected, results = sum(filled(1000, rank) for rank in range(ranks)), run_ranks(sum_by_hand, ranks)
-        for rank, (total, log) in enumerate(results):
-            assert (total - expected).abs().max() < 1e-5, f"rank {rank} of {ranks} has another sum"
-            assert torch.equal(total, results[0][0]), f"ranks 0 and {rank} differ in bits: they add in another order"
-            assert log == ["send"] * (ranks - 1), f"one isend to each other rank, and rank {rank} of {ranks} did {log}"
+        first, *others = run_ranks(sum_by_hand, ranks)
+        assert all(torch.equal(first, other) for other in others), "ranks differ in bits: they add in another order"
 
 
 def test_pad():
@@ -905,8 +875,8 @@ def test_gradient_hook():
         assert all(p.grad is None for p in model.parameters()), "a gradient is kept in p.grad too"
 
 
-def sums_of_buckets() -> tuple[list[str], bool, list[float], int]:
-    """What happened in backward, whether rank 0 ended it before rank 1 began, the sums' errors, and how many works."""
+@on_ranks(2)
+def test_overlap():
     torch.manual_seed(0)
     model, log = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), []
     plain = copy.deepcopy(model)
@@ -920,89 +890,77 @@ def sums_of_buckets() -> tuple[list[str], bool, list[float], int]:
         work.wait()
     for rank in range(2):
         plain(torch.ones(2, 4) * (1 + rank)).sum().backward()
-    expected = [torch.cat([p.grad.flatten() for p in layer.parameters()]) for layer in (plain[2], plain[0])]
-    return log, early, [float((flat - e).abs().max()) for (_, flat), e in zip(buckets, expected)], len(works)
+    assert len(works) == 2 == log.count("allreduce"), f"2 buckets, {len(works)} works, and in backward {log}"
+    assert "allreduce" in log[:log.index("gradient") + 3], f"the first bucket waits for the second one: {log}"
+    assert early, "backward on rank 0 waits for that of rank 1"
+    for (_, flat), layer in zip(buckets, (plain[2], plain[0])):
+        error = (flat - torch.cat([p.grad.flatten() for p in layer.parameters()])).abs().max()
+        assert error < 1e-5, f"a bucket's sum is off by {error:.3g}"
 
 
-def test_overlap(run_ranks):
-    for rank, (log, early, errors, works) in enumerate(run_ranks(sums_of_buckets, 2)):
-        assert works == 2 == log.count("allreduce"), f"2 buckets, {works} works, and in backward {log}"
-        assert "allreduce" in log[:log.index("gradient") + 3], f"the first bucket waits for the second one: {log}"
-        assert early, f"backward on rank {rank} waits for that of the other rank"
-        assert max(errors) < 1e-5, f"rank {rank}: the buckets' sums are off by {errors}"
-
-
-def clipped(limit: float) -> tuple[float, Tensor, int]:
-    shard = filled(10, dist.get_rank())
-    with Wire() as wire:
-        norm = steps.clip(shard, limit)
-    return norm, shard, wire.elements
-
-
-def test_clip(run_ranks):
-    whole = torch.cat([filled(10, rank) for rank in range(2)])
+@on_ranks(2)
+def test_clip():
+    whole, rank = torch.cat([random(10, rank) for rank in range(2)]), dist.get_rank()
     for limit in (0.5, 100.0):
-        results = run_ranks(clipped, 2, limit)
-        expected = whole * min(1.0, limit / (float(whole.norm()) + 1e-6))
-        for rank, (norm, _, sent) in enumerate(results):
-            assert abs(norm - whole.norm()) < 1e-4, f"rank {rank}: norm {norm}; over all ranks it is {whole.norm()}"
-            assert sent <= 2, f"rank {rank} sends {sent} elements; the sum of squares is one"
-        gradient = torch.cat([shard for _, shard, _ in results])
-        assert torch.allclose(gradient, expected), f"limit {limit}: clipped to a norm of {gradient.norm()}"
+        shard = random(10, rank)
+        with Wire() as wire:
+            norm = steps.clip(shard, limit)
+        expected = whole.chunk(2)[rank] * min(1.0, limit / (float(whole.norm()) + 1e-6))
+        assert abs(norm - whole.norm()) < 1e-4, f"rank {rank}: norm {norm}; over all ranks it is {whole.norm()}"
+        assert wire.elements <= 2, f"rank {rank} sends {wire.elements} elements; the sum of squares is one"
+        assert torch.allclose(shard, expected), f"limit {limit}: the shard is clipped to {shard}, and not {expected}"
 
 
-def gathered_and_freed() -> dict[str, Any]:
-    rank = dist.get_rank()
-    flat, own = torch.arange(8.0), torch.arange(4.0) + 4 * rank
+def gathered_and_freed() -> tuple[Tensor, Tensor, Tensor]:
+    """A bucket that was gathered, a view of it, and this rank's shard; both have what gather left."""
+    flat, own = FLAT.clone(), torch.arange(4.0) + 4 * dist.get_rank()
     view = flat[2:6].view(2, 2)
     flat.untyped_storage().resize_(0)
     with after_rank_0() as early, Wire() as wire:
         work = steps.gather(flat, own)
     work.wait()
-    told = {"early": early, "sent": wire.elements, "values": flat.tolist(), "view": view.tolist()}
+    assert early, "rank 0 waits for rank 1 inside the call"
+    assert wire.elements == 4, f"each rank sends {wire.elements} elements, and its shard has 4"
+    return flat, view, own
+
+
+@on_ranks(2)
+def test_gather():
+    flat, view, _ = gathered_and_freed()
+    assert flat.tolist() == FLAT.tolist(), f"rank {dist.get_rank()} gathered {flat}"
+    assert view.tolist() == [[2.0, 3.0], [4.0, 5.0]], f"a view of flat has {view}: another storage"
+
+
+@on_ranks(2)
+def test_free():
+    flat, view, own = gathered_and_freed()
+    expected = (flat + 10).chunk(2)[dist.get_rank()].tolist()
     flat += 10
     steps.free(flat, own)
     size = flat.untyped_storage().nbytes() + view.untyped_storage().nbytes()
-    return told | {"bytes": size, "own": own.tolist(), "shape": tuple(view.shape)}
+    assert size == 0, f"{size} bytes of flat are left"
+    assert view.shape == (2, 2), f"a view of flat has the shape {tuple(view.shape)}"
+    assert own.tolist() == expected, f"rank {dist.get_rank()} keeps {own}: changes go"
 
 
-def test_gather(run_ranks):
-    for rank, told in enumerate(run_ranks(gathered_and_freed, 2)):
-        assert told["early"], "rank 0 waits for rank 1 inside the call"
-        assert told["sent"] == 4, f"rank {rank} sends {told['sent']} elements, and its shard has 4"
-        assert told["values"] == FLAT.tolist(), f"rank {rank} gathered {told['values']}"
-        assert told["view"] == [[2.0, 3.0], [4.0, 5.0]], f"a view of flat has {told['view']}: another storage"
-
-
-def test_free(run_ranks):
-    for rank, told in enumerate(run_ranks(gathered_and_freed, 2)):
-        assert told["bytes"] == 0, f"{told['bytes']} bytes of flat are left"
-        assert told["shape"] == (2, 2), f"a view of flat has the shape {told['shape']}"
-        assert told["own"] == [10.0 + 4 * rank + i for i in range(4)], f"rank {rank} keeps {told['own']}: changes go"
-
-
-class Layers:
+class Gathered:
     """Layers that multiply by their number plus 1, and compute only while they are whole; ``log`` says what came."""
 
     def __init__(self, count: int):
         self.log, self.state = [], ["sharded"] * count
         self.calls = [lambda x, i=i: self.compute(i, x) for i in range(count)]
 
-    def start(self, number: int) -> "Layers.Work":
+    def start(self, number: int) -> mock.Mock:
         self.log.append(f"start {number}")
         assert self.state[number] == "sharded", f"layer {number} is gathered twice: {self.log}"
         self.state[number] = "coming"
         on_their_way = [i for i, state in enumerate(self.state) if state in ("coming", "whole")]
         assert len(on_their_way) <= 2, f"layers {on_their_way} are whole or on their way: {self.log}"
-        return Layers.Work(self, number)
+        return mock.Mock(wait=lambda: self.become("whole", number))
 
-    class Work:
-        def __init__(self, layers: "Layers", number: int):
-            self.layers, self.number = layers, number
-
-        def wait(self) -> None:
-            self.layers.log.append(f"wait {self.number}")
-            self.layers.state[self.number] = "whole"
+    def become(self, state: str, number: int) -> None:
+        self.log.append(f"{state} {number}")
+        self.state[number] = state
 
     def compute(self, number: int, x: Tensor) -> Tensor:
         self.log.append(f"compute {number}")
@@ -1011,15 +969,11 @@ class Layers:
         assert last or self.state[number + 1] == "coming", f"layer {number + 1} is not on its way: {self.log}"
         return x * (number + 1)
 
-    def free(self, number: int) -> None:
-        self.log.append(f"free {number}")
-        self.state[number] = "freed"
-
 
 def test_prefetch():
     for count in (1, 2, 5):
-        layers = Layers(count)
-        result = steps.prefetch(layers.calls, layers.start, layers.free, torch.ones(1))
+        layers = Gathered(count)
+        result = steps.prefetch(layers.calls, layers.start, lambda i: layers.become("freed", i), torch.ones(1))
         assert float(result) == torch.arange(1.0, count + 1).prod(), f"{count} layers give {result}: {layers.log}"
         assert layers.state == ["freed"] * count, f"not every layer is freed: {layers.log}"
 

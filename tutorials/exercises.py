@@ -303,7 +303,10 @@ EXERCISES = {exercise.name: exercise for exercise in (
          Check("the same bits in every run",
                "Sums in the order of arrival differ from run to run, and a bug can no longer be reproduced.",
                ("test_zero.py::test_two_runs_and_all_ranks_give_the_same_bits[3]",
-                "::test_a_reduce_scatter_adds_in_one_order_whoever_comes_first"))),
+                "::test_a_reduce_scatter_adds_in_one_order_whoever_comes_first")),
+         Check("nothing is kept when it is done",
+               "What stays of each call adds up, and a run that begins well ends without memory.",
+               ("::test_a_reduce_scatter_keeps_nothing",))),
         ("Every other rank needs your flat's slice for it, and you need each one's slice for you: one isend and one "
          "irecv per other rank. self._others() lists them.",
          "Return a Handle(self, works, finish) at once. It waits for all works, then calls finish, which adds the "
