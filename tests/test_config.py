@@ -24,13 +24,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import engine as deepspeed
 import zero
 from engine import ConfigError
-from oracle import LENGTH, Mlp, Pair, twins
+from oracle import LENGTH, Mlp, Model, Pair, twins
 
 
 @pytest.mark.parametrize("total, micro, steps, expected", [
@@ -169,15 +169,9 @@ INF, NAN, HUGE = float("inf"), float("nan"), 10**400
 ON = {"enabled": True}
 
 
-class Normed(Mlp):
+def normed() -> Model:
     """With buffers."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-        self.norm = nn.BatchNorm1d(LENGTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x))
+    return Model(lambda m, x: m.blocks(m.norm(x)), blocks=Mlp(2).blocks, norm=nn.BatchNorm1d(LENGTH))
 
 
 class Mistake(typing.NamedTuple):
@@ -391,7 +385,7 @@ def error_of(function: Callable, **kwargs: Any) -> str:
 def make_mistake(mistake: Mistake, stage: int, one_rank: bool, folder: str) -> None:
     """Make it, on rank 1 alone or on all ranks; then train with the same model."""
     what, wrong = mistake.what, mistake.arguments if not one_rank or dist.get_rank() == 1 else {}
-    model, reference = twins(Normed)
+    model, reference = twins(normed)
     right, told = {"model": model, "config": CONFIG | {"zero_optimization": {"stage": stage}}}, mistake.told
     if what == "config":
         said = error_of(deepspeed.initialize, **right | ({"config": wrong} if wrong else {}))
@@ -434,7 +428,7 @@ def make_mistakes(mistakes: list[tuple[Mistake, int, bool]], folder: str) -> lis
 @pytest.mark.parametrize("mistake", table(), ids=lambda mistake: mistake.told[:50])
 def test_configs_that_cannot_be_meant_are_refused_by_key(mistake):
     with pytest.raises(ValueError, match=f"(?s){mistake.told}"):
-        deepspeed.initialize(model=Normed(), config=mistake.arguments)
+        deepspeed.initialize(model=normed(), config=mistake.arguments)
     assert not dist.is_initialized(), "what a refused call has started, it ends"
 
 
@@ -463,7 +457,7 @@ def test_mistakes_are_refused_on_every_rank_and_leave_nothing_behind(run_ranks, 
 
 def test_a_refused_call_gives_model_and_optimizer_back_as_they_were():
     """Also one that is refused last of all, after all that can be changed: since another engine has the model."""
-    model = Normed()
+    model = normed()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before, options = dict(vars(model)), dict(optimizer.param_groups[0])

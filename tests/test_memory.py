@@ -488,23 +488,18 @@ def test_steps_leave_nothing_behind(stage):
     assert left.total() < 25, f"left after 25 steps: {left.most_common(5)}"
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
 def peaks(stage: int, steps: tuple[int, ...], exact: bool) -> list[int]:
     """The most bytes that this process has had until each of ``steps``; ``exact``: what is freed goes back at once."""
     def width(k: int) -> int:
         return 256 + 64 * (k % 3)
 
+    def block(width: int) -> Model:
+        return Model(lambda m, x: x + m.down(torch.relu(m.up(x))), up=nn.Linear(width, 4 * width),
+                     down=nn.Linear(4 * width, width))
+
     if exact:
         assert ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD of <malloc.h>: no hole stays
-    model = nn.Sequential(*(nn.Linear(width(k - 1), width(k + 1)) if k % 2 else Block(width(k)) for k in range(12)))
+    model = nn.Sequential(*(nn.Linear(width(k - 1), width(k + 1)) if k % 2 else block(width(k)) for k in range(12)))
     engine, *_ = deepspeed.initialize(model=model, config={
         "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 300000}})
