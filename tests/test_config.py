@@ -358,7 +358,7 @@ CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they 
     "set_train_micro_batch_size": [("micro_batch_size", [0, -1, 1.5, "2", None, True])],
     "set_gradient_accumulation_boundary": [("is_boundary", [1, None, "yes"])],
     "compile": [("schedule", [[1]]), ("compile_kwargs", [{"mode": "max-autotune"}])]}
-NAMED = {"loss": "backward", "tag": "tag is .*; allowed|nothing", "compile_kwargs": "CUDA graphs"}  # else the name itself
+NAMED = {"loss": "backward", "tag": "tag is .*; allowed|nothing", "compile_kwargs": "CUDA graphs"}  # else its name
 ON_ONE_RANK = {"config", "initialize", "save_checkpoint", "load_checkpoint", "save_16bit_model",
                "set_train_batch_size", "set_train_micro_batch_size"}  # all ranks hear of a mistake that one has made
 
