@@ -313,7 +313,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "parts in rank order: _sum(parts, out, add). self._begin(\"reduce-scatter\", flat, 1, what) counts what is "
          "sent.",
          "self._tag(\"reduce-scatter\") gives the messages of one call a tag of their own. Receive into "
-         "self.spare.take(numel, dtype) and give it back in finish. With one rank nothing is sent, and _sum([own], "
+         "self.spare.take(numel, dtype), and self.spare.give_back(buffer) in finish. With one rank nothing is sent, and _sum([own], "
          "out, add) is left.")),
     Exercise(
         "zero:bucketed_all_reduce", "5", 45, ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
@@ -355,21 +355,22 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.life is Life.SENDING or Life.SENT, the sum is on its way or there: keep the gradient in "
          "self.late[slot], added to what is there. launch_ready: only where self.zero.config.overlap_comm and "
          "self.reduces_now.",
-         "launch_ready calls self.launch(gradients) for the first of self.queue while that is complete, and never for "
-         "one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), "
+         "launch_ready takes the first of self.queue out of it (popleft) while that is complete, and calls self.launch "
+         "with it; never one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), "
          "then a Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. A sparse gradient "
          "needs to_dense().")),
     Exercise(
         "zero:stage_1", "6", 60, ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
         "ZeRO stage 1 from nothing, in about 60 lines: each rank updates its slice of the parameters, and only that.",
-        "Communicator(device), with rank, world_size, shard_of(), broadcast(), reduce_scatter(), all_reduce() and "
-        "all_gather(), which return Handles; StepResult; or torch.distributed itself",
+        "Communicator(device), with rank, world_size, shard_of(flat), broadcast(tensor, 0), and reduce_scatter(flat, "
+        "out, add=False), all_reduce(tensor) and all_gather(flat), which return Handles to wait() for; StepResult(norm, "
+        "the factor that clipping applied, or 1.0, whether the norm was not finite, None); or torch.distributed itself",
         "weights and norms, against plain PyTorch with AdamW; the state of the optimizer that you were given; every "
         "tensor that lives in the process before and after a step; bytes that leave this rank. There is one param "
         "group, all in float32",
         (Check("training equals plain PyTorch on the whole batch, with clipping",
-               "Sharding memory must not change what is learned: with tied weights, with parameters that have no "
-               "gradient on some ranks, or on none, with a scaled loss and a rate that changes.",
+               "Sharding memory must not change what is learned: with tied weights, with parameters that have a "
+               "gradient on some ranks only, or on no rank, with a scaled loss and a rate that changes.",
                ("::test_stage_1_by_hand_equals_plain_pytorch", "::test_stage_1_by_hand_waits_for_what_it_sends")),
          Check("a step whose norm is not finite updates nothing",
                "One update with NaN, and every later step is lost.",

@@ -71,8 +71,9 @@ def gradient_hook(parameters: list[nn.Parameter], flat: Tensor) -> None:
 def overlap(buckets: list[tuple[list[nn.Parameter], Tensor]]) -> list[Any]:
     """Sum the gradients of each bucket, its parameters and its flat tensor, over the ranks while backward still runs.
 
-    ``gradient_hook`` fills the flat tensors. As soon as a bucket's last gradient has come, its all-reduce starts and
-    its work goes into the list that this returns. Nothing waits here: whoever needs the sums waits for the works.
+    Call ``gradient_hook(parameters, flat)`` first: it fills the flat tensor. As soon as a bucket's last gradient has
+    come, its all-reduce starts and its work goes into the list that this returns. Nothing waits here: whoever needs the
+    sums waits for the works.
     """
     works = []
     for parameters, flat in buckets:

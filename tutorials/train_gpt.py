@@ -263,9 +263,10 @@ def main() -> None:
             if engine.global_rank == 0:
                 print(f"resumed from {folder}")
     train(engine, text, held_out, options, curve, held_curve)
-    sample = write_text(engine, options.sample, options.seed)
+    sample = write_text(engine, options.sample, options.seed) if options.sample else None
     if engine.global_rank == 0:
-        print(f"--- the model writes:\n{sample}\n---")
+        if sample is not None:
+            print(f"--- the model writes:\n{sample}\n---")
         draw_curves(curve, held_curve, options.plot)
         print(f"wrote {options.plot}")
     engine.destroy()
