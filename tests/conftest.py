@@ -14,6 +14,7 @@ server that has PyTorch and the tests' modules loaded already, since loading the
 import ctypes
 import gc
 import inspect
+import logging
 import multiprocessing
 import os
 import pickle
@@ -205,6 +206,16 @@ def memory(key: str) -> int:
     """Bytes that Linux tells of this process: VmRSS (now), VmHWM (at most so far), VmData (its own)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+
+
+def warnings_of(call: Callable[[], object]) -> list[str]:
+    """What the project's loggers warn of while ``call`` runs, on a rank too."""
+    told, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    call()
+    logging.getLogger().removeHandler(handler)
+    return told
 
 
 @contextmanager

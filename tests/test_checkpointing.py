@@ -5,7 +5,6 @@
 
 import copy
 import gc
-import logging
 import math
 import weakref
 from collections import Counter
@@ -29,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpointing
 import engine as deepspeed
 from checkpointing import CheckpointingConfig, RecomputationError, checkpoint
-from conftest import on_ranks
+from conftest import on_ranks, warnings_of
 from oracle import start, whole
 
 WIDTH = 8
@@ -623,15 +622,8 @@ def test_modules_are_chosen_by_class_or_pattern_and_the_outermost_wins():
             assert list(handle.blocks) == names, modules
 
 
-def warnings_of(caplog, function):
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        function()
-    return [record.getMessage() for record in caplog.records]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they have an effect")
-def test_what_has_no_effect_says_so_once(caplog):
+def test_what_has_no_effect_says_so_once():
     model = nn.Sequential(LinearTanh(2, 2))
 
     def run(config, blocks):
@@ -640,21 +632,21 @@ def test_what_has_no_effect_says_so_once(caplog):
             model(torch.ones(1, 2)).sum().backward()
 
     for key in ("cpu_checkpointing", "synchronize_checkpoint_boundary"):
-        message, = warnings_of(caplog, lambda: run({key: True}, list(model)))
+        message, = warnings_of(lambda: run({key: True}, list(model)))
         assert message.startswith(f"activation_checkpointing.{key} has no effect: ")
     section = {"contiguous_memory_optimization": True, "partition_activations": True, "number_checkpoints": 2}
-    message, = warnings_of(caplog, lambda: deepspeed.load_config({"activation_checkpointing": section}))
+    message, = warnings_of(lambda: deepspeed.load_config({"activation_checkpointing": section}))
     assert message.startswith("config: without effect here: ")
     assert all(f"activation_checkpointing.{key} (" in message for key in section)
-    assert warnings_of(caplog, lambda: run({}, list(model))) == []
-    assert "no repeated blocks" in warnings_of(caplog, lambda: run({}, []))[0]
-    assert "configure()" in warnings_of(caplog, lambda: run({"modules": []}, []))[0]
+    assert warnings_of(lambda: run({}, list(model))) == []
+    assert "no repeated blocks" in warnings_of(lambda: run({}, []))[0]
+    assert "configure()" in warnings_of(lambda: run({"modules": []}, []))[0]
 
 
 # --- DeepSpeed's face -------------------------------------------------------------------------------------------------
 
 
-def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
+def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path):
     assert not checkpointing.is_configured()
     x = torch.ones(3, requires_grad=True)
     checkpoint(twice, x).sum().backward()
@@ -669,7 +661,7 @@ def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path, caplog):
     assert explicit.report() == {} and checkpointing.is_configured()
     explicit = configure(None, {"activation_checkpointing": {"profile": True}}, profile=False)
     assert not explicit.config.profile
-    said, = warnings_of(caplog, lambda: configure(None, contiguous_checkpointing=True, num_checkpoints=4))
+    said, = warnings_of(lambda: configure(None, contiguous_checkpointing=True, num_checkpoints=4))
     assert "contiguous_memory_optimization (" in said and "number_checkpoints (" in said
     for call, told in (({"mpu_": object()}, "mpu_ is <object"),
                         ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": {"evry": 2}}},

@@ -5,7 +5,6 @@
 """
 
 import json
-import logging
 import os
 import pickle
 import random
@@ -31,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 import engine as deepspeed
 import zero
-from conftest import DEADLINE, on_ranks
+from conftest import DEADLINE, on_ranks, warnings_of
 from oracle import STAGES, WIDTH, Mlp, Pair, assert_alike, batches, mine, square
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -330,16 +329,6 @@ def test_a_copy_for_torch_save_holds_no_more_than_its_tensors():
 
 
 # --- Saves that go wrong ----------------------------------------------------------------------------------------------
-
-
-def warnings_of(call: Callable) -> list[str]:
-    """What the engine's logger gets while ``call`` runs."""
-    told, handler = [], logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    deepspeed.logger.addHandler(handler)
-    call()
-    deepspeed.logger.removeHandler(handler)
-    return told
 
 
 @on_ranks(2)
