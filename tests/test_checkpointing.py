@@ -181,7 +181,7 @@ def peak(step):
     return measured.peak
 
 
-# --- Equal to plain autograd, on drawn models and configs -------------------------------------------------------------
+# --- Equal to plain autograd, and to torch.utils.checkpoint -----------------------------------------------------------
 
 
 @st.composite
@@ -241,9 +241,6 @@ def test_a_call_of_checkpoint_around_several_blocks_is_one_region(mode):
         y.square().sum().backward()
         assert kept.count(x.shape) == regions
         assert_equal([p.grad for p in blocks.parameters()], expected)
-
-
-# --- Equal to torch.utils.checkpoint ----------------------------------------------------------------------------------
 
 
 def test_checkpoint_equals_torchs_in_results_and_peak_memory():
@@ -641,9 +638,6 @@ def test_what_has_no_effect_says_so_once():
     assert warnings_of(lambda: run({}, list(model))) == []
     assert "no repeated blocks" in warnings_of(lambda: run({}, []))[0]
     assert "configure()" in warnings_of(lambda: run({"modules": []}, []))[0]
-
-
-# --- DeepSpeed's face -------------------------------------------------------------------------------------------------
 
 
 def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path):

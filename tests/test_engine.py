@@ -492,7 +492,7 @@ def test_gathers_and_reductions_have_one_order_on_all_ranks_whatever_parts_of_bl
         assert any("reduce" in what for what in first)
 
 
-# --- In the tests' own tools ------------------------------------------------------------------------------------------
+# --- Errors in a step, and in the tests' own tools --------------------------------------------------------------------
 
 
 @on_ranks(2)

@@ -811,7 +811,7 @@ def test_stage_1_by_hand_sends_as_much_as_an_all_reduce():
     assert 0.95 < sent < 1.05, f"each of 2 ranks sent {sent:.2f} elements per parameter; 1 is an all-reduce's"
 
 
-# --- The small steps -------------------------------------------------------------------------------------------------
+# --- The small steps --------------------------------------------------------------------------------------------------
 
 FLAT = torch.arange(8.0)
 

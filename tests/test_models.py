@@ -1133,9 +1133,6 @@ def test_scripted_and_lazy_models_are_refused_by_name(make, told):
         start(make(), 0, make_optimizer=None)
 
 
-# --- Hooks of the optimizer -------------------------------------------------------------------------------------------
-
-
 @on_ranks(2, stage=STAGES, kind=[torch.optim.SGD, torch.optim.AdamW])
 def test_step_hooks_run_once_around_the_whole_step(stage, kind):
     """One doubles the gradients before the step, and one sees the model after it."""

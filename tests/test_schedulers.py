@@ -240,9 +240,6 @@ def test_phases_with_a_list_give_each_group_its_own_rates():
         [0.0, 0.2], [0.05, 0.3], [0.1, 0.4], [0.1, 0.4])]
 
 
-# --- In force ---------------------------------------------------------------------------------------------------------
-
-
 SCHEDULES = [
     {"type": "WarmupLR", "params": {"warmup_min_lr": 0.125, "warmup_num_steps": 4, "warmup_type": "linear"}},
     {"type": "OneCycle", "params": {"cycle_min_lr": 0.25, "cycle_max_lr": 0.5, "cycle_first_step_size": 2}},

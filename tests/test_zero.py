@@ -99,7 +99,7 @@ def test_the_naive_reduction_gives_the_same():
         pair.check(f"reduce_scatter {reduce_scatter}", tolerance=1e-12)
 
 
-# --- Really sharded ---------------------------------------------------------------------------------------------------
+# --- Really sharded, and what is sent ---------------------------------------------------------------------------------
 
 
 def storage_bytes(tensors) -> int:
@@ -183,9 +183,6 @@ def test_stage_3_holds_the_unit_in_use_and_the_next_one_only():
         engine = train_wide(3, watch=watch, stage3_prefetch_bucket_size=prefetch)
         size, = {u.numel for u in engine.zero.units if u.buckets}
         assert most[0] == units * size
-
-
-# --- Traffic ----------------------------------------------------------------------------------------------------------
 
 
 def traffic_of_a_step(stage: int, accumulation: int, **extra) -> tuple[int, int, int]:
@@ -365,7 +362,7 @@ def test_unused_parameters_are_named_when_asked(stage):
         pair.engine.step()
 
 
-# --- Reading and writing ----------------------------------------------------------------------------------------------
+# --- Reading and writing; ranks that disagree -------------------------------------------------------------------------
 
 
 def partly_frozen() -> Mlp:
@@ -433,9 +430,6 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
             zero.GatheredParameters(p):
         p.data.fill_(1.0)
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
-
-
-# --- Ranks that disagree ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what, told", [
