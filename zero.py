@@ -1314,7 +1314,8 @@ class Bucket:
     @property
     def is_viewed(self) -> bool:
         """Whether anything but the parameters is a view of ``flat``."""
-        return _holders(self.flat) > 1 + sum(_same_memory(slot.parameter, self.flat) for slot in self.slots)
+        memories = [_memory_of(slot.parameter) for slot in self.slots]
+        return _holders(self.flat) > 1 + memories.count(_memory_of(self.flat))
 
     @property
     def has_memory(self) -> bool:
@@ -1380,6 +1381,9 @@ class Life(Enum):
     SENT = "the sum is complete; a gradient that comes now is late"
 
 
+LAUNCHED = Life.SENDING, Life.SENT
+
+
 class Gradients:
     """The gradients of one bucket: from autograd into a flat buffer, and their sum over ranks.
 
@@ -1430,7 +1434,7 @@ class Gradients:
         """
         self.used.add(slot)
         self.arrived.add(slot)
-        if self.life in (Life.SENDING, Life.SENT):  # as reentrant recomputation gives them; see Zero._agree
+        if self.life in LAUNCHED:  # as reentrant recomputation gives them; see Zero._agree
             self.late[slot] = gradient if slot not in self.late else self.late[slot] + gradient
             return
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
@@ -1730,8 +1734,12 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return C_LIBRARY.memcmp(*pointers, ctypes.c_size_t(a.nbytes)) == 0
 
 
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return _memory_of(a) == _memory_of(b)
 
 
 def _in_memory_order(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -2097,13 +2105,15 @@ def _pack(tensor: Tensor) -> SavedWeight | tuple[Tensor, int]:
 def _weight_behind(tensor: Tensor) -> Slot | None:
     """The gathered weight that a tensor is a view of, or a view of autocast's copy of it."""
     slot = None
-    bucket, start = _GATHERED_INTO.get(tensor.untyped_storage()._cdata), tensor.storage_offset()
-    if bucket is not None and _same_memory(bucket.flat, tensor) and tensor.dtype == bucket.flat.dtype:
+    memory, start, base = _memory_of(tensor), tensor.storage_offset(), tensor._base
+    bucket = _GATHERED_INTO.get(memory)
+    if bucket is not None and _memory_of(bucket.flat) == memory and tensor.dtype == bucket.flat.dtype:
         slot = next((slot for slot in bucket.slots if slot.offset <= start < slot.end), None)
     else:
-        cast = tensor if tensor._base is None else tensor._base
-        if cast.grad_fn is not None and cast.grad_fn.name() == "ToCopyBackward0":
-            slot = _SLOTS.get(id(getattr(cast.grad_fn.next_functions[0][0], "variable", None)))
+        cast = tensor if base is None else base
+        graph = cast.grad_fn
+        if graph is not None and graph.name() == "ToCopyBackward0":
+            slot = _SLOTS.get(id(getattr(graph.next_functions[0][0], "variable", None)))
             slot = slot if slot is not None and slot.stride == cast.stride() else None
     known = slot is not None and slot.bucket.unit is not None and isinstance(slot.bucket.unit.owner, Gatherer)
     return slot if known and not (tensor.is_conj() or tensor.is_neg()) else None
@@ -2406,25 +2416,26 @@ class Reducer:
     def receive(self, slot: Slot) -> None:
         """Autograd has finished a parameter's gradient."""
         gradient = slot.parameter.grad
-        if not isinstance(gradient, TakenGradient):  # else take_more() has taken it already
-            if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() was called since the last backward
-                self.drop(slot)
-            self.take(slot, gradient)
         if gradient is not slot.taken:
-            if (slot.taken.dtype, slot.taken.device) != (gradient.dtype, gradient.device):
-                slot.taken = TakenGradient(slot)  # the parameter was cast or moved, which step() will refuse
-            slot.parameter.grad = slot.taken
+            if not isinstance(gradient, TakenGradient):  # else take_more() has taken it already
+                if slot in slot.bucket.gradients.used:  # grad was empty: zero_grad() was called since the last backward
+                    self.drop(slot)
+                self.take(slot, gradient)
+            try:
+                slot.parameter.grad = slot.taken
+            except RuntimeError:  # the parameter was cast or moved, which step() will refuse
+                slot.parameter.grad = slot.taken = TakenGradient(slot)
         self.launch_ready()
 
     def take_more(self, slot: Slot, gradient: Tensor) -> None:
         """Autograd adds ``gradient``, which other code may still read, to what it believes to be ``p.grad``."""
         into = slot.bucket.gradients
-        self.take(slot, gradient.clone() if into.adopts or into.life in (Life.SENDING, Life.SENT) else gradient)
+        self.take(slot, gradient.clone() if into.adopts or into.life in LAUNCHED else gradient)
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Put a parameter's gradient into its bucket."""
-        self.begin_backward()
         if not self.foreseen:
+            self.begin_backward()
             self.foreseen = True
             for each in self.every:
                 each.expected = {s for s in each.bucket.slots if s in self.nodes
@@ -2591,7 +2602,7 @@ class Updater:
         # A fused kernel can divide by a scale on the way, as GradScaler has it do. A hook must see true gradients.
         fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
             b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.zero.trained
-        ) and getattr(optimizer, "_step_supports_amp_scaling", False)
+        ) and type(optimizer) in ELEMENTWISE and getattr(optimizer, "_step_supports_amp_scaling", False)
         if hooked:
             for gradients in every:
                 gradients.arm(factor)
@@ -2600,10 +2611,9 @@ class Updater:
             Optimizer.profile_hook_step(lambda _: self._step_waves(None if hooked else factor, fused))(optimizer)
         finally:
             self.updating = False
-            for gradients in every:
+            for gradients in every if hooked else ():
                 gradients.disarm()
-            for name in ("grad_scale", "found_inf"):
-                vars(optimizer).pop(name, None)
+            vars(optimizer).pop("grad_scale", None)
         optimizer._opt_called = True  # PyTorch's schedulers check that a step came before theirs
 
     def _waves(self) -> list[list[Bucket]]:
@@ -2626,16 +2636,18 @@ class Updater:
         step = type(self.optimizer).step.__wrapped__  # without the hooks, which run around all waves
         scales: dict[torch.device, Tensor] = {}  # one for all waves
         for wave in [self.zero.trained] if factor is None else self._waves():
-            for bucket in wave if factor is not None else ():
-                bucket.gradients.arm(1.0 if fused else factor)
+            armed = wave if factor is not None else ()
             if fused:
                 device = wave[0].master.device  # filled there: copying a number to a GPU would wait for it
-                scale = scales.setdefault(device, torch.full((), 1 / factor, device=device))
-                self.optimizer.grad_scale, self.optimizer.found_inf = scale, torch.zeros_like(scale)
-            step(self.optimizer)
-            for bucket in wave:
-                if factor is not None:
+                self.optimizer.grad_scale = scales.setdefault(device, torch.full((), 1 / factor, device=device))
+            try:
+                for bucket in armed:
+                    bucket.gradients.arm(1.0 if fused else factor)
+                step(self.optimizer)
+            finally:
+                for bucket in armed:
                     bucket.gradients.disarm()
+            for bucket in wave:
                 bucket.keep_state(self.optimizer)
                 bucket.publish()
         for bucket in self.zero.trained:
@@ -2929,15 +2941,17 @@ def check_model(zero: Zero) -> None:
             raise RuntimeError(f"{gone[0]} has left the model since initialize(); call destroy(), change the model, "
                                "and call initialize() again")
     with torch._C.DisableTorchFunctionSubclass():
-        for slot in slots.values():
-            if not _same_memory(slot.parameter, slot.bucket.flat) or slot.parameter.storage_offset() != slot.offset:
-                raise RuntimeError(
-                    f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() or "
-                    "load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call "
-                    "p.data.copy_(), or zero.safe_set_full_fp32_param()")
-            if slot.piece is not None and not _same_memory(slot.piece, slot.bucket.master):
-                raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = ...); "
-                                   "write into it (p.data.copy_()) instead")
+        for bucket in zero.buckets:
+            flat, master = _memory_of(bucket.flat), None if bucket.master is None else _memory_of(bucket.master)
+            for slot in bucket.slots:
+                if _memory_of(slot.parameter) != flat or slot.parameter.storage_offset() != slot.offset:
+                    raise RuntimeError(
+                        f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() "
+                        "or load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call "
+                        "p.data.copy_(), or zero.safe_set_full_fp32_param()")
+                if slot.piece is not None and _memory_of(slot.piece) != master:
+                    raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
+                                       "...); write into it (p.data.copy_()) instead")
     for index, slots in enumerate(zero.slots_by_group()):
         given = zero.optimizer.param_groups[index]["params"]
         if list(map(id, given)) != [id(slot.piece) for slot in slots if slot.piece is not None]:
