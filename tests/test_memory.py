@@ -53,10 +53,7 @@ def config_of(stage: int, precision: str, **section: Any) -> dict[str, Any]:
 
 
 RANKS = (1, 4, 16, 64, 256, 1024)
-PRECISIONS = {
-    "fp32": zero.Dtypes(*[torch.float32] * 4),
-    "bf16": zero.Dtypes(torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),      # the paper's case
-    "bf16-fp32": zero.Dtypes(torch.bfloat16, torch.float32, torch.float32, torch.float32)}   # gradients in fp32
+PAPERS = zero.Dtypes(torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16)  # gradients in 16 bits
 TABLE: dict[str, list[Callable[[int], float]]] = {  # bytes per parameter with N ranks, by stage; N = 1 is stage 0
     "fp32": [lambda n: 16, lambda n: 8 + 8 / n, lambda n: 4 + 12 / n, lambda n: 16 / n],
     "bf16": [lambda n: 16, lambda n: 4 + 12 / n, lambda n: 2 + 14 / n, lambda n: 14 / n],
@@ -109,7 +106,7 @@ def test_offload_moves_what_the_optimizer_works_on_and_shards_of_parameters(
 
 
 def test_an_estimate_takes_what_a_config_and_an_optimizer_mean():
-    bf16, dtypes = config_of(2, "bf16"), PRECISIONS["bf16"]
+    bf16, dtypes = config_of(2, "bf16"), PAPERS
     sizes = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, **bf16}
     assert deepspeed.estimate(COUNT, sizes, 4) == deepspeed.estimate(COUNT, bf16, 4, micro_batches=3)
     assert deepspeed.estimate(COUNT, sizes, 4) != deepspeed.estimate(COUNT, bf16, 4)
@@ -319,7 +316,7 @@ def measure(size: Size, stage: int, world_size: int, dtypes: zero.Dtypes) -> tup
     pytest.param(size, stage, ranks, marks=() if (size, stage, ranks) == ("7.5B", 3, 1024) else pytest.mark.long)
     for size in SIZES for stage in STAGES for ranks in RANKS])
 def test_a_rank_of_a_large_model_holds_what_the_papers_table_says(size, stage, ranks):
-    parameters, held, sent = measure(SIZES[size], stage, ranks, PRECISIONS["bf16"])
+    parameters, held, sent = measure(SIZES[size], stage, ranks, PAPERS)
     effective = stage if ranks > 1 else 0
     table, states = TABLE["bf16"][effective](ranks) * parameters, sum(held[name] for name in STATES)
     assert table <= states <= 1.01 * table
@@ -329,7 +326,7 @@ def test_a_rank_of_a_large_model_holds_what_the_papers_table_says(size, stage, r
         # 1 %, and half of the last digit that the paper prints
         assert states + shard16 == pytest.approx(paper, rel=0.01, abs=0.05e9 if paper > 2e9 else 0.005e9)
     estimated = zero.estimate(gpt(SIZES[size]), zero.ZeroConfig(stage=stage, reduce_bucket_size=BUCKET), ranks,
-                              dtypes=PRECISIONS["bf16"])
+                              dtypes=PAPERS)
     for name in zero.CATEGORIES:
         above = {"7.5B": 1.05}.get(size, 1.1) if name == "live" else 1
         assert held[name] <= estimated.bytes(name) <= above * held[name], name
@@ -366,7 +363,7 @@ def work_of(layers: int, world_size: int, config: zero.ZeroConfig) -> dict[str, 
     with META:
         model = chain_of(layers)
     made: list[zero.Zero] = []
-    work = {"set-up": lines_run(lambda: made.append(shard(model, config, PRECISIONS["bf16"], world_size)))}
+    work = {"set-up": lines_run(lambda: made.append(shard(model, config, PAPERS, world_size)))}
     made[0].communicator.watch = lambda: None  # no engine does that
     step(model, made[0])
     work["step"] = lines_run(lambda: step(model, made[0]))
