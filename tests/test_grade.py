@@ -24,27 +24,22 @@ import compare
 import grade
 import test_exercises
 import wire
-from answers import WRONG
+from answers import RIGHT, WRONG
 from exercises import EXERCISES, Check
 
 
-def own_code(name: str) -> str:
-    """The project's own definitions, as an answer."""
-    exercise = EXERCISES[name]
-    text = exercise.file.read_text()
-    found = grade.definitions(ast.parse(text))
-    if exercise.module == "steps":
-        return ast.get_source_segment(text, found[exercise.parts[0]]) + "\n"
-    if exercise.anew or "." not in exercise.parts[0]:
-        return "\n".join(ast.unparse(found[owner]) for owner in exercise.owners)
-    return "\n".join(f"class {owner}:\n" + "\n".join(
-        "\n".join(" " * 4 + line for line in ast.unparse(found[part]).splitlines())
-        for part in exercise.parts if part.startswith(f"{owner}.")) for owner in exercise.owners)
+def first_answer(name: str) -> str:
+    """What mistakes, and other styles, are made of."""
+    if not name.startswith("steps:"):
+        return RIGHT[name][0]
+    text = EXERCISES[name].file.read_text()
+    return ast.get_source_segment(text, grade.definitions(ast.parse(text))[name.partition(":")[2]]) + "\n"
 
 
-FIRST = {name: own_code(name) if name.startswith("steps:") else texts[0] for name, texts in answers.RIGHT.items()}
-RIGHT = {name: [text if isinstance(text, str) else answers.changed(FIRST[name], *text) for text in texts]
-         for name, texts in answers.RIGHT.items()}
+def right_answer(name: str, number: int) -> str:
+    """A text."""
+    answer = RIGHT[name][number]
+    return answer if isinstance(answer, str) else answers.changed(first_answer(name), *answer)
 
 
 def own_tests(name: str) -> list[Callable]:
@@ -54,11 +49,16 @@ def own_tests(name: str) -> list[Callable]:
 
 
 def wrong_answer(name: str, mistake: str) -> tuple[str, Callable]:
-    """The answer, and the test that finds it."""
-    finds, *pairs = WRONG[name][mistake]
-    found = {test for test in own_tests(name) if finds in test.__name__}
-    assert len(found) == 1, f"{finds!r} is in the names of {len(found)} tests"
-    return answers.changed(FIRST[name], *pairs), found.pop()
+    """A text, and the test that finds the mistake in it."""
+    finds, pairs = next((finds, mistakes[mistake]) for finds, mistakes in WRONG[name].items() if mistake in mistakes)
+    test, = {test for test in own_tests(name) if finds in test.__name__}
+    return answers.changed(first_answer(name), *pairs), test
+
+
+def cases(table: dict[str, list]) -> list[Any]:
+    """Name and case of each exercise; the first one of each is tried always, the others with --long."""
+    return [pytest.param(name, case, marks=[pytest.mark.long] * (case != rows[0]), id=f"{name}-{case}")
+            for name, rows in table.items() for case in rows]
 
 
 # --- Found on the spot ------------------------------------------------------------------------------------------------
@@ -97,20 +97,18 @@ def run_test(test: Callable, run_ranks: Callable, name: str, text: str, patience
         with_answer(*answer, test, *([swapped] if "run_ranks" in inspect.signature(test).parameters else []))
 
 
-@pytest.mark.parametrize("name, number", [(name, number) for name, texts in RIGHT.items()
-                                          for number in range(len(texts))])
-def test_right_answers_pass(run_ranks, request, name, number):
-    if number > 0 and not request.config.getoption("--long"):
-        pytest.skip("the exercise's first answer is tried always, the others with --long")
+@pytest.mark.parametrize("name, number", cases({name: list(range(len(rows))) for name, rows in RIGHT.items()}))
+def test_right_answers_pass(run_ranks, name, number):
     for test in own_tests(name):
-        run_test(test, run_ranks, name, RIGHT[name][number])
+        run_test(test, run_ranks, name, right_answer(name, number))
 
 
-@pytest.mark.parametrize("name, mistake", [(name, mistake) for name in WRONG for mistake in WRONG[name]])
-def test_a_mistake_is_found(run_ranks, request, name, mistake):
+MISTAKES = {name: [mistake for mistakes in tests.values() for mistake in mistakes] for name, tests in WRONG.items()}
+
+
+@pytest.mark.parametrize("name, mistake", cases(MISTAKES))
+def test_a_mistake_is_found(run_ranks, name, mistake):
     text, test = wrong_answer(name, mistake)
-    if mistake != next(iter(WRONG[name])) and not request.config.getoption("--long"):
-        pytest.skip("the exercise's first mistake is tried always, the others with --long")
     with pytest.raises((Exception, pytest.fail.Exception)) as found:
         run_test(test, run_ranks, name, text, timedelta(seconds=1))
     told = f"{found.type.__name__}: {found.value}"
@@ -119,8 +117,8 @@ def test_a_mistake_is_found(run_ranks, request, name, mistake):
 
 def test_every_exercise_has_its_answers_and_its_tests():
     assert set(WRONG) == set(RIGHT) == set(EXERCISES)
-    for name in WRONG:
-        for mistake in WRONG[name]:
+    for name, mistakes in MISTAKES.items():
+        for mistake in mistakes:
             wrong_answer(name, mistake)
     there = {f"{path.name}::{name}" for path in Path(__file__).parent.glob("test_*.py")
              for name in grade.definitions(ast.parse(path.read_text()))}
@@ -202,7 +200,7 @@ def test_files_that_do_not_import_or_hang_are_told(tmp_path, capsys, text, statu
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["steps:overlap", *(name for name in EXERCISES if not name.startswith("steps:"))])
 def test_a_right_answer_passes_the_whole_grader(tmp_path, capsys, name):
-    status, printed = graded(tmp_path, capsys, name, RIGHT[name][0])
+    status, printed = graded(tmp_path, capsys, name, right_answer(name, -1))
     assert status == 0 and "Well done.\n" in printed, printed
     assert list(grade.done()) == [name]
     assert (name in compare.WORKLOADS) is ("this project" in printed and "yours 1.0 x" in printed), printed
