@@ -3,7 +3,7 @@
     .venv/bin/python -m pytest -q tests/test_exercises.py
 
 They ask what docstrings promise, and measure what a rank really has in memory and sends, whatever an answer calls: see
-wire.py. test_grade.py runs each on wrong answers, as a plain function.
+oracle.py. test_grade.py runs each on wrong answers, as a plain function.
 """
 
 import copy
@@ -32,8 +32,8 @@ import test_amp
 import test_zero
 import zero
 from conftest import on_ranks
+from oracle import CPU, PATIENCE, Wire, after_rank_0, bytes_of, held, living, storages
 from test_checkpointing import peak
-from wire import CPU, PATIENCE, Wire, after_rank_0, bytes_of, held, living, storages
 
 
 def random(count: int, seed: int = 0) -> Tensor:

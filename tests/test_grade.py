@@ -22,8 +22,8 @@ import pytest
 import answers
 import compare
 import grade
+import oracle
 import test_exercises
-import wire
 from answers import RIGHT, WRONG
 from exercises import EXERCISES, Check
 
@@ -73,7 +73,7 @@ def with_answer(name: str, text: str, patience: timedelta, function: Callable, *
     originals = [(before[owner], method, vars(before[owner])[method]) for owner, method in methods]
     try:
         exec(grade.splice(exercise, text, "answer.py"), namespace)
-        with mock.patch.object(wire, "PATIENCE", patience):
+        with mock.patch.object(oracle, "PATIENCE", patience):
             return function(*args)
     finally:
         for key in namespace.keys() - before.keys():
@@ -83,7 +83,7 @@ def with_answer(name: str, text: str, patience: timedelta, function: Callable, *
             setattr(owner, method, original)
 
 
-def run_test(test: Callable, run_ranks: Callable, name: str, text: str, patience: timedelta = wire.PATIENCE) -> None:
+def run_test(test: Callable, run_ranks: Callable, name: str, text: str, patience: timedelta = oracle.PATIENCE) -> None:
     """One of test_exercises.py's tests, on an answer that is in place on every rank."""
     answer = name, text, patience
 

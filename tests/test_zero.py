@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import engine as deepspeed
 import zero
 from conftest import memory, on_ranks
-from oracle import PLAIN, STAGES, Mlp, Model, Net, Pair, assert_alike, assert_close, assert_equal, batches, \
+from oracle import PLAIN, STAGES, Mlp, Model, Net, Pair, assert_alike, assert_close, assert_equal, batches, bytes_of, \
     drawn_loss, drawn_optimizer, draws, fitting, mine, plain, plain_backward, sgd, sharded, square, start, whole
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -102,11 +102,6 @@ def test_the_naive_reduction_gives_the_same():
 # --- Really sharded, and what is sent ---------------------------------------------------------------------------------
 
 
-def storage_bytes(tensors) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def model_state_bytes(engine) -> int:
     """What a rank holds between steps: parameters, masters, gradients and optimizer state, by their storages."""
     tensors = [p for p in engine.module.parameters()]
@@ -117,7 +112,7 @@ def model_state_bytes(engine) -> int:
         tensors += [t for t in held if t is not None]
     for entry in engine.optimizer.state.values():
         tensors += [t for t in entry.values() if isinstance(t, torch.Tensor) and t.dim()]
-    return storage_bytes(tensors)
+    return bytes_of(tensors)
 
 
 class Wide(nn.Module):
@@ -177,7 +172,7 @@ def test_stage_3_holds_the_unit_in_use_and_the_next_one_only():
         def watch(engine):
             live = sum(u.numel for u in engine.zero.units if u.state is not zero.UnitState.SHARDED)
             most[0] = max(most[0], live)
-            held = storage_bytes(b.flat for b in engine.zero.buckets)
+            held = bytes_of(b.flat for b in engine.zero.buckets)
             assert held == 4 * live, "what is said to be sharded has no memory"
 
         engine = train_wide(3, watch=watch, stage3_prefetch_bucket_size=prefetch)
@@ -244,7 +239,7 @@ def test_evaluation_and_generation_free_what_they_gathered():
     engine.train()
     engine.backward(engine(x).sum())
     engine.step()
-    assert storage_bytes(b.flat for b in engine.zero.buckets) == 0
+    assert bytes_of(b.flat for b in engine.zero.buckets) == 0
 
 
 def test_units_are_found_named_and_shared():

@@ -16,8 +16,8 @@ from torch import nn
 import checkpointing
 import steps
 import zero
+from oracle import CPU, Wire, held, living
 from test_checkpointing import peak
-from wire import CPU, Wire, held, living
 
 RUNS = 10  # of which the fastest counts
 
