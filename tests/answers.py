@@ -631,7 +631,8 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "objects": exchange("dist.all_gather_object(every, flat.clone())"),
             "an all-to-all of everything": exchange("dist.all_to_all(every, [flat.clone() for _ in every])"),
             "pairs of everything": exchange(
-                "for work in [f(t, o) for o in self._others() for f, t in ((dist.irecv, every[o]), (dist.isend, flat))]: "
+                "for work in [f(t, o) for o in self._others() for f, t in "
+                "((dist.irecv, every[o]), (dist.isend, flat))]: "
                 "work.wait()"),
             "sent but not counted": ('self._begin("reduce-scatter", flat, 1, what)', "pass"),
             "counted twice": ("flat, 1, what", "flat, 2, what")},

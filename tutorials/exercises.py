@@ -242,8 +242,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
         "checkpointing:checkpoint", "6b", 45, ("checkpoint",),
         "Run a function, keep only its inputs, and run it again when backward needs what it saved.",
         "saved_tensors_hooks; PyTorch's, but for torch.utils.checkpoint, which is this exercise",
-        "results, gradients, random state and autocast; how often the function runs, and when; bytes at the peak, and "
-        "when all is gone. Functions that change their inputs in place are not tried",
+        "results, gradients, random state and autocast; how often the function runs, and when; bytes at the peak, "
+        "before backward, and when all is gone. Functions that change their inputs in place are not tried",
         (Check("results, gradients and random state of plain autograd, with dropout and nested",
                "A recomputation that draws new random numbers drops other elements in backward than in forward, and "
                "the gradient belongs to no loss.",
@@ -286,8 +286,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
         "The collective of ZeRO: everyone's gradients in, one slice of the sum out.",
         "self.rank, self.world_size, self._others(), self.shard_of(flat, rank), self._begin(), self._tag(), "
         "self.spare, Handle, _sum",
-        "sums, bits, bytes that leave this rank and what _begin counts, and when the call returns. ``bounds`` is "
-        "always None, the device is the CPU",
+        "sums, bits, bytes that leave this rank and what _begin counts, when the call returns, and what it leaves "
+        "behind. ``bounds`` is always None, the device is the CPU",
         (Check("the sum is right, on three ranks and in training",
                "A wrong slice, or a sum that misses a rank, trains another model.",
                ("test_zero.py::test_the_naive_reduction_gives_the_same",
@@ -313,8 +313,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "parts in rank order: _sum(parts, out, add). self._begin(\"reduce-scatter\", flat, 1, what) counts what is "
          "sent.",
          "self._tag(\"reduce-scatter\") gives the messages of one call a tag of their own. Receive into "
-         "self.spare.take(numel, dtype), and self.spare.give_back(buffer) in finish. With one rank nothing is sent, and _sum([own], "
-         "out, add) is left.")),
+         "self.spare.take(numel, dtype), and self.spare.give_back(buffer) in finish. With one rank nothing is sent, "
+         "and _sum([own], out, add) is left.")),
     Exercise(
         "zero:bucketed_all_reduce", "5", 45, ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
         "Plain data parallelism, done well: gradients go into flat buckets, and full ones out while backward runs.",
@@ -330,8 +330,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
                "What adds up a bucket before it has come adds up half a sum.",
                ("::test_an_all_reduce_runs_its_finish_once_when_the_sum_is_there",)),
          Check("training equals plain PyTorch on the whole batch",
-               "With unused layers, accumulation and several backward calls, as in real models, each gradient must "
-               "count exactly once.",
+               "With unused layers, sparse gradients, accumulation and several backward calls, as in real models, each "
+               "gradient must count exactly once.",
                ("test_zero.py::test_training_equals_plain_pytorch_on_the_whole_batch[2]",
                 "::test_training_by_buckets_equals_plain_pytorch")),
          Check("full buckets go out while backward runs, and with overlap_comm false after it",
@@ -356,17 +356,18 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "self.late[slot], added to what is there. launch_ready: only where self.zero.config.overlap_comm and "
          "self.reduces_now.",
          "launch_ready takes the first of self.queue out of it (popleft) while that is complete, and calls self.launch "
-         "with it; never one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, tensor, 2, what), "
-         "then a Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. A sparse gradient "
-         "needs to_dense().")),
+         "with it; never one behind it: the queue has the same order on all ranks. all_reduce: self._begin(kind, "
+         "tensor, 2, what), then a Handle with dist.all_reduce(..., group=self._reductions, async_op=True) and finish. "
+         "A sparse gradient needs to_dense().")),
     Exercise(
         "zero:stage_1", "6", 60, ("Zero.__init__", "Zero.finish_backward", "Zero.step"),
         "ZeRO stage 1 from nothing, in about 60 lines: each rank updates its slice of the parameters, and only that.",
         "Communicator(device), with rank, world_size, shard_of(flat), broadcast(tensor, 0), and reduce_scatter(flat, "
-        "out, add=False), all_reduce(tensor) and all_gather(flat), which return Handles to wait() for; StepResult(norm, "
-        "the factor that clipping applied, or 1.0, whether the norm was not finite, None); or torch.distributed itself",
+        "out, add=False), all_reduce(tensor) and all_gather(flat), which return Handles to wait() for; "
+        "StepResult(norm, the factor that clipping applied, or 1.0, whether the norm was not finite, None); or "
+        "torch.distributed itself",
         "weights and norms, against plain PyTorch with AdamW; the state of the optimizer that you were given; every "
-        "tensor that lives in the process before and after a step; bytes that leave this rank. There is one param "
+        "byte that the process has in use before and after a step; bytes that leave this rank. There is one param "
         "group, all in float32",
         (Check("training equals plain PyTorch on the whole batch, with clipping",
                "Sharding memory must not change what is learned: with tied weights, with parameters that have a "

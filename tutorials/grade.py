@@ -238,8 +238,9 @@ def run_tests(folder: Path, tests: list[str], slow: float, answer: str,
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "grade", "-p", "no:cacheprovider", "--tb=short",
                *(f"tests/{test}" for test in tests)]
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment(folder, **{
-            EVENTS: str(events), ANSWER: answer, NUMBERS: numbers}), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(folder, **{EVENTS: str(events), ANSWER: answer, NUMBERS: numbers}),
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         outcomes = _follow(process, events, slow)
     finally:
