@@ -117,8 +117,8 @@ class Model(nn.Module):
             else:
                 setattr(self, name, nn.ModuleList(part) if isinstance(part, list) else part)
 
-    def forward(self, *args: Any) -> Any:
-        return self.body(self, *args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(self, *args, **kwargs)
 
 
 def chain(model: nn.Module, x: Any) -> Any:

@@ -20,7 +20,7 @@ import amp
 import engine as deepspeed
 import zero
 from conftest import on_ranks, warnings_of
-from oracle import STAGES, assert_alike, start, whole
+from oracle import STAGES, Model, assert_alike, start, whole
 from test_zero import model_state_bytes, train_wide
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
@@ -364,17 +364,13 @@ def test_a_module_kept_in_fp32_inside_of_another_meets_fp32(stage):
     assert dtypes == [torch.float32, torch.bfloat16] and engine.was_step_applied()
 
 
-class Timed(nn.Module):
+def timed() -> Model:
     """A model of time steps, with frequencies in a buffer, as of rotary embeddings."""
+    def forward(m, x, times):
+        m.seen = x, times, m.frequencies
+        return m.linear(x.to(m.linear.weight.dtype))
 
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("frequencies", torch.tensor([1 / 3, 1.001, 999.0]))
-
-    def forward(self, x, times):
-        self.seen = x, times, self.frequencies
-        return self.linear(x.to(self.linear.weight.dtype))
+    return Model(forward, linear=nn.Linear(4, 4), frequencies=torch.tensor([1 / 3, 1.001, 999.0]))
 
 
 @on_ranks(1, name=HALF)
@@ -384,12 +380,12 @@ def test_inputs_and_buffers_are_left_alone_unless_the_config_says_otherwise(name
     for auto_cast, data_types, inputs, buffers in (
             (False, {}, full, full), (True, {}, half, full),
             (False, {"buffer_dtype": name, "param_dtype": name}, full, half)):
-        config, model = {name: {"enabled": True, "auto_cast": auto_cast}, "data_types": data_types}, Timed()
+        config, model = {name: {"enabled": True, "auto_cast": auto_cast}, "data_types": data_types}, timed()
         began(model, **config)(given[0].clone(), times=given[1].clone())
         assert model.linear.weight.dtype == half
         for got, value, dtype in zip(model.seen, given, (inputs, inputs, buffers), strict=True):
             assert got.dtype == dtype and torch.equal(got, value.to(dtype)), f"{config}: {got} for {value}"
-        estimate = deepspeed.estimate(Timed(), {"fp16": {}, "bf16": {}} | config)
+        estimate = deepspeed.estimate(timed(), {"fp16": {}, "bf16": {}} | config)
         assert sum(b.nbytes for b in model.buffers()) == estimate.bytes("buffers"), config
 
 

@@ -404,7 +404,7 @@ def digest(p: Tensor) -> list[float]:
 FP32 = 1e-5    # relative, after up to 20 steps: both round to 6e-8, but sum in another order
 EXACT = 1e-12  # relative: rates and momenta are computed in fp64
 # A master weight that is 1e-7 off may lie across a border of bf16's rounding; the weight then jumps by 2**-8 of itself.
-BF16 = 1e-3
+BF16_ROUNDS = 1e-3
 # On two ranks DeepSpeed also sums gradients in bf16, which rounds each by up to 2**-9; here that is done in fp32.
 BF16_SUMS = 1e-2
 
@@ -465,23 +465,14 @@ def assert_same_run(case: str, mine: dict[str, Any], reference: dict[str, Any], 
                 f"{case}: an element of {name} is {own!r} here, {other!r} with DeepSpeed; 2-norm {norm:.3g}"
 
 
-def tolerance_of(case: str) -> float:
-    """What the losses, norms and weights of a case may differ by, relative."""
-    config, ranks = CASES[case].config, CASES[case].ranks
-    return FP32 if "bf16" not in config else BF16 if ranks == 1 else BF16_SUMS
-
-
-def in_groups() -> list[Any]:
-    """The cases by number of ranks, so that few process groups are made; those of DIFFERENT have to fail."""
-    names = sorted(CASES, key=lambda name: CASES[name].ranks)
-    return [pytest.param(name, marks=pytest.mark.xfail(reason=DIFFERENT[name], strict=True, raises=AssertionError))
-            if name in DIFFERENT else name for name in names]
-
-
-@pytest.mark.parametrize("case", in_groups())
+@pytest.mark.parametrize("case", [
+    pytest.param(name, marks=pytest.mark.xfail(reason=DIFFERENT[name], strict=True, raises=AssertionError))
+    if name in DIFFERENT else name for name in sorted(CASES, key=lambda name: CASES[name].ranks)])  # few process groups
 def test_training_equals_deepspeeds(run_ranks, case):
-    for mine in run_ranks(replay, CASES[case].ranks, case):
-        assert_same_run(case, mine, reference_runs()[case], tolerance_of(case))
+    config, ranks = CASES[case].config, CASES[case].ranks
+    tolerance = FP32 if "bf16" not in config else BF16_ROUNDS if ranks == 1 else BF16_SUMS
+    for mine in run_ranks(replay, ranks, case):
+        assert_same_run(case, mine, reference_runs()[case], tolerance)
 
 
 # --- Recording --------------------------------------------------------------------------------------------------------

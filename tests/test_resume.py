@@ -599,16 +599,11 @@ def test_pieces_that_overlap_or_are_short_and_newer_versions_are_refused(tmp_pat
 # --- Everything is checked first --------------------------------------------------------------------------------------
 
 
-class Buffered(nn.Sequential):
-    def __init__(self, **buffers: Tensor) -> None:
-        super().__init__(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1))
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-
 def buffered(stage: int, groups: int = 2, schedule: str = "WarmupLR", accumulate: int = 1, **buffers: Tensor):
     torch.manual_seed(0)
-    model = Buffered(**buffers)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1))
+    for name, value in buffers.items():
+        model.register_buffer(name, value)
     parts = [list(part.parameters()) for part in model]
     parts = {2: [parts[0], parts[1] + parts[2]], 3: parts, -2: [parts[0] + parts[1], parts[2]]}[groups]
     return deepspeed.initialize(model=model, model_parameters=[{"params": part} for part in parts], config={
