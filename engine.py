@@ -1480,11 +1480,10 @@ class Engine(_Training):
             if len(set(seen)) > 1:
                 raise CheckpointError(f"{folder} was saved anew while it was read; load it again")
             _take_over(self, reader, with_optimizer)
-        self.zero_grad()
         if not load_module_only:
             _restore(self, reader.state, with_optimizer, with_schedule)
+        self.zero_grad()  # last, as the number of micro-batches that it has restored also sets the place in a window
         self._show_scale()
-        self._tell_boundary()
         return str(folder), reader.state["client_state"]
 
     @_by_all_ranks()
