@@ -532,10 +532,9 @@ def check_places(state: zero.Zero, offload: dict) -> None:
     """What the config sends to files is in files."""
     for bucket in state.buckets:
         if offload.get("offload_optimizer", {}).get("device") == "nvme" and bucket.host is not None:
-            kept = [bucket.master] + [value for piece in bucket.pieces
-                                      for value in state.optimizer.state[piece].values()
-                                      if isinstance(value, torch.Tensor) and value.dim() and value.numel()]
-            assert all(t.untyped_storage().filename for t in kept), f"{bucket.slots[0].name}: state is in memory"
+            kept = [bucket.master, *(value for piece in bucket.pieces for value in state.optimizer.state[piece].values()
+                                     if isinstance(value, torch.Tensor) and value.dim())]
+            assert all(t.untyped_storage().filename for t in kept if t.numel()), f"{bucket.slots[0].name}: in memory"
         if offload.get("offload_param", {}).get("device") == "nvme" and bucket.unit is not None:
             assert bucket.shard.untyped_storage().filename, f"{bucket.slots[0].name}: the shard is in memory"
 

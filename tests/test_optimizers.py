@@ -191,7 +191,8 @@ def resumed(folder: str, kind: str, draw: dict, stage: int) -> tuple[dict, dict]
 def test_it_resumes_at_another_stage_and_number_of_ranks(run_ranks, kind, stage, ranks, then, others, data):
     """To the bit where the sums are taken in the same order; else as close as they are."""
     draw = data.draw(drawn(kind))
-    draw |= {"odd": draw["odd"] and ranks == others}  # an odd block's mean is over a rank's rows
+    # An odd block's mean is over a rank's rows, and rank 0's rows alone use the uneven layer.
+    draw |= {key: draw[key] and ranks == others for key in ("odd", "uneven")}
     with tempfile.TemporaryDirectory() as folder:
         (weights, after), *_ = run_ranks(saved, ranks, folder, kind, fitting(draw, ranks), stage)
         for loaded, then_after in run_ranks(resumed, others, folder, kind, fitting(draw, others), then):
