@@ -388,7 +388,7 @@ class DynamicLossScaler(LossScaler):
         "got = torch.empty_like(slices)\n"
         "works = [dist.all_to_all_single(got, slices, async_op=True)] if self.world_size > 1 else []\n"
         "parts = list(got.view(self.world_size, -1)) if works else [slices]\n"
-        "return Handle(self, works, lambda: out.copy_(sum(parts) + out * add))")],
+        "return Handle(self, works, lambda: out.copy_(sum(parts) + out if add else sum(parts)))")],
     "zero:bucketed_all_reduce": [BUCKETS, (
         "self.used.add(slot)\nself.arrived.add(slot)", "for known in (self.used, self.arrived):\n    known.add(slot)",
         TAKE, "if slot not in self.filled:\n    place.zero_()\nplace += gradient",
@@ -547,6 +547,8 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "forgiving one too many": ("self.left > 1", "self.left > 0"),
             "growing one step early": ("if self.good and self.good %", "if (self.good + 1) %"),
             "good steps that survive an overflow": ("self.good = 0", "pass"),
+            "growing at an overflow too": ("if overflow:",
+                "if overflow and self.good and self.good % self.window == 0:\n    self.scale *= 2\nif overflow:"),
             "hysteresis never given back": ("self.scale *= 2\nself.left = self.hysteresis", "self.scale *= 2"),
             "hysteresis always given back": ("if self.consecutive:", "if True:"),
             "hysteresis used once": ("self.scale = max(self.minimum, self.scale / 2)",
@@ -642,7 +644,9 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "room that two calls share": ("parts[other] = torch.empty_like(parts[self.rank])",
                 "parts[other] = self.__dict__.setdefault(f'room {other}', torch.empty_like(parts[self.rank]))"),
             "a sum in fp16": ("_sum([parts[rank] for rank in sorted(parts)], out, add)",
-                "out.copy_(out * add + sum(parts[rank].half() for rank in sorted(parts)))"),
+                "_sum([sum(parts[rank].half() for rank in sorted(parts)).float()], out, add)"),
+            "an out that is read though nothing is added": ("_sum([parts[rank] for rank in sorted(parts)], out, add)",
+                "out.copy_(out * add + sum(parts[rank] for rank in sorted(parts)))"),
             "this rank's own part forgotten": ("[parts[rank] for rank in sorted(parts)]",
                 "[parts[rank] for rank in sorted(parts) if rank != self.rank] or [parts[self.rank]]"),
             "never added": ("out, add)", "out, False)"),
@@ -667,6 +671,8 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
                 "    for work in works:\n        work.wait()\n"
                 "    _sum([parts[rank] for rank in sorted(parts)], out, add)")},
         "adds_in_one_order": {
+            "parts from whoever comes first": ("dist.irecv(parts[other], other, tag=tag)",
+                "dist.irecv(parts[other], tag=tag)"),
             "sums in an order that changes": ("for rank in sorted(parts)]",
                 "for rank in [*sorted(parts), *sorted(parts)][self.number % 3:][:len(parts)]]")}},
     "zero:bucketed_all_reduce": {
@@ -692,6 +698,8 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
                 "self.late[slot] = gradient if slot not in self.late else self.late[slot] + gradient", "pass"),
             "late gradients of which the last one counts": (
                 "gradient if slot not in self.late else self.late[slot] + gradient", "gradient"),
+            "late gradients that go into what was sent": ("if self.life in (Life.SENDING, Life.SENT):",
+                "if self.life is Life.SENDING:"),
             "late gradients that go into what is being sent": ("if self.life in (Life.SENDING, Life.SENT):",
                 "if False:")},
         "full_buckets": {
@@ -782,6 +790,13 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "NaN that passes as finite": ("not math.isfinite(norm)", "norm == math.inf"),
             "a rank that skips alone": ("not math.isfinite(norm)", "not bool(shard.isfinite().all())")},
         "shards_the_optimizer": {
+            "rank 0 that does it all": (*after(PIECES, "self.pieces = [nn.Parameter(place) for place in "
+                "self.places(self.flat)] if self.communicator.rank == 0 else []\n"
+                'optimizer.param_groups[0]["params"] = self.pieces'), SCATTER, "dist.reduce(gradients, 0)",
+                "shard /= divisor", "gradients /= divisor", "shard.square().sum()",
+                "gradients.square().sum() if self.communicator.rank == 0 else 0",
+                "zip(self.parts_of(shard), self.pieces)", "zip(enumerate(self.places(gradients)), self.pieces)",
+                GATHER, "dist.broadcast(self.flat, 0)"),
             "another optimizer with the given one's groups": after(PIECES,
                 "self.optimizer = type(optimizer)(self.pieces)\nself.optimizer.param_groups = optimizer.param_groups"),
             "an optimizer that is not sharded": ("self.parts_of(self.communicator.shard_of(self.flat))",
@@ -899,6 +914,9 @@ WRONG: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             "users that are counted": ("self.users.add(user)", "self.count = getattr(self, 'count', 0) + 1",
                 "self.users.discard(user)", "self.count -= 1", "if not self.users and", "if self.count == 0 and"),
             "the first user's end is the end": ("if not self.users and self.state", "if self.state"),
+            "a unit that is gathered again for those who stay": ("self.users.discard(user)",
+                "self.users.discard(user)\nif self.users and self.state is UnitState.WHOLE:\n    self.free()\n"
+                "    self.start_gather()\n    self.finish_gather()"),
             "a unit that is gathered for each user": ("if self.state is UnitState.SHARDED:",
                 "if self.state is not UnitState.GATHERING:"),
             "parameters that look whole": ("slot.parameter.__class__ = ShardedParameter", "pass"),
