@@ -1346,10 +1346,14 @@ class Bucket:
         if _same_memory(finest, self.flat):
             return
         new = self.flat[start:start + finest.numel()].to(finest.device)
-        old = finest.to(new.dtype)
+        near = self.shard is not None and self.shard.device == finest.device  # it has the same values, rounded already
+        old = self.shard if near else finest.to(new.dtype)
         if finest.device.type == "cpu" and _same_bytes(new, old):  # on a GPU the comparison would wait for it
             return
-        finest.copy_(torch.where(new != old, new.to(finest.dtype), finest))  # unchanged elements keep the finer value
+        if new.dtype == finest.dtype:
+            finest.copy_(new)
+        else:  # unchanged elements keep the finer value
+            torch.where(new == old, finest, new.to(finest.dtype), out=finest)
         if self.shard is not None and self.shard is not finest:
             self.shard.copy_(new)
 
