@@ -13,8 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -674,18 +673,12 @@ def started(width: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     return model, optimizer, zero.Zero(model, optimizer, zero.ZeroConfig(stage=1), CPU)
 
 
-class Bad(Enum):
-    """What is wrong with the loss of one rank at the third step."""
-    NOTHING = "nothing"
-    INFINITE = "it is infinite"
-    ONE_NAN = "one element of one gradient is NaN"
-
-
-def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad: Bad = Bad.NOTHING,
+def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad: float = 0.0,
             delay: float = 0.0) -> float:
     """Four steps with ``zero.Zero`` alone, compared with plain PyTorch; elements per parameter that the last one sent.
 
     scale   what the loss is larger by; the rate falls from step to step
+    bad     what is in the gradients of rank 1 at the third step: infinity, or NaN in one element of one
     delay   by which rank 1 begins each collective later: who does not wait for it goes on with other numbers
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -697,12 +690,12 @@ def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad:
     def loss(net: nn.Module, step: int, micro: int, r: int) -> Tensor:
         x = random(2 * width, 100 * step + 10 * micro + r).view(2, width)
         loss = net(x, side=(step, r) in ((1, 1), (3, 0))).square().mean() / accumulation * scale
-        if (step, r) == (2, 1) and bad is not Bad.NOTHING:
-            return loss * math.inf if bad is Bad.INFINITE else loss + net.out.bias[0] * math.nan
+        if (step, r) == (2, 1) and bad:
+            return loss * bad if bad == math.inf else loss + net.out.bias[0] * bad
         return loss
 
     for step in range(4):
-        wrong = step == 2 and bad is not Bad.NOTHING
+        wrong = step == 2 and bad != 0
         for group in (*optimizer.param_groups, *theirs.param_groups):
             group["lr"] = 0.01 / (step + 1)
         with Wire(delay=delay * (rank == 1)) as wire:
@@ -720,7 +713,7 @@ def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad:
         theirs.zero_grad()
         error, least = error_of(weights, reference), min(1.0, clip / norm) if clip else 1.0
         where = (f"rank {rank} of {ranks}, step {step}, clip {clip}, divisor {ranks * scale}, micro-batches "
-                 f"{accumulation}, wrong with a loss: {bad.value}, rank 1 is late by {delay} s")
+                 f"{accumulation}, {bad or 'nothing'} is wrong with a loss, rank 1 is late by {delay} s")
         assert result.overflow == wrong, f"overflow is {result.overflow}; {where}"
         assert wrong or abs(result.norm - norm) < 1e-5, f"norm {result.norm}, plain PyTorch {norm}; {where}"
         assert wrong or abs(result.clip - least) < 1e-4, f"clip {result.clip}, plain PyTorch {least}; {where}"
@@ -740,7 +733,7 @@ def test_stage_1_by_hand_waits_for_what_it_sends():
 
 @on_ranks(2)
 def test_stage_1_by_hand_leaves_out_a_step_that_is_not_finite():
-    for bad, clip in itertools.product((Bad.INFINITE, Bad.ONE_NAN), (0.0, 0.1)):
+    for bad, clip in itertools.product((math.inf, math.nan), (0.0, 0.1)):
         by_hand(7, 1, clip, bad=bad)
 
 
@@ -760,16 +753,8 @@ def test_stage_1_by_hand_accumulates():
     assert window == once, f"{window:.2f} elements per parameter for 3 micro-batches, {once:.2f} for one"
 
 
-class Kept(NamedTuple):
-    """Bytes per parameter before the third step, and after it; of the optimizer's state, and of other optimizers'."""
-    before: float
-    after: float
-    state: float
-    foreign: float
-
-
-def kept_by_hand() -> Kept:
-    """What a rank holds."""
+def kept_by_hand() -> dict[str, float]:
+    """Bytes per parameter: before the third step and after it; the optimizer's state; and that of other optimizers."""
     others = {id(o) for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)}
     there, sizes = living(), []
     model, optimizer, mine = started(800)
@@ -778,34 +763,29 @@ def kept_by_hand() -> Kept:
         mine.finish_backward()
         sizes.append(held(there))
         mine.step(divisor=dist.get_world_size())
-    sizes.append(held(there))
-    foreign = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer) and id(o) not in others
-               and o is not optimizer]
-    count = sum(p.numel() for p in model.parameters())
-    return Kept(*(size / count for size in (*sizes[-2:], state_bytes([optimizer]), state_bytes(foreign))))
-
-
-def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    return bytes_of(t for optimizer in optimizers for entry in optimizer.state.values()
-                    for t in entry.values() if isinstance(t, Tensor) and t.dim())
+    kept = {"before": sizes[-1], "after": held(there), "state": 0, "foreign": 0}
+    for each in [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer) and id(o) not in others]:
+        kept["state" if each is optimizer else "foreign"] += bytes_of(
+            t for entry in each.state.values() for t in entry.values() if isinstance(t, Tensor) and t.dim())
+    return {what: size / sum(p.numel() for p in model.parameters()) for what, size in kept.items()}
 
 
 def test_stage_1_by_hand_shards_the_optimizer(run_ranks):
     results = run_ranks(kept_by_hand, 3)
     for rank, kept in enumerate(results):
-        assert kept.state < 1.05 * 8 / 3, \
-            f"rank {rank} of 3 holds {kept.state:.2f} bytes of optimizer state per parameter; 8 / 3 are its third"
-        assert kept.foreign == 0, f"rank {rank} has another optimizer, which holds {kept.foreign:.2f} bytes of state"
-    used = sum(kept.state for kept in results) / 8  # of the layers that have gradients
+        assert kept["state"] < 1.05 * 8 / 3, \
+            f"rank {rank} of 3 holds {kept['state']:.2f} bytes of optimizer state per parameter; 8 / 3 are its third"
+        assert kept["foreign"] == 0, f"rank {rank}: another optimizer holds {kept['foreign']:.2f} bytes of state"
+    used = sum(kept["state"] for kept in results) / 8  # of the layers that have gradients
     assert 0.9 < used < 1.01, f"all ranks together hold the state of {used:.0%} of the parameters"
 
 
 @on_ranks(3)
 def test_stage_1_by_hand_keeps_nothing_else():
     kept = kept_by_hand()
-    for when, size in (("before a step", kept.before), ("after a step", kept.after)):
-        assert size < 4 + 4 + 12 / 3 + 0.6, f"each of 3 ranks holds {size:.2f} bytes per parameter {when}; weights, " \
-            "gradients, its third of the state and masters of its own are 12"
+    for when in ("before", "after"):
+        assert kept[when] < 4 + 4 + 12 / 3 + 0.6, f"each of 3 ranks holds {kept[when]:.2f} bytes per parameter " \
+            f"{when} a step; weights, gradients, its third of the state and masters of its own are 12"
 
 
 @on_ranks(2)

@@ -53,9 +53,9 @@ def own_tests(name: str) -> list[Callable]:
 
 def wrong_answer(name: str, mistake: str) -> tuple[str, Callable]:
     """A text, and the test that finds the mistake in it."""
-    finds, pairs = next((finds, mistakes[mistake]) for finds, mistakes in WRONG[name].items() if mistake in mistakes)
+    finds, = {finds for exercise, finds in WRONG if exercise == name and mistake in WRONG[exercise, finds]}
     test, = {test for test in own_tests(name) if finds in test.__name__}
-    return answers.changed(first_answer(name), *pairs), test
+    return answers.changed(first_answer(name), *WRONG[name, finds][mistake]), test
 
 
 def cases(table: dict[str, list]) -> list[Any]:
@@ -106,7 +106,8 @@ def test_right_answers_pass(run_ranks, name, number):
         run_test(test, run_ranks, name, right_answer(name, number))
 
 
-MISTAKES = {name: [mistake for mistakes in tests.values() for mistake in mistakes] for name, tests in WRONG.items()}
+MISTAKES = {name: [mistake for (exercise, _), mistakes in WRONG.items() if exercise == name for mistake in mistakes]
+            for name in RIGHT}
 
 
 @pytest.mark.parametrize("name, mistake", cases(MISTAKES))
@@ -119,7 +120,7 @@ def test_a_mistake_is_found(run_ranks, name, mistake):
 
 
 def test_every_exercise_has_its_answers_and_its_tests():
-    assert set(WRONG) == set(RIGHT) == set(EXERCISES)
+    assert set(RIGHT) == set(EXERCISES) and all(MISTAKES.values())
     for name, mistakes in MISTAKES.items():
         for mistake in mistakes:
             wrong_answer(name, mistake)
