@@ -1346,8 +1346,7 @@ class Bucket:
         if _same_memory(finest, self.flat):
             return
         new = self.flat[start:start + finest.numel()].to(finest.device)
-        near = self.shard is not None and self.shard.device == finest.device  # it has the same values, rounded already
-        old = self.shard if near else finest.to(new.dtype)
+        old = finest.to(new.dtype)
         if finest.device.type == "cpu" and _same_bytes(new, old):  # on a GPU the comparison would wait for it
             return
         if new.dtype == finest.dtype:

@@ -896,7 +896,7 @@ def test_the_host_waits_once_a_step_and_few_operations_come_to_plain_pytorchs(co
     offloads = "offload_optimizer" in CASES[case][0]
     waits = found["waits"]
     assert sum(waits.values()) <= (2 if offloads else 1), f"{CASES[case]}: the host waits for {waits}"
-    for name, most, plain in ("forward", 1.5, forward), ("backward", 1.6, backward):
+    for name, most, plain in ("forward", 1.55, forward), ("backward", 1.6, backward):
         assert found[name] <= most * plain, f"{CASES[case]}: {found[name]} operations in {name}, plain PyTorch {plain}"
     assert found["step"] <= 60, f"{CASES[case]}: {found['step']} operations in a step, four for each wave of updates"
     assert found["waits of a save"] == 1, f"{CASES[case]}: one for all that comes together"
