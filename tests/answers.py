@@ -598,6 +598,9 @@ WRONG: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("checkpointing:checkpoint", "leaves_nothing_behind"): {
         "graphs that keep themselves": ("tensors.append(tensor.detach())", "tensors.append(tensor)",
             "return found.pop(slot)", "return found[slot]"),
+        "a list of all inputs, as NumPy's": ("state, slots, found =",
+            "KEPT.append(args[0].detach().numpy().copy())\nstate, slots, found =", "def checkpoint(",
+            "KEPT = []\n\ndef checkpoint("),
         "a list of all inputs": ("state, slots, found =", "KEPT.append(args)\nstate, slots, found =",
             "def checkpoint(", "KEPT = []\n\ndef checkpoint(")},
     ("checkpointing:checkpoint", "does_nothing_without"): {
