@@ -132,7 +132,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_on_every_rank(run_ranks):
     assert all(code == 2 and out == "" and "!= 8" in err for code, out, err in answers)
 
 
-def test_user_errors_take_one_line_and_a_code():
+def test_user_errors_take_one_line_and_a_code_and_help_says_how_to_start():
+    code, out, _ = run_main(["--help"])
+    assert code == 0
+    assert all(text in out for text in ("torchrun --nproc_per_node 2 launch.py", "--zero_stage", "SCRIPT"))
     for arguments, told in (["--bogus"], "unrecognized arguments"), (["--zero_stage", "4"], "invalid choice: 4"), \
             (["none.py"], "there is no script 'none.py'"), (["--nproc_per_node", "0"], "--nproc_per_node is 0"), \
             (["--zero_stage", "1", __file__], "--zero_stage changes the example's config"), \
@@ -151,12 +154,6 @@ def test_user_errors_take_one_line_and_a_code():
              "machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
         code, out, err = run_main(arguments)
         assert code == 2 and told in err.splitlines()[-1]
-
-
-def test_help_says_how_to_start():
-    code, out, _ = run_main(["--help"])
-    assert code == 0
-    assert all(text in out for text in ("torchrun --nproc_per_node 2 launch.py", "--zero_stage", "SCRIPT"))
 
 
 def test_deepspeeds_launcher_options_are_pytorchs():

@@ -349,20 +349,15 @@ def test_an_asynchronous_save_writes_what_was_there_and_the_next_one_waits_for_i
 
 
 @on_ranks(2)
-def test_a_full_disk_is_told_on_every_rank_and_the_old_checkpoint_stays(tmp_path):
-    engine, full = saved(tmp_path), OSError(28, "No space left on device", "rank_00001.bin")
-    with mock.patch.object(deepspeed, "_write_pieces", side_effect=full) if dist.get_rank() else suppress():
-        unchanged_by(engine, "rank 1: No space left on device: rank_00001.bin",
-                     lambda: engine.save_checkpoint(tmp_path, "bad"))
-    state = everything(engine)
-    engine.load_checkpoint(tmp_path)
-    assert_alike(everything(engine), state)
-    assert folders(tmp_path) == ["global_step2", "latest"]
-
-
-@on_ranks(2)
 def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_so_at_once(tmp_path):
-    engine, rank, deep = make(timeout=20, checkpoint={"async": True}), dist.get_rank(), []
+    """Such as a full disk, where the old checkpoint stays."""
+    engine, rank, deep = saved(tmp_path / "old", timeout=20), dist.get_rank(), []
+    full = OSError(28, "No space left on device", "rank_00001.bin")
+    with mock.patch.object(deepspeed, "_write_pieces", side_effect=full) if rank else suppress():
+        unchanged_by(engine, "rank 1: No space left on device: rank_00001.bin",
+                     lambda: engine.save_checkpoint(tmp_path / "old", "bad"))
+    assert engine.load_checkpoint(tmp_path / "old")[0] and folders(tmp_path / "old") == ["global_step2", "latest"]
+    engine.config.checkpoint.async_ = True
     deep.append(deep)
     with pytest.raises(zero.CheckpointError, match="rank 1: RecursionError"):
         engine.save_checkpoint(tmp_path, client_state={"deep": deep if rank else 0})
@@ -382,7 +377,7 @@ def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_
 
         assert any("was not saved" in line for line in warnings_of(save_and_wait))
         assert group.call_args.kwargs["timeout"].seconds == 20
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
 
 
 @pytest.mark.usefixtures("fresh_ranks")
