@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import zero
 from conftest import on_ranks
-from oracle import LENGTH, STAGES, WIDTH, Case, Mlp, Model, Pair, assert_close, assert_same, batches, chain, inside, \
-    mine, plain_backward, sgd, square, start, train, twins, whole
+from oracle import LENGTH, STAGES, TOLERANCE, WIDTH, Case, Mlp, Model, Pair, assert_alike, assert_close, assert_same, \
+    batches, chain, inside, mine, plain_backward, sgd, square, start, train, twins, whole
 
 
 def linear(outs: int = WIDTH, ins: int = WIDTH) -> nn.Linear:
@@ -723,8 +723,8 @@ def test_whole_gradients_can_be_read_after_ones_own_backward(stage, kind):
             square(pair.engine, mine(rows)).backward()  # the mean over the window is the engine's
             plain_backward(square(pair.reference, x) / 2 for x in rows)
             got = {name: zero.safe_get_full_grad(p) for name, p in pair.model.named_parameters()}
-            for name, p in pair.reference.named_parameters():
-                assert_close(got[name], p.grad, f"window {window}, micro-batch {micro}: the gradient of {name}")
+            expected = {name: p.grad for name, p in pair.reference.named_parameters()}
+            assert_alike(got, expected, f"window {window}, micro-batch {micro}: the gradients", TOLERANCE)
             pair.engine.step()
         pair.plain_step()
         for name, p in pair.model.named_parameters():
@@ -745,8 +745,7 @@ def test_a_copy_trains_alone(stage, how):
             square(network, mine(batches(100 + step))).backward()
             optimizer.step()
         pair.train(step)
-    for (name, p), q in zip(copied.named_parameters(), networks[1][0].parameters(), strict=True):
-        assert_close(p, q, f"{name} of the copy")
+    assert_alike(*(dict(net.named_parameters()) for net, _ in networks), "the copy", TOLERANCE)
     pair.check()
 
 
@@ -882,8 +881,7 @@ def test_what_was_taken_inside_gathered_parameters_can_be_read_after_it(stage):
     file = io.BytesIO()
     torch.save(taken, file)
     file.seek(0)
-    for name, value in torch.load(file).items():
-        assert_close(value, pair.reference.state_dict()[name], f"{name} in the file")
+    assert_alike(torch.load(file), pair.reference.state_dict(), "in the file", TOLERANCE)
     for view, p in zip(views, pair.reference.parameters(), strict=True):
         assert_close(view.t(), p, "a view")
     old = pair.reference.blocks[0][0].weight.detach().clone()
@@ -1019,7 +1017,7 @@ def test_calls_that_move_nothing_raise_and_name_the_one_that_does(stage):
         for call in some:
             with pytest.raises(RuntimeError, match=name):
                 call()
-    assert all(torch.equal(value, before[name]) for name, value in whole(model).items())
+    assert_alike(whole(model), before)
     p.grad = torch.ones(WIDTH, WIDTH, dtype=p.dtype)
     with pytest.raises(RuntimeError, match="p.grad of 1.0.weight was set after backward"):
         engine.step()

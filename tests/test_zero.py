@@ -798,8 +798,7 @@ def test_views_of_a_model_in_shards_keep_it_whole_only_as_long_as_they_are_there
     """state_dict() and ``p.data``, on one rank for longer: values, writes, and no memory once the views are gone."""
     usual, model = build(kind, sharded=False), build(kind)
     state = model.state_dict()
-    for key, value in usual.state_dict().items():
-        assert torch.equal(state[key], value), key
+    assert_alike(state, usual.state_dict())
     if dist.get_rank() == 1:
         del state  # and rank 0 keeps its views
     for key, value in model.state_dict().items():
