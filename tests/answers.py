@@ -782,6 +782,9 @@ WRONG: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("zero:stage_1", "keeps_nothing_else"): {
         "a copy of the weights in a global": ("class Zero:", "KEPT = {}\n\nclass Zero:", *after(GATHER,
             "KEPT[id(self)] = self.flat.clone()")),
+        "a copy of the weights in shared memory": after(GATHER, "self.copy = self.flat.clone().share_memory_()"),
+        "a copy of the weights in a mapping": after(GATHER,
+            "import mmap\nself.map = mmap.mmap(-1, self.flat.nbytes)\nself.map.write(self.flat.numpy().tobytes())"),
         "a copy of the weights as a list of numbers": after(GATHER,
             "self.copy = [p.tolist() for p in self.parameters]"),
         "a copy of the weights in the optimizer's state": after(GATHER,

@@ -9,6 +9,7 @@ import copy
 import ctypes
 import gc
 import itertools
+import mmap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -479,20 +480,22 @@ class _Mallinfo(ctypes.Structure):
 
 
 def living() -> int:
-    """Bytes that this process has in use, whoever holds them: tensors, graphs, lists, NumPy, globals, closures.
+    """Bytes that this process has in use, whoever holds them: tensors, graphs, lists, NumPy, mappings, globals.
 
     Room to receive into is given up first: it is the collectives', and not a part of what uses them.
     """
     for thing in gc.get_objects():
         if type(thing).__name__ == "SpareBuffers":
             thing.by_size.clear()
-    gc.collect()
-    if not hasattr(ctypes.CDLL(None), "mallinfo2"):  # of glibc alone; elsewhere tensors must do
-        return bytes_of(storages().values())
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Mallinfo
-    told = mallinfo()
-    return told.uordblks + told.hblkhd
+    tensors, allocator = storages().values(), ctypes.CDLL(None)
+    if not hasattr(allocator, "mallinfo2"):  # of glibc alone; elsewhere tensors must do
+        return bytes_of(tensors)
+    allocator.mallinfo2.restype = _Mallinfo
+    told = allocator.mallinfo2()
+    mapped = {id(thing): len(thing) for holder in gc.get_objects() for thing in gc.get_referents(holder)
+              if type(thing) is mmap.mmap and not thing.closed}
+    return told.uordblks + told.hblkhd + sum(mapped.values()) + bytes_of(
+        t for t in tensors if t.untyped_storage().is_shared())
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
