@@ -29,6 +29,8 @@ and runs no collective.
 
 import argparse
 import difflib
+import importlib.machinery
+import importlib.metadata
 import inspect
 import io
 import json
@@ -186,6 +188,10 @@ class Config(amp.PrecisionConfig):
         if norm != self.gradient_clipping or isinstance(norm, bool):
             raise ValueError(f"optimizer.params.max_grad_norm is {norm!r}, but gradient_clipping is "
                              f"{self.gradient_clipping}; write gradient_clipping: {norm!r} instead")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A key's value, as scripts read it from DeepSpeed's: a section is a dict."""
+        return asdict(self).get(key, default)
 
     def collective_timeout(self) -> timedelta | None:
         """How long a collective may take; None: PyTorch's own limit."""
@@ -1054,6 +1060,8 @@ class _State(nn.Module):
     train_micro_batch_size_per_gpu = _reads("config.train_micro_batch_size_per_gpu", "Samples per rank and backward.")
     gradient_accumulation_steps = _reads("config.gradient_accumulation_steps", "Micro-batches per optimizer step.")
     gradient_clipping = _reads("config.gradient_clipping", "The largest global gradient norm; 0: no clipping.")
+    steps_per_print = _reads("config.steps_per_print", "Optimizer steps between progress lines; None: none.")
+    wall_clock_breakdown = _reads("config.wall_clock_breakdown", "Whether each step's times are printed.")
     zero_optimization_stage = _reads("config.zero_optimization.stage", "The ZeRO stage, see the top of zero.py.")
     fp16_enabled = _reads("config.fp16.enabled", "Whether the model computes in fp16.")
     bfloat16_enabled = _reads("config.bf16.enabled", "Whether the model computes in bf16.")
@@ -2625,7 +2633,7 @@ def _draw(rows: list[list[zero.Estimate]], output: str) -> None:
     figure.savefig(output, dpi=110)
 
 
-# --- Other names of DeepSpeed's ---------------------------------------------------------------------------------------
+# --- DeepSpeed's names ------------------------------------------------------------------------------------------------
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -2642,6 +2650,8 @@ ELSEWHERE = "; if DeepSpeed has it, tutorials/coming_from_deepspeed.md says what
 
 
 def __getattr__(name: str) -> Any:
+    if f"deepspeed.{name}" in MODULES:
+        return MODULES[f"deepspeed.{name}"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{ELSEWHERE}")
 
 
@@ -2663,16 +2673,6 @@ def load_state_dict_from_zero_checkpoint(model: nn.Module, checkpoint_dir: str |
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     model.cpu().load_state_dict(state, strict=False)
     return model
-
-
-class _Names:
-    """What DeepSpeed has under ``deepspeed.<path>``, for scripts that reach it as an attribute."""
-
-    def __init__(self, path: str, module: Any = None, /, **names: Any):
-        vars(self).update(vars(module) if module else {}, **names, _path=path)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"deepspeed.{vars(self).get('_path')} has no attribute {name!r}{ELSEWHERE}")
 
 
 def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike | None = None,
@@ -2698,19 +2698,145 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
     return recompute.configure(config)
 
 
+def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
+    """Log on these ranks; None or -1: on all."""
+    rank, ranks = dist.get_rank() if dist.is_initialized() else -1, set(ranks or (-1,))
+    if {-1, rank} & ranks or rank == -1:
+        logger.log(level, "[rank %d] %s", rank, message)
+
+
+class RepeatingLoader:
+    """A loader's batches, which begin anew when they end."""
+
+    def __init__(self, loader: Iterable):
+        self.loader, self.batches = loader, iter(loader)
+
+    def __iter__(self) -> "RepeatingLoader":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.loader)
+            return next(self.batches)
+
+
+class Accelerator:
+    """This rank's device: its names, and PyTorch's functions for it.
+
+    On a CPU, functions that ``torch.cpu`` lacks are those of ``torch.cuda``, which do nothing and count 0 there.
+    """
+
+    def __init__(self) -> None:
+        self._device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+    def device_name(self, index: int | None = None) -> str:
+        """The device's type, or with an index its name, such as ``cuda:1``."""
+        return self._device.type if index is None or self._device.type == "cpu" else f"{self._device.type}:{index}"
+
+    def current_device_name(self) -> str:
+        """This rank's device, such as ``cuda:1``."""
+        return str(self._device)
+
+    def communication_backend_name(self) -> str:
+        """What PyTorch calls the backend of its collectives."""
+        return dist.get_default_backend_for_device(self._device)
+
+    def __getattr__(self, name: str) -> Any:
+        own = torch.get_device_module(self._device)
+        return getattr(own if hasattr(own, name) else torch.cuda, name)
+
+
+def _make_optimizer(name: str, parameters: Iterable, lr: float = 1e-3, **params: Any) -> Optimizer:
+    """What the config's optimizer section with these ``params`` would make."""
+    if "adamw_mode" in params:  # as CPUAdam calls it
+        params["adam_w_mode"] = params.pop("adamw_mode")
+    return build_optimizer(OptimizerConfig(name, {"lr": lr, **params}), parameters, Accelerator()._device)
+
+
 DeepSpeedEngine = Engine
 
-checkpointing = _Names("checkpointing", recompute, configure=configure)
-comm = _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0))
-zero_to_fp32 = _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
-    get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)})
-utils = _Names("utils", logger=logger, zero_to_fp32=zero_to_fp32, **{name: getattr(zero, name) for name in (
-    "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
-    "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules", "unset_z3_leaf_modules",
-    "get_z3_leaf_modules")})
-checkpoint = _Names("checkpoint", utils=_Names(
-    "checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save))
-runtime = _Names("runtime", lr_schedules=schedulers)
+
+class _Names(types.ModuleType):
+    """``deepspeed.<path>``: ``names``, and those of the module ``home``."""
+
+    def __init__(self, path: str, home: Any = None, **names: Any):
+        super().__init__(f"deepspeed.{path}".rstrip("."))
+        self.__path__, self.__spec__ = [], importlib.machinery.ModuleSpec(self.__name__, None, is_package=True)
+        vars(self).update(names, _home=home)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_home" and self._home and hasattr(self._home, name):
+            return getattr(self._home, name)
+        raise AttributeError(f"{self.__name__} has no attribute {name!r}{ELSEWHERE}")
+
+
+# Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
+_CHECKPOINTING, _LOGGING = {"home": recompute, "configure": configure}, {"logger": logger, "log_dist": log_dist}
+_ZERO = {"home": zero, "register_external_parameter": lambda module, parameter: None}  # stage 3 finds them itself
+MODULES = {module.__name__: module for module in (
+    _Names("", sys.modules[__name__]),
+    _Names("accelerator", get_accelerator=Accelerator),
+    _Names("checkpoint"),
+    _Names("checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save),
+    _Names("checkpointing", **_CHECKPOINTING),
+    _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
+    _Names("ops"),
+    _Names("ops.adagrad", DeepSpeedCPUAdagrad=torch.optim.Adagrad),
+    _Names("ops.adam", FusedAdam=partial(_make_optimizer, "Adam"), DeepSpeedCPUAdam=partial(_make_optimizer, "Adam")),
+    _Names("ops.lamb", FusedLamb=Lamb),
+    _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
+    _Names("runtime"),
+    _Names("runtime.activation_checkpointing"),
+    _Names("runtime.activation_checkpointing.checkpointing", **_CHECKPOINTING),
+    _Names("runtime.engine", DeepSpeedEngine=Engine),
+    _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
+        "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
+    _Names("runtime.zero", **_ZERO),
+    _Names("runtime.zero.partition_parameters", **_ZERO, zero_wrapper_for_fp_tensor_constructor=None),
+    _Names("utils", **_LOGGING, RepeatingLoader=RepeatingLoader, **{name: getattr(zero, name) for name in (
+        "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
+        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
+        "unset_z3_leaf_modules", "get_z3_leaf_modules")}),
+    _Names("utils.logging", **_LOGGING),
+    _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
+        get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)}),
+    _Names("zero", **_ZERO))}
+for _path, _module in list(MODULES.items())[1:]:
+    setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
+
+
+class Package(importlib.metadata.Distribution):
+    """What Python asks where ``deepspeed`` is imported: its version, and why a module under it is not there."""
+
+    def read_text(self, filename: str) -> str | None:
+        return {"METADATA": f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n",
+                "top_level.txt": "deepspeed\n"}.get(filename)
+
+    def locate_file(self, path: str | os.PathLike) -> Path:
+        return Path(__file__).with_name(str(path))
+
+    def find_distributions(self, context: importlib.metadata.DistributionFinder.Context) -> list["Package"]:
+        return [self] if context.name in (None, "deepspeed") else []
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.startswith("deepspeed."):
+            raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")
+
+
+def as_deepspeed() -> types.ModuleType:
+    """Answer to the name ``deepspeed`` in this process from now on: for imports of MODULES, and of the version.
+
+    ``python launch.py --as_deepspeed SCRIPT`` does it for a script. Raises RuntimeError where DeepSpeed is imported.
+    """
+    there = sys.modules.get("deepspeed")
+    if hasattr(there, "initialize") and there is not MODULES["deepspeed"]:
+        raise RuntimeError(f"deepspeed is imported already, from {there.__file__}; call as_deepspeed() before that")
+    if there is not MODULES["deepspeed"]:
+        sys.meta_path.insert(0, Package())
+        sys.modules.update(MODULES)
+    return MODULES["deepspeed"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python launch.py                                      the documented DeepSpeed example, in this process
     python launch.py --nproc_per_node 2                   the same on 2 processes, each with its share of the batch
     python launch.py --nproc_per_node 2 train.py --steps 100    your script and its own arguments, on 2 processes
+    python launch.py --as_deepspeed --nproc_per_node 2 train.py    a script that has "import deepspeed", as it is
     torchrun --nproc_per_node 2 launch.py                 what the second line does, through PyTorch's own command
 
 On two machines, the same command on each, but for its --node_rank; the address is one by which both reach node 0:
@@ -228,6 +229,18 @@ def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
     return code
 
 
+def stand_for_deepspeed(folder: Path) -> None:
+    """Let ``deepspeed`` mean engine.py in the processes that are started from now on, and in theirs."""
+    package, facts = folder / "deepspeed", folder / f"deepspeed-{deepspeed.__version__}.dist-info"
+    here = str(Path(__file__).parent)
+    for path, text in ((package / "__init__.py", f"import sys\nsys.path.insert(0, {here!r})\nimport engine\n"
+                                                 f"sys.path.remove({here!r})\nengine.as_deepspeed()\n"),
+                       (facts / "METADATA", deepspeed.Package().read_text("METADATA"))):
+        path.parent.mkdir()
+        path.write_text(text)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 def start_processes(options: argparse.Namespace) -> int:
     """Run the script on this machine's processes; returns the exit code, as the top of this file has it."""
     # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
@@ -236,6 +249,8 @@ def start_processes(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")  # of lines that are shown by tee
     tail_log.open = partial(open, newline="\n")  # else each of a progress bar's "\r" would become a line of its own
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
+        if options.as_deepspeed:
+            stand_for_deepspeed(Path(folder))
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
         DynamicRendezvousHandler.next_rendezvous = join_with_new_store
@@ -296,6 +311,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
     parser.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
                         help="the example's ZeRO stage: of what each process keeps a shard only")
+    parser.add_argument("--as_deepspeed", action="store_true",
+                        help="let SCRIPT's import deepspeed find engine.py, so that it runs as it is")
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
     theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
@@ -326,6 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--zero_stage changes the example's config; give {script} its own")
     if script and not (options.module or options.no_python or Path(script).is_file()):
         parser.error(f"there is no script {script!r}")
+    if options.as_deepspeed and not script:
+        parser.error("--as_deepspeed is for a SCRIPT that imports deepspeed")
     if script or options.nproc_per_node or options.nnodes:
         if not script:
             options.training_script, options.training_script_args = __file__, [f"--zero_stage={stage or 0}"]
