@@ -45,6 +45,7 @@ import sys
 import time
 import types
 import typing
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -2373,8 +2374,9 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     engine.communicator = zero.Communicator(device, settings.debug, settings.timeout, settings.wall_clock_breakdown)
     engine.communicator.join(settings.timeout)
     engine.zero = zero.Zero(model, engine.optimizer, settings.zero_optimization, device,
-                            lambda p: engine.precision.path(p), settings.zero_allow_untested_optimizer,
+                            engine.precision.path, settings.zero_allow_untested_optimizer,
                             settings.predivide(engine.world_size), engine.communicator)
+    engine.zero.user = weakref.ref(engine)
     engine.precision.apply(model)
     _place_buffers(model, device)
     if recomputed is not None:
@@ -2755,7 +2757,7 @@ def _make_optimizer(name: str, parameters: Iterable, lr: float = 1e-3, **params:
     return build_optimizer(OptimizerConfig(name, {"lr": lr, **params}), parameters, Accelerator()._device)
 
 
-DeepSpeedEngine = Engine
+DeepSpeedEngine, get_accelerator = Engine, Accelerator
 
 
 class _Names(types.ModuleType):
@@ -2774,7 +2776,6 @@ class _Names(types.ModuleType):
 
 # Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
 _CHECKPOINTING, _LOGGING = {"home": recompute, "configure": configure}, {"logger": logger, "log_dist": log_dist}
-_ZERO = {"home": zero, "register_external_parameter": lambda module, parameter: None}  # stage 3 finds them itself
 MODULES = {module.__name__: module for module in (
     _Names("", sys.modules[__name__]),
     _Names("accelerator", get_accelerator=Accelerator),
@@ -2793,8 +2794,9 @@ MODULES = {module.__name__: module for module in (
     _Names("runtime.engine", DeepSpeedEngine=Engine),
     _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
         "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
-    _Names("runtime.zero", **_ZERO),
-    _Names("runtime.zero.partition_parameters", **_ZERO, zero_wrapper_for_fp_tensor_constructor=None),
+    _Names("runtime.zero", zero),
+    _Names("runtime.zero.partition_parameters", zero, zero_wrapper_for_fp_tensor_constructor=None,
+           ZeroParamStatus=types.SimpleNamespace(NOT_AVAILABLE=zero.UnitState.SHARDED)),
     _Names("utils", **_LOGGING, RepeatingLoader=RepeatingLoader, **{name: getattr(zero, name) for name in (
         "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
         "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
@@ -2802,7 +2804,7 @@ MODULES = {module.__name__: module for module in (
     _Names("utils.logging", **_LOGGING),
     _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
         get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)}),
-    _Names("zero", **_ZERO))}
+    _Names("zero", zero))}
 for _path, _module in list(MODULES.items())[1:]:
     setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
 

@@ -343,8 +343,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--zero_stage changes the example's config; give {script} its own")
     if script and not (options.module or options.no_python or Path(script).is_file()):
         parser.error(f"there is no script {script!r}")
-    if options.as_deepspeed and not script:
-        parser.error("--as_deepspeed is for a SCRIPT that imports deepspeed")
+    if options.as_deepspeed:
+        if not script:
+            parser.error("--as_deepspeed is for a SCRIPT that imports deepspeed")
+        folder = Path(script).resolve().parent
+        clash = [f"{name}.py" for name in ("amp", "checkpointing", "engine", "schedulers", "zero")
+                 if (folder / f"{name}.py").exists() and folder != Path(__file__).resolve().parent]
+        if clash:
+            parser.error(f"{folder} has {', '.join(clash)}, and --as_deepspeed imports a file of that name from here; "
+                         "rename yours")
     if script or options.nproc_per_node or options.nnodes:
         if not script:
             options.training_script, options.training_script_args = __file__, [f"--zero_stage={stage or 0}"]

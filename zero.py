@@ -54,6 +54,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -2001,6 +2002,10 @@ class ShardedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, uses = kwargs or {}, []
+        if func in MOVES and sys._getframe(2).f_code is nn.Module._apply.__code__ and cls._stays(func, args, kwargs):
+            return args[0]  # which Module._apply() then assigns to its own data
+        if func == Tensor.data.__set__ and args[0] is args[1]:
+            return None
         if func not in METADATA:
             name = getattr(func, "__name__", str(func))
             name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
@@ -2022,6 +2027,26 @@ class ShardedParameter(nn.Parameter):
             for owner, slot, user in uses:
                 owner.end_use(slot, user, result)
 
+    @staticmethod
+    def _stays(func: Callable, args: tuple, kwargs: dict) -> bool:
+        """Whether a module's to(), cpu() or the like keeps the dtype. Then the shards stay where the config puts them.
+
+        Scripts end with it to free a GPU, and Lightning's Trainer does.
+        """
+        now = torch.empty((), dtype=args[0].dtype, device=args[0].device)
+        wanted = func(now, *args[1:], **kwargs)
+        if wanted.device != now.device and wanted.dtype == now.dtype:
+            warnings.warn(f"sharded parameters (stage 3) stay on {now.device}, and do not go to {wanted.device}")
+        return wanted.dtype == now.dtype
+
+    # What scripts ask of DeepSpeed's: whether it has to be gathered, and its sizes.
+    ds_id, ds_numel, ds_shape = property(id), property(lambda p: p.numel()), property(lambda p: p.shape)
+    ds_status = UnitState.SHARDED
+
+    def partition_numel(self) -> int:
+        """How many of its elements this rank has."""
+        return _slot_of(self).place[1]
+
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         """A whole copy, which belongs to no engine. All ranks must make it."""
         if id(self) not in _SLOTS:
@@ -2041,11 +2066,15 @@ METADATA = {getattr(Tensor, name).__get__ for name in (
     "_post_accumulate_grad_hooks", "_version", "retains_grad")}
 METADATA |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.grad.__delete__, Tensor._backward_hooks.__set__,
              Tensor._post_accumulate_grad_hooks.__set__}
-METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel, torch._has_compatible_shallow_copy_type}
 METADATA |= {getattr(Tensor, name) for name in (
     "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point", "is_complex",
     "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__", "__hash__", "ndimension",
     "storage_offset", "get_device", "untyped_storage")} | {torch.empty_like}
+
+
+# What a module's to(), cpu(), float() and their like call.
+MOVES = {getattr(Tensor, name) for name in ("to", "cpu", "cuda", "float", "half", "double", "bfloat16")}
 
 
 # These share the memory and may be written to later, unseen; state_dict() may use them on one rank alone.
@@ -2328,6 +2357,11 @@ class Gatherer:
         if unit is self.root and not unit.calls and not _in_backward():
             self.free_unused()
 
+    def surrender(self, slot: Slot) -> None:
+        """Another engine has the parameter now."""
+        slot.parameter.__class__ = slot.kind
+        slot.bucket.slots.remove(slot)
+
     def free_unused(self) -> None:
         """Free units gathered ahead for a use that did not come, and those that views kept at the end of their use."""
         for unit in self.units:
@@ -2575,7 +2609,8 @@ class Updater:
 
     def __init__(self, zero: "Zero", optimizer: Optimizer):
         self.zero, self.optimizer, self.updating = zero, optimizer, False
-        optimizer.zero_grad = lambda set_to_none=True: zero.clear_gradients()
+        here = weakref.ref(self)  # an optimizer that is kept does not keep an engine that nobody refers to
+        optimizer.zero_grad = lambda set_to_none=True: here() and here().zero.clear_gradients()
         optimizer.add_param_group = self._refusal("add_param_group", (
             "its parameters belong to no bucket of the optimizer. Give all groups to initialize(), those for later "
             "with requires_grad False; each is trained from when it is thawed (requires_grad_(True))"))
@@ -2583,7 +2618,7 @@ class Updater:
             "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
             "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
         refuse = self._refusal("step", "engine.step() updates the weights, whose gradients lie in buckets")
-        self.hook = optimizer.register_step_pre_hook(lambda *_: None if self.updating else refuse())
+        self.hook = optimizer.register_step_pre_hook(lambda *_: None if here() and here().updating else refuse())
 
     @staticmethod
     def _refusal(call: str, instead: str) -> Callable:
@@ -2699,6 +2734,7 @@ class Zero:
         check_room(self._room_needed(), self.communicator)
         self.offload = Offload(config, device, self.communicator.clock)
         self.boundary, self.spoiled = True, False
+        self.user: Callable[[], Any] = lambda: self  # what trains with it; None once that is garbage
         self.divisor = float(self.communicator.world_size)
         self.reducer = Reducer(self)
         self.gatherer = Gatherer(self, model) if self.sharded.parameters else None
@@ -2710,6 +2746,7 @@ class Zero:
         self._train([bucket for bucket in self.buckets if bucket.trained])
         if self.gatherer is not None:
             self.hooks += self.gatherer.hooks()
+            model._gatherer = self.gatherer  # its weights live as long as it does, also without an engine or hooks
         _return_free_memory()
         # glibc returns freed memory to the system beyond twice the largest block freed so far, of those up to 32 MiB.
         # Free one of that size, else each backward gets its gradients' memory anew, page by page.
@@ -2739,7 +2776,9 @@ class Zero:
                   for p in g["params"]}
         if is_trained(self.model):
             gc.collect()  # perhaps that engine is garbage
-        if is_trained(self.model):
+        slots = [_SLOTS.get(id(p)) for p in self.model.parameters()]
+        left = {slot.bucket.zero for slot in slots if slot is not None and slot.bucket.zero is not None}
+        if any(other.user() is not None for other in left):
             raise ValueError("another engine already trains this model; call its destroy() first")
         self.buckets: list[Bucket] = []
         plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
@@ -2749,6 +2788,8 @@ class Zero:
             host = self.offload.host_for(plan.slots[-1].end, self.buckets) if plan.trained else None
             shard_host = None if plan.unit is None else self.offload.parameters
             self.buckets.append(Bucket(plan, self.communicator, self.sharded, host, shard_host, self))
+        for other in left:  # of stage 3, which the model has kept
+            other.release()
 
     def _train(self, buckets: list[Bucket]) -> None:
         """From now on these buckets' gradients are reduced, and the optimizer updates their masters."""
@@ -2791,6 +2832,7 @@ class Zero:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        vars(self.model).pop("_gatherer", None)
         if self.updater is not None:
             self.updater.remove()
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
@@ -3186,7 +3228,7 @@ class Init:
 
 @contextmanager
 def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A parameter's whole values; if it was built under ``Init``, ``Init`` releases it afterwards."""
+    """A parameter's whole values; if ``Init``, or an engine that is garbage, has it, that releases it afterwards."""
     slot = _SLOTS.get(id(parameter))
     if slot is None:
         yield parameter.data
@@ -3284,6 +3326,10 @@ class GatheredParameters:
         changed = _numbers(flags, communicator.device)
         communicator.all_reduce(changed, "scalars").wait()
         return [slot.name for slot, flag in zip(self.sharded, changed.tolist()) if flag]
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Without effect, and not needed: stage 3 sees by itself where a module uses another's parameter."""
 
 
 def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:

@@ -8,22 +8,30 @@ so that they can't rot.
 
 import argparse
 import ast
+import importlib.metadata
+import importlib.util
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import engine
 import engine as deepspeed
-from conftest import ROOT, on_ranks
+from conftest import DEADLINE, ROOT, on_ranks
 from engine import ConfigError
 from oracle import Mlp
 from test_config import sections
@@ -103,6 +111,129 @@ def test_a_misspelt_name_is_named(alone):
     for place, name in ((deepspeed, "initialise"), (deepspeed.utils, "loger"), (engine, "backwards")):
         with pytest.raises(AttributeError, match=f"attribute '{name}'"):
             getattr(place, name)
+
+
+# --- The name itself --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_modules(monkeypatch) -> Iterator[None]:
+    """Python's table of modules and its finders, to be changed."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    with mock.patch.dict(sys.modules):
+        yield
+
+
+def test_python_finds_the_engine_by_the_name_deepspeed(own_modules):
+    there = engine.as_deepspeed()
+    import deepspeed.comm as comm
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES, WarmupLR
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.utils.logging import log_dist
+    assert sys.modules["deepspeed"] is there is engine.as_deepspeed() and there.initialize is engine.initialize
+    assert comm.get_world_size is dist.get_world_size and WarmupLR.__name__ in VALID_LR_SCHEDULES and log_dist
+    assert ZeroParamStatus.NOT_AVAILABLE and there.zero.Init is engine.zero.Init
+    assert importlib.util.find_spec("deepspeed").name == importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
+    assert importlib.metadata.version("deepspeed") == there.__version__
+    for absent in ("import deepspeed.pipe", "from deepspeed import PipelineModule",
+                   "from deepspeed.utils import groups", "from deepspeed.runtime.config import DeepSpeedConfig"):
+        with pytest.raises(ImportError, match=f"there is no deepspeed[.a-zA-Z]+; .*{PAGE}"):
+            exec(absent)
+
+
+def test_the_real_deepspeed_is_not_replaced(own_modules):
+    sys.modules["deepspeed"] = SimpleNamespace(initialize=print, __file__="/there/deepspeed/__init__.py")
+    finders = list(sys.meta_path)
+    with pytest.raises(RuntimeError, match="imported already, from /there/deepspeed/__init__.py; call as_deepspeed"):
+        deepspeed.as_deepspeed()
+    assert sys.meta_path == finders and "deepspeed.zero" not in sys.modules
+
+
+def test_kernels_by_deepspeeds_names_are_the_configs_optimizers():
+    adam, weights = deepspeed.ops.adam, [nn.Parameter(torch.ones(2))]
+    assert type(adam.FusedAdam(weights, lr=0.1, betas=(0.8, 0.9))) is torch.optim.AdamW
+    assert type(adam.DeepSpeedCPUAdam(weights, adamw_mode=False)) is torch.optim.Adam
+    assert adam.FusedAdam([{"params": weights, "lr": 0.5}]).param_groups[0]["lr"] == 0.5
+    with pytest.raises(ConfigError, match="unknown key optimizer.params.beta; did you mean 'betas'"):
+        adam.FusedAdam(weights, beta=0.5)
+
+
+def test_small_names(alone, caplog):
+    engine, *_ = alone(CONFIG | {"steps_per_print": 7})
+    assert (engine.steps_per_print(), engine.config.get("zero_optimization", {}).get("stage"),
+            engine.config.get("none", 3)) == (7, 0, 3)
+    batches = deepspeed.utils.RepeatingLoader([1, 2])
+    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1] and iter(batches) is batches
+    with pytest.raises(StopIteration):
+        next(deepspeed.utils.RepeatingLoader([]))
+    device = deepspeed.get_accelerator()
+    assert (device.device_name(), device.device_name(0), device.current_device_name()) == ("cpu", "cpu", "cpu")
+    assert (device.communication_backend_name(), device.memory_allocated(), device.is_available()) == ("gloo", 0, True)
+    with caplog.at_level(logging.INFO, "engine"):
+        for ranks in (None, [0], [1], [-1]):
+            deepspeed.utils.log_dist(f"on {ranks}", ranks=ranks)
+    assert [record.args[1] for record in caplog.records if "rank" in record.msg] == ["on None", "on [0]", "on [-1]"]
+
+
+SCRIPT = """
+import os, subprocess, sys
+import torch
+import deepspeed
+from deepspeed.ops.adam import FusedAdam
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+data = torch.randn(8, 4)
+engine, *_ = deepspeed.initialize(model=model, optimizer=FusedAdam(model.parameters(), lr=0.1), config={
+    "train_batch_size": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": int(sys.argv[1])}})
+for _ in range(5):
+    loss = engine(data[engine.global_rank::2]).square().mean()
+    engine.backward(loss)
+    engine.step()
+child = subprocess.run([sys.executable, "-c", "import deepspeed.zero; print(deepspeed.__version__)"],
+                       capture_output=True, text=True)
+with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    print(repr((child.stdout.strip(), sys.argv[1:], float(model(data).detach().square().mean()))), flush=True)
+engine.destroy()
+"""
+
+
+def launch(*arguments: Any) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "launch.py", *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=DEADLINE)
+
+
+def test_a_script_that_imports_deepspeed_runs_as_it_is(tmp_path):
+    """Also in processes that it starts; a folder that has files of the engine's names is refused."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = launch("--as_deepspeed", "--nproc_per_node", 2, script, 3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    data = torch.randn(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(data).square().mean().backward()
+        optimizer.step()
+    expected = model(data).square().mean().item()
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        assert ast.literal_eval(line) == (deepspeed.__version__, ["3"], pytest.approx(expected, rel=1e-5))
+    assert len(done.stdout.splitlines()) == 2
+    (tmp_path / "engine.py").touch()
+    assert f"{tmp_path} has engine.py" in launch("--as_deepspeed", script).stderr
+    assert "--as_deepspeed is for a SCRIPT" in launch("--as_deepspeed").stderr
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("library", ["transformers", "accelerate", "lightning"])
+def test_libraries_train_as_with_deepspeed(library, stage, tmp_path):
+    """And save, resume, and read the weights."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed, and only this test needs it")
+    done = launch("--as_deepspeed", "--nproc_per_node", 2, ROOT / "tests" / "libraries.py", library, stage, tmp_path)
+    assert done.returncode == 0 and done.stdout.count("as in plain PyTorch\n") == 2, done.stderr
 
 
 # --- The table of pains -----------------------------------------------------------------------------------------------
@@ -258,8 +389,8 @@ def test_the_models_attributes_are_the_engines(alone):
     assert (engine.flavour, engine.generate(), engine.weight is engine.module.weight) == ("sweet", 3, True)
     with pytest.raises(AttributeError, match="neither the engine nor its model has the attribute 'colour'"):
         engine.colour
-    Net.steps_per_print = 5  # the model's own, of a name that DeepSpeed's engine has
-    assert engine.steps_per_print == 5
+    Net.get_batch_info = 5  # the model's own, of a name that DeepSpeed's engine has
+    assert engine.get_batch_info == 5
     engine.head, engine.alpha = nn.Linear(1, 1), nn.Parameter(torch.ones(1))  # what a script sets comes first
     engine.register_buffer("seen", torch.ones(2))
     assert isinstance(engine.head, nn.Linear) and engine.alpha.shape == (1,) and engine.seen.sum() == 2

@@ -426,6 +426,32 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
             zero.GatheredParameters(p):
         p.data.fill_(1.0)
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+    assert (p.ds_status, p.ds_numel, p.ds_shape) == (zero.UnitState.SHARDED, 64, p.shape) and hasattr(p, "ds_id")
+    assert sum(zero.gather(p.partition_numel())) == 64 and not hasattr(nn.Linear(1, 1).weight, "ds_id")
+    assert model.cpu().to(torch.float32).float()[0].weight is p, "what changes nothing is allowed"
+    with pytest.warns(UserWarning, match="stay on cpu, and do not go to meta"):
+        model.to("meta")
+    assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+
+
+@on_ranks(2, stage=STAGES)
+def test_an_engine_that_nobody_refers_to_gives_its_model_to_the_next_one(stage):
+    """Though its optimizer is kept, and its hooks were taken away: so Lightning's trainer validates after training."""
+    first = Pair(Mlp, stage)
+    first.train(0)
+    model, reference, kept = first.model, first.reference, first.engine.optimizer
+    with pytest.raises(ValueError, match="another engine already trains this model"):
+        Pair.of(model, reference, 3 - stage)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    del first
+    second = Pair.of(model, reference, 3 - stage)
+    second.train(1)
+    second.train(2)
+    second.check()
+    kept.zero_grad()
+    second.check("what the first optimizer can still be asked")
 
 
 @pytest.mark.parametrize("what, told", [
