@@ -28,9 +28,9 @@ and runs no collective.
 """
 
 import argparse
+import atexit
 import difflib
 import importlib.machinery
-import importlib.metadata
 import inspect
 import io
 import json
@@ -41,7 +41,9 @@ import os
 import random
 import re
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -2702,62 +2704,32 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
 
 def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
     """Log on these ranks; None or -1: on all."""
-    rank, ranks = dist.get_rank() if dist.is_initialized() else -1, set(ranks or (-1,))
-    if {-1, rank} & ranks or rank == -1:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if {-1, rank} & set(ranks or (-1,)):
         logger.log(level, "[rank %d] %s", rank, message)
 
 
-class RepeatingLoader:
+def repeat(loader: Iterable) -> Iterator[Any]:
     """A loader's batches, which begin anew when they end."""
-
-    def __init__(self, loader: Iterable):
-        self.loader, self.batches = loader, iter(loader)
-
-    def __iter__(self) -> "RepeatingLoader":
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self.batches)
-        except StopIteration:
-            self.batches = iter(self.loader)
-            return next(self.batches)
+    while (first := next(batches := iter(loader), loader)) is not loader:  # which would mean that it is empty
+        yield first
+        yield from batches
 
 
-class Accelerator:
-    """This rank's device: its names, and PyTorch's functions for it.
-
-    On a CPU, functions that ``torch.cpu`` lacks are those of ``torch.cuda``, which do nothing and count 0 there.
-    """
-
-    def __init__(self) -> None:
-        self._device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
-
-    def device_name(self, index: int | None = None) -> str:
-        """The device's type, or with an index its name, such as ``cuda:1``."""
-        return self._device.type if index is None or self._device.type == "cpu" else f"{self._device.type}:{index}"
-
-    def current_device_name(self) -> str:
-        """This rank's device, such as ``cuda:1``."""
-        return str(self._device)
-
-    def communication_backend_name(self) -> str:
-        """What PyTorch calls the backend of its collectives."""
-        return dist.get_default_backend_for_device(self._device)
-
-    def __getattr__(self, name: str) -> Any:
-        own = torch.get_device_module(self._device)
-        return getattr(own if hasattr(own, name) else torch.cuda, name)
+def get_accelerator() -> types.SimpleNamespace:
+    """This rank's device: its names, and PyTorch's functions for it; a CPU has those of CUDA, too, which count 0."""
+    device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
+    of_a_cpu = {"is_bf16_supported": lambda: True, "reset_peak_memory_stats": lambda *_: None}
+    return types.SimpleNamespace(**vars(torch.cuda) | of_a_cpu | vars(torch.get_device_module(device)) | {
+        "device_name": lambda index=None: device.type if index is None or device.index is None else
+        f"{device.type}:{index}", "current_device_name": lambda: str(device),
+        "communication_backend_name": lambda: dist.get_default_backend_for_device(device)})
 
 
-def _make_optimizer(name: str, parameters: Iterable, lr: float = 1e-3, **params: Any) -> Optimizer:
-    """What the config's optimizer section with these ``params`` would make."""
-    if "adamw_mode" in params:  # as CPUAdam calls it
-        params["adam_w_mode"] = params.pop("adamw_mode")
-    return build_optimizer(OptimizerConfig(name, {"lr": lr, **params}), parameters, Accelerator()._device)
-
-
-DeepSpeedEngine, get_accelerator = Engine, Accelerator
+def _make_adam(parameters: Iterable, lr: float = 1e-3, *, adamw_mode: bool = True, **params: Any) -> Optimizer:
+    """What an optimizer section with these ``params`` would make; DeepSpeedCPUAdam's adamw_mode is adam_w_mode there."""
+    section = OptimizerConfig("Adam", {"lr": lr, "adam_w_mode": adamw_mode, **params})
+    return build_optimizer(section, parameters, zero.own_device(int(os.environ.get("LOCAL_RANK", 0))))
 
 
 class _Names(types.ModuleType):
@@ -2765,80 +2737,64 @@ class _Names(types.ModuleType):
 
     def __init__(self, path: str, home: Any = None, **names: Any):
         super().__init__(f"deepspeed.{path}".rstrip("."))
-        self.__path__, self.__spec__ = [], importlib.machinery.ModuleSpec(self.__name__, None, is_package=True)
-        vars(self).update(names, _home=home)
+        self.__spec__ = importlib.machinery.ModuleSpec(self.__name__, None, is_package=True)
+        vars(self).update(names, __path__=[], _home=home)
 
     def __getattr__(self, name: str) -> Any:
         if name != "_home" and self._home and hasattr(self._home, name):
             return getattr(self._home, name)
         raise AttributeError(f"{self.__name__} has no attribute {name!r}{ELSEWHERE}")
 
-
-# Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
-_CHECKPOINTING, _LOGGING = {"home": recompute, "configure": configure}, {"logger": logger, "log_dist": log_dist}
-MODULES = {module.__name__: module for module in (
-    _Names("", sys.modules[__name__]),
-    _Names("accelerator", get_accelerator=Accelerator),
-    _Names("checkpoint"),
-    _Names("checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save),
-    _Names("checkpointing", **_CHECKPOINTING),
-    _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
-    _Names("ops"),
-    _Names("ops.adagrad", DeepSpeedCPUAdagrad=torch.optim.Adagrad),
-    _Names("ops.adam", FusedAdam=partial(_make_optimizer, "Adam"), DeepSpeedCPUAdam=partial(_make_optimizer, "Adam")),
-    _Names("ops.lamb", FusedLamb=Lamb),
-    _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
-    _Names("runtime"),
-    _Names("runtime.activation_checkpointing"),
-    _Names("runtime.activation_checkpointing.checkpointing", **_CHECKPOINTING),
-    _Names("runtime.engine", DeepSpeedEngine=Engine),
-    _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
-        "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
-    _Names("runtime.zero", zero),
-    _Names("runtime.zero.partition_parameters", zero, zero_wrapper_for_fp_tensor_constructor=None,
-           ZeroParamStatus=types.SimpleNamespace(NOT_AVAILABLE=zero.UnitState.SHARDED)),
-    _Names("utils", **_LOGGING, RepeatingLoader=RepeatingLoader, **{name: getattr(zero, name) for name in (
-        "safe_get_full_fp32_param", "safe_set_full_fp32_param", "safe_get_full_grad", "safe_set_full_grad",
-        "safe_get_full_optimizer_state", "safe_set_full_optimizer_state", "set_z3_leaf_modules",
-        "unset_z3_leaf_modules", "get_z3_leaf_modules")}),
-    _Names("utils.logging", **_LOGGING),
-    _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
-        get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)}),
-    _Names("zero", zero))}
-for _path, _module in list(MODULES.items())[1:]:
-    setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
-
-
-class Package(importlib.metadata.Distribution):
-    """What Python asks where ``deepspeed`` is imported: its version, and why a module under it is not there."""
-
-    def read_text(self, filename: str) -> str | None:
-        return {"METADATA": f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n",
-                "top_level.txt": "deepspeed\n"}.get(filename)
-
-    def locate_file(self, path: str | os.PathLike) -> Path:
-        return Path(__file__).with_name(str(path))
-
-    def find_distributions(self, context: importlib.metadata.DistributionFinder.Context) -> list["Package"]:
-        return [self] if context.name in (None, "deepspeed") else []
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        """What Python's import asks, where as_deepspeed() was called, for modules that are not in MODULES."""
         if name.startswith("deepspeed."):
             raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")
 
 
-def as_deepspeed() -> types.ModuleType:
-    """Answer to the name ``deepspeed`` in this process from now on: for imports of MODULES, and of the version.
+# Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
+DeepSpeedEngine, _LOGGING = Engine, {"logger": logger, "log_dist": log_dist}
+MODULES = {module.__name__: module for module in (
+    _Names("", sys.modules[__name__]), _Names("accelerator", get_accelerator=get_accelerator),
+    _Names("checkpoint"), _Names("checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save),
+    _Names("checkpointing", recompute, configure=configure),
+    _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
+    _Names("ops"), _Names("ops.adagrad", DeepSpeedCPUAdagrad=torch.optim.Adagrad),
+    _Names("ops.adam", FusedAdam=_make_adam, DeepSpeedCPUAdam=_make_adam), _Names("ops.lamb", FusedLamb=Lamb),
+    _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
+    _Names("runtime"), _Names("runtime.engine", DeepSpeedEngine=Engine),
+    _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
+        "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
+    _Names("runtime.zero", zero), _Names("runtime.zero.partition_parameters", zero, ZeroParamStatus=zero.UnitState,
+                                         zero_wrapper_for_fp_tensor_constructor=None),  # which Transformers replaces
+    _Names("utils", zero, **_LOGGING, RepeatingLoader=repeat), _Names("utils.logging", **_LOGGING),
+    _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
+        get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)}), _Names("zero", zero))}
+for _path, _module in list(MODULES.items())[1:]:
+    setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
 
-    ``python launch.py --as_deepspeed SCRIPT`` does it for a script. Raises RuntimeError where DeepSpeed is imported.
+
+def as_deepspeed(folder: str | os.PathLike | None = None) -> None:
+    """Let ``deepspeed`` mean this engine from now on, here and in processes that are started from here.
+
+    Imports find a package in ``folder`` (default: a temporary one), which has MODULES, and a version. Raises
+    RuntimeError where the real DeepSpeed is imported. ``python launch.py --as_deepspeed SCRIPT`` does it for a script.
     """
-    there = sys.modules.get("deepspeed")
-    if hasattr(there, "initialize") and there is not MODULES["deepspeed"]:
-        raise RuntimeError(f"deepspeed is imported already, from {there.__file__}; call as_deepspeed() before that")
+    there = sys.modules.get("deepspeed", MODULES["deepspeed"])
     if there is not MODULES["deepspeed"]:
-        sys.meta_path.insert(0, Package())
-        sys.modules.update(MODULES)
-    return MODULES["deepspeed"]
+        raise RuntimeError(f"deepspeed is imported already, from {there.__file__}; call as_deepspeed() before that")
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="as_deepspeed_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    here, facts = str(Path(__file__).parent), f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n"
+    for name, text in (("deepspeed/__init__.py", f"import sys\nsys.path.insert(0, {here!r})\nimport engine\n"
+                        f"sys.path.remove({here!r})\nsys.meta_path.insert(0, engine.MODULES['deepspeed'])\n"
+                        "sys.modules.update(engine.MODULES)\n"), ("deepspeed.dist-info/METADATA", facts)):
+        path = Path(folder) / name
+        path.parent.mkdir()
+        path.write_text(text)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
 if __name__ == "__main__":

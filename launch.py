@@ -229,18 +229,6 @@ def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
     return code
 
 
-def stand_for_deepspeed(folder: Path) -> None:
-    """Let ``deepspeed`` mean engine.py in the processes that are started from now on, and in theirs."""
-    package, facts = folder / "deepspeed", folder / f"deepspeed-{deepspeed.__version__}.dist-info"
-    here = str(Path(__file__).parent)
-    for path, text in ((package / "__init__.py", f"import sys\nsys.path.insert(0, {here!r})\nimport engine\n"
-                                                 f"sys.path.remove({here!r})\nengine.as_deepspeed()\n"),
-                       (facts / "METADATA", deepspeed.Package().read_text("METADATA"))):
-        path.parent.mkdir()
-        path.write_text(text)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-
-
 def start_processes(options: argparse.Namespace) -> int:
     """Run the script on this machine's processes; returns the exit code, as the top of this file has it."""
     # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
@@ -250,7 +238,7 @@ def start_processes(options: argparse.Namespace) -> int:
     tail_log.open = partial(open, newline="\n")  # else each of a progress bar's "\r" would become a line of its own
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         if options.as_deepspeed:
-            stand_for_deepspeed(Path(folder))
+            deepspeed.as_deepspeed(folder)
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
         DynamicRendezvousHandler.next_rendezvous = join_with_new_store

@@ -1892,6 +1892,7 @@ class UnitState(Enum):
     SHARDED = "each rank has only its shard"
     GATHERING = "all of it has memory, and the other ranks' shards are on their way"
     WHOLE = "its parameters can be used"
+    NOT_AVAILABLE = SHARDED  # DeepSpeed's word
 
 
 class Unit:
