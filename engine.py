@@ -2732,6 +2732,11 @@ def _make_adam(parameters: Iterable, lr: float = 1e-3, *, adamw_mode: bool = Tru
     return build_optimizer(section, parameters, zero.own_device(int(os.environ.get("LOCAL_RANK", 0))))
 
 
+def _no_experts(*_: Any, **__: Any) -> Any:
+    """What scripts import always, and call only to train a mixture of experts."""
+    raise NotImplementedError(f"mixtures of experts are not covered{ELSEWHERE}")
+
+
 class _Names(types.ModuleType):
     """``deepspeed.<path>``: ``names``, and those of the module ``home``."""
 
@@ -2759,6 +2764,7 @@ MODULES = {module.__name__: module for module in (
     _Names("checkpoint"), _Names("checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save),
     _Names("checkpointing", recompute, configure=configure),
     _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
+    _Names("moe"), _Names("moe.utils", split_params_into_different_moe_groups_for_optimizer=_no_experts),
     _Names("ops"), _Names("ops.adagrad", DeepSpeedCPUAdagrad=torch.optim.Adagrad),
     _Names("ops.adam", FusedAdam=_make_adam, DeepSpeedCPUAdam=_make_adam), _Names("ops.lamb", FusedLamb=Lamb),
     _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
