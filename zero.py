@@ -923,7 +923,9 @@ class Host:
             self.is_settled = False
 
     def settle(self) -> None:
-        """Wait for every copy down."""
+        """Wait for every copy down; the GPU waits for those that go up."""
+        if self.up is not None:
+            torch.cuda.current_stream().wait_stream(self.up)
         if not self.is_settled:
             with self.clock.phase("offload"):
                 self.down.synchronize()
@@ -1457,8 +1459,9 @@ class Gradients:
         self.used.discard(slot)
         self.filled.discard(slot)
         self.late.pop(slot, None)
-        if self.reduced:
-            slot.own(self.sum).zero_()
+        for flat in (self.sum, self.landing) if self.reduced else ():
+            if flat is not None:  # the landing, where the window's sum is added to what is in flight, has it too
+                slot.own(flat).zero_()
 
     def _prepare_buffer(self) -> None:
         """Make ``buffer`` ready to be written."""

@@ -648,6 +648,29 @@ def test_nccls_collectives_train_the_same_whenever_their_results_come(ranks, sta
         pair.engine.destroy()
 
 
+@on_ranks(2, offload=["none", "cpu"])
+def test_a_gradient_that_is_dropped_while_the_next_sum_is_in_flight_counts_no_more(offload):
+    """As zero_grad() inside a window drops it where the parameter's next gradient comes late."""
+    with collectives(late=True):
+        engine = start(Mlp(), 2, zero_options={"offload_optimizer": {"device": offload}}, gradient_accumulation_steps=3)
+        reducer = engine.zero.reducer
+        gradients = reducer.every[0]
+        dropped, *kept = slots = gradients.bucket.slots
+        for _ in range(2):
+            for slot in slots:
+                gradients.take(slot, torch.ones(slot.shape))
+            gradients.launch()
+            if gradients.reduced:
+                reducer.drop(dropped)
+            gradients.finish()
+            gradients.end_backward()
+        reducer.settle()
+        for each, expected in ((dropped, {2.0}), *((slot, {4.0}) for slot in kept)):
+            assert set(each.own(gradients.sum).tolist()) <= expected, each.name
+        reducer.clear()
+        engine.destroy()
+
+
 def in_groups(parameters):
     parameters = list(parameters)
     return torch.optim.SGD([{"params": [p for p in parameters if p.dim() > 1], "momentum": 0.9},
