@@ -207,10 +207,10 @@ def test_elements_sent_are_those_of_the_table(ranks, accumulation):
 
 
 def recomputing(reentrant: bool) -> Model:
-    """Layers whose activations PyTorch recomputes; the reentrant way fires a shared layer's hooks twice a backward."""
+    """Layers whose activations PyTorch recomputes; the reentrant way fires a shared layer's hooks at each use."""
     def forward(m, x):
         x = m.first(x)
-        for _ in range(2):
+        for _ in range(4):
             x = torch.utils.checkpoint.checkpoint(m.shared, torch.tanh(x), use_reentrant=reentrant)
         return x
 
