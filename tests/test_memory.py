@@ -513,7 +513,7 @@ def peaks(stage: int, steps: tuple[int, ...], exact: bool) -> list[int]:
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_the_peak_does_not_grow_with_the_steps(fresh_ranks, stage, is_long):
     """What is in use: at most 0.5 %. With the holes between it, which grow until the allocator has settled: 2 %."""
-    for exact, steps, most in (True, (2, 50 if is_long else 12), 1.005), (False, (10, 50 if is_long else 30), 1.02):
+    for exact, steps, most in (True, (8, 50 if is_long else 24), 1.005), (False, (10, 50 if is_long else 30), 1.02):
         fresh_ranks.stop()
         for rank, (early, late) in enumerate(fresh_ranks(peaks, 2, stage, steps, exact)):
             assert late <= most * early, f"stage {stage}, rank {rank}, exact {exact}: {early / 2**20:.1f} MiB after " \
