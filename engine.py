@@ -2771,6 +2771,8 @@ MODULES = {module.__name__: module for module in (
     _Names("runtime"), _Names("runtime.engine", DeepSpeedEngine=Engine),
     _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
         "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
+    _Names("runtime.utils", see_memory_usage=lambda message, force=False: force and log_dist(
+        f"{message}: {get_accelerator().memory_allocated() / 2**30:.2f} GiB", [0])),
     _Names("runtime.zero", zero), _Names("runtime.zero.partition_parameters", zero, ZeroParamStatus=zero.UnitState,
                                          zero_wrapper_for_fp_tensor_constructor=None),  # which Transformers replaces
     _Names("utils", zero, **_LOGGING, RepeatingLoader=repeat), _Names("utils.logging", **_LOGGING),

@@ -134,9 +134,11 @@ def test_python_finds_the_engine_by_the_name_deepspeed(own_modules, tmp_path):
     import deepspeed.comm as comm
     from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES, WarmupLR
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.utils import see_memory_usage
     from deepspeed.utils.logging import log_dist
     assert there is sys.modules["deepspeed"] is engine.MODULES["deepspeed"] and there.initialize is engine.initialize
     assert comm.get_world_size is dist.get_world_size and WarmupLR.__name__ in VALID_LR_SCHEDULES and log_dist
+    see_memory_usage("here", force=True)
     assert ZeroParamStatus.NOT_AVAILABLE and there.zero.Init is engine.zero.Init
     assert importlib.util.find_spec("deepspeed") and importlib.metadata.version("deepspeed") == there.__version__
     for absent in ("import deepspeed.pipe", "from deepspeed import PipelineModule",
