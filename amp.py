@@ -1,7 +1,7 @@
 """Mixed precision (arXiv 1710.03740): compute in 16 bits, update in 32.
 
-Half the bits are half the memory and traffic, and matrix units that are several times faster. But a weight in 16 bits
-has no room for a small update, and fp16 has no room for small gradients. What is kept in which dtype answers both:
+Half the bits take half the memory and traffic, and matrix units run several times faster on them. But a weight in 16
+bits has no room for a small update, and fp16 has no room for small gradients. The right dtypes solve both problems:
 
                         fp32   fp16      bf16      autocast
     parameters          fp32   fp16      bf16      fp32        what forward and backward read
@@ -12,23 +12,23 @@ has no room for a small update, and fp16 has no room for small gradients. What i
     master weights      fp32   fp32      fp32      fp32        what the optimizer updates, and its state
     loss scale          -      dynamic   -         fp16 only
 
-**Master weights** exist once over all ranks where the optimizer is sharded. They are made from the weights as they were
-given, before these are rounded: a master that starts from the rounded weight has lost what the weight had.
+**Master weights** exist once over all ranks where the optimizer is sharded. They are copies of the weights as given,
+before rounding: a copy of the rounded weights would have lost precision for good.
 
-**Accumulation.** bf16 has 8 bits of precision, so 1 + 1/512 is 1: a sum of many small gradients stands still. Gradients
-are therefore added up in fp32, and rounded nowhere on their way to the optimizer.
+**Accumulation.** bf16 has 8 bits of precision, so 1 + 1/512 is 1: a sum of many small gradients stops growing.
+Therefore gradients are added up in fp32, and nothing rounds them on their way to the optimizer.
 
-**Loss scale.** fp16 ends at 6e-8, below which gradients vanish. Backward is linear, so the loss is multiplied by a
-large scale before it and the gradients divided by it after. How large? As large as possible: the scale doubles after
-every window of steps without overflow, and halves when one overflows to infinity, which then is skipped
-(DynamicLossScaler).
+**Loss scale.** The smallest positive number of fp16 is 6e-8; smaller gradients vanish. Backward is linear: multiply the
+loss by a large scale before it, and divide the gradients by it afterwards. How large? As large as possible. The scale
+doubles after every window of steps without overflow. When a step overflows to infinity, the step is skipped and the
+scale halves (DynamicLossScaler).
 
-**Overflow costs no extra pass.** The step takes the global gradient norm anyway, over all ranks in one scalar; it is
-infinite or NaN exactly when a gradient is. And unscaling is one more factor in the one multiplication that averages and
-clips. So the passes over a step's gradients and weights are those of fp32: copy into the bucket (which widens), reduce,
-norm, update; and for the weights the rounding of the updated shard, written where fp32 writes nothing.
+**The overflow check costs no extra pass.** The step takes the global gradient norm anyway, over all ranks in one
+scalar; it is infinite or NaN exactly when a gradient is. And unscaling is one more factor in the one multiplication
+that averages and clips. So a step passes over gradients and weights as in fp32: copy into the bucket (which widens),
+reduce, norm, update. One pass is added: it rounds the updated shard into the 16-bit weights.
 
-This file knows nothing of sharding: it says which dtype goes where, casts inputs, and keeps the scale.
+This file knows nothing about sharding: it chooses dtypes, casts inputs, and keeps the scale.
 """
 
 import copy
@@ -53,7 +53,7 @@ NAMES = {short: dtype for dtype, short in SHORT.items()} | {
 
 
 def _key(default: Any, **rules: Any) -> Any:
-    """A field that may have certain values only: ``choices``, or numbers from ``least`` to ``most``."""
+    """A field whose values are restricted: to ``choices``, or to numbers from ``least`` to ``most``."""
     return field(default=default, metadata=rules)
 
 
@@ -65,8 +65,8 @@ class FP16Config:
     loss_scale: float = _key(0.0, choices=(0,), least=2.0**-MAX_SCALE_POWER, most=2.0**MAX_SCALE_POWER)  # 0: dynamic
     initial_scale_power: int = _key(16, least=0, most=MAX_SCALE_POWER)  # the dynamic scale starts at 2 to this power
     loss_scale_window: int = _key(1000, least=1)  # steps without overflow after which the scale doubles
-    hysteresis: int = _key(2, least=1)    # overflows that it takes until the scale halves
-    consecutive_hysteresis: bool = False  # any step without overflow gives the hysteresis back, not only a full window
+    hysteresis: int = _key(2, least=1)    # overflows until the scale halves: all but the last are forgiven
+    consecutive_hysteresis: bool = False  # every step without overflow restores the hysteresis, not only a full window
     min_loss_scale: float = _key(1.0, above=0)  # an overflow at this scale is an error
     fp16_master_weights_and_grads: bool = False  # masters, optimizer state and accumulation in fp16 too
     keep_fp32: list | None = None         # modules that stay in fp32: class names, or patterns of module names
@@ -85,8 +85,8 @@ class BF16Config:
     check_grad_overflow: bool = True       # skip a step whose gradients are not finite
     immediate_grad_update: bool = False    # no effect
     bf16_master_weights_and_grads: bool = False  # masters and accumulation in bf16 too
-    bf16_optimizer_states: bool = False    # has to agree with bf16_master_weights_and_grads
-    loss_scale: float | None = _key(None, choices=(0,))  # for fp16 alone: bf16 has the range of fp32
+    bf16_optimizer_states: bool = False    # must equal bf16_master_weights_and_grads
+    loss_scale: float | None = _key(None, choices=(0,))  # none for bf16, which has the range of fp32
     keep_fp32: list | None = None          # modules that stay in fp32: class names, or patterns of module names
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
@@ -106,37 +106,37 @@ class AutocastConfig:
     """The ``torch_autocast`` section: weights stay in fp32, and PyTorch chooses the dtype of each operation."""
     enabled: bool = False
     dtype: torch.dtype = _key(torch.bfloat16, choices={
-        name: dtype for name, dtype in NAMES.items() if dtype is not torch.float32})  # fp16 brings its loss scale
+        name: dtype for name, dtype in NAMES.items() if dtype is not torch.float32})  # fp16: with a loss scale
     lower_precision_safe_modules: list | None = None  # classes whose gradients are reduced in ``dtype``; none: no class
 
 
 @dataclass
 class DataTypesConfig:
     """The ``data_types`` section."""
-    grad_accum_dtype: torch.dtype | None = _key(None, choices=NAMES)  # none: fp32, or that of 16-bit masters
-    param_dtype: torch.dtype | None = _key(None, choices=NAMES)   # has to agree with fp16.enabled and bf16.enabled
-    buffer_dtype: torch.dtype | None = _key(None, choices=NAMES)  # of floating-point buffers; none: as they are
+    grad_accum_dtype: torch.dtype | None = _key(None, choices=NAMES)  # none: the dtype of the masters
+    param_dtype: torch.dtype | None = _key(None, choices=NAMES)   # must agree with fp16.enabled and bf16.enabled
+    buffer_dtype: torch.dtype | None = _key(None, choices=NAMES)  # of floating-point buffers; none: unchanged
 
 
 @dataclass
 class PrecisionConfig:
-    """All that the config says of precision."""
+    """The parts of the config that set the precision."""
     fp16: FP16Config = field(default_factory=FP16Config)
     bf16: BF16Config = field(default_factory=BF16Config)
     torch_autocast: AutocastConfig = field(default_factory=AutocastConfig)
     data_types: DataTypesConfig = field(default_factory=DataTypesConfig)
-    communication_data_type: torch.dtype | None = _key(None, choices=NAMES)  # what ranks sum gradients in
+    communication_data_type: torch.dtype | None = _key(None, choices=NAMES)  # ranks sum gradients in it
 
     def __post_init__(self) -> None:
         if self.fp16.enabled and self.bf16.enabled:
             raise ValueError("fp16 and bf16 are both enabled; allowed: one of them")
         if self.data_types.param_dtype not in (None, NAMES[self.mode]):
             raise ValueError(f"data_types.param_dtype is {self.data_types.param_dtype}; allowed: {self.mode}, which "
-                             "fp16.enabled and bf16.enabled say, or null")
+                             "fp16.enabled and bf16.enabled choose, or null")
 
     @property
     def mode(self) -> str:
-        """What the parameters are in."""
+        """The short name of the parameters' dtype."""
         return "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
 
 
@@ -144,7 +144,7 @@ class PrecisionConfig:
 
 
 class Dtypes(NamedTuple):
-    """The dtypes that one parameter goes through."""
+    """The dtypes of one parameter, from forward to update."""
     compute: torch.dtype    # the parameter itself, in forward and backward
     master: torch.dtype     # what the optimizer updates, and its state
     gradient: torch.dtype   # accumulation
@@ -152,9 +152,9 @@ class Dtypes(NamedTuple):
 
 
 class Precision:
-    """A config's precision for one model: ``apply`` changes it, ``path`` says what its parameters become.
+    """A config's precision for one model: ``apply`` adds casts to the model, ``path`` gives a parameter's dtypes.
 
-    ``kept``: the modules that stay in fp32; ``safe``: those whose gradients autocast's dtype is enough for.
+    ``kept``: the modules that stay in fp32; ``safe``: those whose gradients are reduced in autocast's dtype.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device, kept: Iterable[nn.Module] = (),
@@ -166,7 +166,7 @@ class Precision:
         self.low = {id(p) for module in safe for p in module.parameters(recurse=False)}
 
     def apply(self, model: nn.Module) -> None:
-        """Cast the model's buffers, if ``buffer_dtype`` says so, and what goes into and out of modules in fp32."""
+        """Cast the model's buffers to ``buffer_dtype``, if given, and inputs and outputs of modules in fp32."""
         stay = {id(b) for module in self.modules for b in module.buffers()}
         for module in model.modules() if self.config.data_types.buffer_dtype else ():
             for name, buffer in module._buffers.items():
@@ -174,7 +174,7 @@ class Precision:
                     module._buffers[name] = buffer.to(self.config.data_types.buffer_dtype)
         inside = {id(child) for module in self.modules for child in module.modules() if child is not module}
         for module in self.modules:
-            if id(module) not in inside:  # a module inside of one that is kept meets fp32 anyway
+            if id(module) not in inside:  # a module inside a kept one gets fp32 anyway
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs: (cast(args, torch.float32), cast(kwargs, torch.float32)), with_kwargs=True)
                 module.register_forward_hook(lambda _, args, output: cast(output, self.half))
@@ -194,28 +194,28 @@ class Precision:
         return Dtypes(compute, master, gradient, config.communication_data_type or low or gradient)
 
     def autocast(self, cache: bool = True) -> AbstractContextManager:
-        """The context of the model's forward. ``cache``: keep 16-bit copies of weights until its end."""
+        """The context for the model's forward. ``cache``: keep 16-bit copies of weights until its end."""
         if not self.config.torch_autocast.enabled:
             return nullcontext()
         return torch.autocast(self.device.type, self.config.torch_autocast.dtype, cache_enabled=cache)
 
     def cast_inputs(self, value: Any) -> Any:
-        """The model's inputs: as they are, or where ``auto_cast`` says so floating-point tensors in 16 bits."""
+        """The model's inputs, unchanged; with ``auto_cast``, floating-point tensors become 16-bit."""
         return cast(value, self.half) if self.half and getattr(self.config, self.config.mode).auto_cast else value
 
     def advice(self, error: Exception) -> str:
-        """What to do about an error of PyTorch's in forward or backward, if it tells of two dtypes that met."""
+        """How to mend a PyTorch error of forward or backward, if an operation got two dtypes; else ""."""
         is_mixed = re.search(r"type.*(Half|[fF]loat16)|(Half|[fF]loat16).*type|mixed dtype", str(error), re.DOTALL)
         if not (self.half and is_mixed and type(error) in (RuntimeError, ValueError)):
             return ""
         name = self.config.mode
-        return (f". The weights are in {name}; inputs, targets and buffers are in the dtypes in which they were "
+        return (f". The weights are in {name}; inputs, targets and buffers keep the dtypes in which they were "
                 f"given. Cast the model's inputs, or set {name}.auto_cast to true; compute the loss in one dtype, "
                 f"such as that of output.float(); set data_types.buffer_dtype to {name}; or name the modules that "
                 f"need fp32 in {name}.keep_fp32")
 
     def make_scaler(self) -> "LossScaler":
-        """The loss scaler that goes with this precision."""
+        """The loss scaler for this precision."""
         fp16 = self.config.fp16
         autocasts_fp16 = self.config.torch_autocast.enabled and self.config.torch_autocast.dtype == torch.float16
         if not (fp16.enabled or autocasts_fp16):
@@ -226,11 +226,11 @@ class Precision:
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether a step with gradients that are not finite is left out."""
+        """Whether a step is skipped when its gradients are not finite."""
         return self.config.bf16.check_grad_overflow or not self.config.bf16.enabled
 
     def table(self, model: nn.Module, scaler: "LossScaler") -> str:
-        """The precision in force, as text: how many parameters go which way."""
+        """The dtypes in use, as text: one row for all parameters with the same dtypes."""
         counts: Counter[Dtypes] = Counter()
         for p in model.parameters():
             counts[self.path(p)] += p.numel()
@@ -250,12 +250,12 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``change(value)``; where that is ``value`` itself, the same for what is in lists, tuples and mappings."""
+    """``change(value)``; where that is ``value`` itself, ``change`` applies inside lists, tuples and mappings."""
     changed = change(value)
     if changed is not value:
         return changed
     if isinstance(value, dict):
-        changed = copy.copy(value)  # of its own class, such as a model's output
+        changed = copy.copy(value)  # keeps the class, such as that of a model's output
         if getattr(value, "__dict__", None) is value:  # its items are its attributes
             changed.__dict__ = changed
         for key, item in value.items():  # such a class may refuse update()
@@ -276,26 +276,26 @@ class MinimumLossScaleError(RuntimeError):
 class LossScaler:
     """A fixed loss scale.
 
-    scale   what the loss is multiplied by, and gradients have to be divided by
+    scale   the loss is multiplied by it, and gradients must be divided by it
     """
 
     def __init__(self, scale: float):
         self.scale = float(scale)
 
     def update(self, overflow: bool, culprit: str | None = None) -> None:
-        """Take note of a step's outcome; ``culprit`` names a parameter whose gradient was not finite."""
+        """Record a step's outcome; ``culprit`` names a parameter whose gradient was not finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain data."""
+        """The state that changes, as plain data."""
         return {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue from ``state``."""
         for key in self.state_dict():
             setattr(self, key, state[key])
 
     def outcome(self, before: float) -> str:
-        """What became of the scale, which was ``before``, when a step overflowed: the end of a sentence."""
+        """How an overflow changed the scale, which was ``before``: the end of a warning's sentence."""
         return ""
 
     def __str__(self) -> str:
@@ -305,11 +305,10 @@ class LossScaler:
 class DynamicLossScaler(LossScaler):
     """A loss scale as large as the gradients allow; DeepSpeed's rule, to the last bit.
 
-    window        good steps after which the next good one doubles the scale, and again after as many more
-    hysteresis    overflows that it takes to halve it: all but the last are forgiven. Once used up, every overflow
-                  halves
-    consecutive   any good step gives the hysteresis back; else only a full window does
-    minimum       never smaller than this; an overflow that would need it raises MinimumLossScaleError
+    window        after so many good steps the next one doubles the scale; so does every ``window``-th after that
+    hysteresis    overflows until the scale halves: all but the last are forgiven. From then on every overflow halves it
+    consecutive   every good step restores the hysteresis; else only a full window does
+    minimum       the scale never gets smaller; an overflow there that is not forgiven raises MinimumLossScaleError
     """
 
     def __init__(self, scale: float, window: int, hysteresis: int, consecutive: bool, minimum: float):
@@ -319,7 +318,7 @@ class DynamicLossScaler(LossScaler):
         self.good_steps = 0          # since the last overflow
 
     def update(self, overflow: bool, culprit: str | None = None) -> None:
-        """Change the scale as the step's outcome asks."""
+        """Change the scale by the step's outcome."""
         if overflow:
             self.good_steps = 0
             if self.forgiving > 1:
@@ -340,11 +339,11 @@ class DynamicLossScaler(LossScaler):
             self.scale *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain data."""
+        """The state that changes, as plain data."""
         return {"scale": self.scale, "forgiving": self.forgiving, "good_steps": self.good_steps}
 
     def outcome(self, before: float) -> str:
-        """As above. An overflow looks like a failure, and at the start of fp16 it is none."""
+        """As above. At the start of fp16 an overflow is no failure, although it looks like one."""
         done = f"loss scale {before:g}, now {self.scale:g}" if self.scale < before else \
             f"forgiven, the loss scale stays {before:g}"
         return f"; {done}: normal at the start, until it has come down far enough"

@@ -2,33 +2,34 @@
 
 **What autograd saves.** While the forward pass runs, every operation saves the tensors that its derivative needs: a
 matrix product its two factors, a gelu its input. They live until backward has used them: L blocks that save c
-activations each keep c * L. Checkpointing (arXiv 1604.06174) runs a part of the forward pass, a *region*, and drops
-what was saved in it; only the region's inputs are kept. When backward gets there, it runs the region once more, uses
-what that saves, and goes on. L blocks in regions of k keep L/k inputs and, for the one region that backward is in,
-c * k activations: least at k = sqrt(L / c). The price is a second forward pass: where forward and backward cost 1 + 2
-units, they now cost 4. The selective mode also keeps what is expensive to compute (matrix products, attention) and
-computes only the cheap rest again: it needs more memory than the full mode and less time.
+activations each keep c * L. Checkpointing (arXiv 1604.06174) runs a part of the forward pass, a *region*, and keeps
+only its inputs. When backward reaches the region, it runs it once more and uses the activations of this second run.
+L blocks in regions of k keep L/k inputs and, for the region in backward, c * k activations: least at k = sqrt(L / c).
+The price is a second forward pass: where forward and backward cost 1 + 2 units, they now cost 4. The selective mode
+also keeps results that are expensive to compute (matrix products, attention), and computes only the cheap rest again.
+It needs more memory than the full mode, and less time.
 
-**How.** ``torch.autograd.graph.saved_tensors_hooks`` calls ``pack(tensor)`` for each tensor that autograd saves, keeps
-what that returns, and calls ``unpack`` on it when backward asks for the tensor. Here ``pack`` returns an empty slot.
-The first ``unpack`` of a region runs it again with another ``pack``, which puts the n-th tensor into the n-th slot. It
-stops at the last slot, as nothing after it is needed. The alternative is an autograd function that runs a backward pass
-of its own ("reentrant"). It fails with ``torch.autograd.grad``, and where no input needs a gradient.
+**How.** ``torch.autograd.graph.saved_tensors_hooks`` calls ``pack(tensor)`` for each tensor that autograd saves. It
+keeps the return value, and calls ``unpack`` on it when backward asks for the tensor. Here ``pack`` returns an empty
+slot. The first ``unpack`` of a region runs the region again with another ``pack``, which puts the n-th tensor into the
+n-th slot. The run stops at the last slot, as nothing after it is needed. The alternative is an autograd function that
+runs its own backward pass ("reentrant"). It fails with ``torch.autograd.grad``, and where no input needs a gradient.
 
 **What must be the same both times.** The second run starts from the random state of CPU and GPU that the first one
 found, or dropout would drop other elements. It runs under the same autocast. Beyond that a function must do the same
-twice: it may not modify its inputs, depend on what changes in between, or draw from a generator of its own. Where the
-saved tensors then differ in number, shape, dtype or device, a RecomputationError names the first difference. A
-difference in their values alone goes unnoticed.
+twice: it may not modify its inputs, depend on state that changes in between, or draw from its own generator. Where the
+saved tensors differ in number, shape, dtype or device, a RecomputationError names the first difference. A difference
+in values alone goes unnoticed.
 
     CheckpointingConfig   the section ``activation_checkpointing``; its presence turns recomputation on
-    checkpoint            one call is a region, of one block or of several; for code that picks its own regions
-    configure             how ``checkpoint`` works; ``engine.py`` has DeepSpeed's function of this name
-    apply                 each block of a model is a region, without changing its code: what the config section does
+    checkpoint            makes one call a region; for code that picks its own regions, of one block or several
+    configure             sets how ``checkpoint`` works; ``engine.py`` has DeepSpeed's function of this name
+    apply                 makes each block of a model a region, as the config section asks; its code stays the same
 
-Limits: what a custom autograd function stores on ``ctx`` without ``save_for_backward`` is not dropped; a region stays
-on one device's backward thread; no ``torch.func`` and no ``torch.compile``, which recomputes by itself; the selective
-mode refuses a kept result that was modified in place (``ReLU(inplace=True)`` after a convolution).
+Limits: tensors that a custom autograd function stores on ``ctx`` without ``save_for_backward`` are not dropped. A
+region must stay on one device's backward thread. ``torch.func`` and ``torch.compile`` (which recomputes by itself) are
+not supported. The selective mode refuses a kept result that was modified in place (``ReLU(inplace=True)`` after a
+convolution).
 """
 
 import logging
@@ -51,7 +52,7 @@ logger = logging.getLogger("checkpointing")
 
 
 class RecomputationError(RuntimeError):
-    """A region did something else when it ran again; the message names the first difference."""
+    """A region behaved differently when it ran again; the message names the first difference."""
 
 
 # --- The config -------------------------------------------------------------------------------------------------------
@@ -60,20 +61,20 @@ class RecomputationError(RuntimeError):
 @dataclass
 class CheckpointingConfig:
     """The section ``activation_checkpointing``. Its presence is the switch: ``{}`` recomputes the default blocks."""
-    cpu_checkpointing: bool = False                # keep regions' inputs in host memory, waiting for copies; GPU only
+    cpu_checkpointing: bool = False                # keep regions' inputs in host memory; waits for the copies; GPU only
     synchronize_checkpoint_boundary: bool = False  # wait for the GPU before and after each block; GPU only
     profile: bool = False        # measure bytes kept and seconds recomputed; waits for the GPU too
     modules: list | None = None  # class names, or patterns of module names; null: the default blocks; []: none
     mode: str = field(default="full", metadata={"choices": ("full", "selective")})  # recompute everything, or keep
                                                                                     # matrix products and attention
-    # Keys of DeepSpeed's that have no effect here; NO_EFFECT says why.
+    # DeepSpeed's keys without effect here; NO_EFFECT says why.
     partition_activations: bool = False
     contiguous_memory_optimization: bool = False
     number_checkpoints: int | None = field(default=None, metadata={"least": 1})
 
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "partition_activations": "it divides what model-parallel ranks have in common, and there are none",
-        "contiguous_memory_optimization": "PyTorch's allocator has no need of it",
+        "contiguous_memory_optimization": "PyTorch's allocator does not need it",
         "number_checkpoints": "each block is a region; call checkpoint() around several for larger ones"}
 
 
@@ -81,7 +82,7 @@ class CheckpointingConfig:
 
 
 class RecomputeContext:
-    """The random state, autocast and default device that a call finds; ``restored()`` brings them back for a while."""
+    """The random state, autocast and default device of a call; ``restored()`` brings them back temporarily."""
 
     def __init__(self, tensors: list[Tensor]):
         self.random = {torch.device("cpu"): torch.get_rng_state()}
@@ -97,7 +98,7 @@ class RecomputeContext:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Random numbers, autocast and default device as they were; afterwards as they are now."""
+        """Run with the call's random state, autocast and default device; afterwards restore the current ones."""
         cpu, *gpus = self.random
         with torch.random.fork_rng(devices=gpus), ExitStack() as stack:
             torch.set_rng_state(self.random[cpu])
@@ -111,29 +112,29 @@ class RecomputeContext:
 
 
 class _Keep(torch.autograd.Function):
-    """Saves a region's inputs the way an operation would: so in-place changes are noticed, and hooks around see them.
+    """Saves a region's inputs as an operation would, so that PyTorch detects in-place changes and calls outer hooks.
 
-    Those hooks may be an enclosing region's, which then drops the inputs of the regions in it.
+    Those hooks may belong to an enclosing region, which then drops the inputs of its inner regions.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)  # only its node in the graph, which keeps the tensors, is of use
+        return anchor.new_empty(0)  # only its node in the graph is used: it keeps the tensors
 
 
 def _keep(tensors: list[Tensor], on_host: bool) -> Any:
     """An object whose ``saved_tensors`` are ``tensors``, with the graphs they came from."""
-    anchor = torch.empty(0, requires_grad=True)  # without it there is no node where no tensor needs a gradient
+    anchor = torch.empty(0, requires_grad=True)  # makes a node even where no tensor needs a gradient
     with saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext():
         return _Keep.apply(anchor, *tensors).grad_fn
 
 
-# PyTorch's save_on_cpu loses strides, which a view in the region may need, and copies parameters at each call.
+# Why not PyTorch's save_on_cpu: it loses strides, which a view in the region may need, and copies parameters each time.
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, torch.device]:
-    """A copy in pinned memory, and the device it goes back to; parameters stay where they are, as they exist anyway."""
+    """A copy in pinned memory, and the device it goes back to. A parameter is not copied, as it exists anyway."""
     if not tensor.is_cuda or isinstance(tensor, nn.Parameter):
         return tensor, tensor.device
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor), tensor.device
@@ -152,21 +153,21 @@ _TENSOR = object()  # stands for a tensor among a call's arguments
 
 
 class _Slot:
-    """What autograd keeps in place of a tensor that it saved in a region."""
+    """Autograd keeps it in place of a tensor that it saved in a region."""
     __slots__ = ("region", "value", "version", "__weakref__")
 
     def __init__(self, region: "_Region"):
         self.region = region
-        self.value: Tensor | None = None  # there between a recomputation and its use
-        self.version = 0                  # of the value when it was saved again
+        self.value: Tensor | None = None  # set between a recomputation and its use
+        self.version = 0                  # the value's version when it was saved again
 
 
 class _Region:
-    """One call in the forward pass, which runs again when backward needs what it saved.
+    """One call in the forward pass, which runs again when backward needs the tensors that it saved.
 
-    It keeps the call's arguments, but no tensor with a graph within, and is itself kept by the slots that it gave to
-    autograd: what backward has used, or the user has dropped, goes away with its slot. A tensor computed here would,
-    through its graph, keep slots that keep the region: a cycle that Python's garbage collector can't see.
+    The slots that it gave to autograd keep it alive. So it goes away once backward has used them, or the user has
+    dropped the graph. It keeps the call's arguments, but no tensor that was computed inside. The graph of such a tensor
+    would keep slots that keep the region: a cycle that Python's garbage collector can't see.
     """
 
     def __init__(self, settings: "Checkpointing", name: str, function: Callable, args: tuple, kwargs: dict):
@@ -175,16 +176,16 @@ class _Region:
         self.call = tree_map_only(Tensor, lambda _: _TENSOR, (args, kwargs))
         self.keeper = _keep(tensors, settings.config.cpu_checkpointing)
         self.context = RecomputeContext(tensors)
-        self.saved: list[tuple] = []  # per tensor autograd saved: weakly its slot, and its metadata
-        self.filled_in = -1           # the backward pass that the slots' values belong to
-        # The selective mode: expensive operations in order, their results and these results' versions.
+        self.saved: list[tuple] = []  # per tensor that autograd saved: a weak reference to its slot, and its metadata
+        self.filled_in = -1           # the backward pass to which the slots' values belong
+        # The selective mode: expensive operations in order, their results and the versions of these.
         self.kept: deque[tuple] | None = deque() if settings.config.mode == "selective" else None
         self.costs = settings.profiles[name]
         self.costs.calls += 1
         self.costs.bytes_kept += sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, nn.Parameter))
 
     def run(self, args: tuple, kwargs: dict) -> Any:
-        """The call, of which autograd keeps slots."""
+        """Make the call; autograd keeps slots instead of tensors."""
         def pack(tensor: Tensor) -> _Slot:
             """A slot in the tensor's place."""
             slot = _Slot(self)
@@ -197,11 +198,11 @@ class _Region:
         return output
 
     def recompute(self, backward_pass: int) -> None:
-        """Run the call again, as far as it saves tensors, and fill the slots that still exist."""
+        """Run the call again, up to the last tensor that it saves, and fill the slots that still exist."""
         inputs = iter(self.keeper.saved_tensors)  # comes first, as it may have to recompute an enclosing region
         args, kwargs = tree_map(lambda leaf: next(inputs) if leaf is _TENSOR else leaf, self.call)
-        # Hazard: kept results are handed out once, so that memory is free as soon as backward is done with it. A second
-        # backward call, through a graph that was retained, has to compute them.
+        # Hazard: kept results are used once, so that backward frees their memory early. A second backward call, through
+        # a retained graph, has to compute them.
         kept, self.kept = self.kept, None
         reuse = nullcontext() if kept is None else _ReuseResults(self.name, kept)
         filled = 0
@@ -213,7 +214,7 @@ class _Region:
                 tensor = self._fill(filled, tensor)
                 filled += 1
             if filled == len(self.saved):
-                raise _EnoughError  # more than once where the function swallows it
+                raise _EnoughError  # again for each further tensor, if the function catches it
             return tensor
 
         started = self.settings.boundary()
@@ -230,7 +231,7 @@ class _Region:
                                      f"but only {filled} when recomputed")
 
     def _fill(self, number: int, tensor: Tensor) -> Tensor:
-        """Put the tensor into its slot, if that still exists."""
+        """Put the tensor into its slot, if the slot still exists."""
         reference, metadata = self.saved[number]
         if metadata != _metadata(tensor):
             raise RecomputationError(
@@ -244,9 +245,9 @@ class _Region:
 
 
 def _unpack(slot: _Slot) -> Tensor:
-    """The tensor that ``slot`` stands for, after recomputing it unless that has been done in this backward pass."""
+    """The tensor that ``slot`` stands for; recomputes the region unless this backward pass already has."""
     region = slot.region
-    backward_pass = torch._C._current_graph_task_id()  # private: nothing else tells one from the next; -1 outside
+    backward_pass = torch._C._current_graph_task_id()  # private: nothing public identifies a backward; -1 outside
     if slot.value is None or region.filled_in != backward_pass or backward_pass == -1:
         region.recompute(backward_pass)
     value, slot.value = slot.value, None  # so that its memory is free as soon as backward is done with it
@@ -257,7 +258,7 @@ def _unpack(slot: _Slot) -> Tensor:
 
 
 def _metadata(tensor: Tensor) -> tuple:
-    """What has to be the same in both runs."""
+    """The properties that must be the same in both runs."""
     return tensor.dtype, tuple(tensor.shape), tensor.device
 
 
@@ -279,24 +280,24 @@ EXPENSIVE = {getattr(torch.ops.aten, name).default for name in (
 
 
 def _is_kept(operation: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether to keep the result. Not with dropout: leaving the operation out would shift the random state after it."""
+    """Whether to keep the result. Not with dropout: skipping that operation would shift the random state after it."""
     names = (argument.name for argument in operation._schema.arguments) if operation in EXPENSIVE else ()
     return operation in EXPENSIVE and not (dict(zip(names, args)) | kwargs).get("dropout_p")
 
 
 def _alias(result: Any) -> Any:
-    """The tensors in ``result`` without their place in the graph, but with their version counters."""
-    # Private: a dispatch mode runs below the layer that counts versions, and has to switch it on again.
+    """The tensors in ``result``, detached from the graph, with the same version counters."""
+    # Private: a dispatch mode runs below the layer that counts versions, and must switch that layer on again.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tree_map_only(Tensor, Tensor.detach, result)
 
 
-# PyTorch's create_selective_checkpoint_contexts compares every operation of both runs, and fails where the cheap ones
-# differ: autocast takes a weight that two layers share from its cache in the first run, and casts it in the second.
+# PyTorch's create_selective_checkpoint_contexts compares every operation of both runs, and fails where cheap ones
+# differ. Autocast makes such a difference with a weight of two layers: cached in the first run, cast in the second.
 
 
 class _KeepResults(TorchDispatchMode):
-    """Sees every operation of a forward pass, below autograd, and keeps the results of the expensive ones."""
+    """Sees every operation of a forward pass, below autograd, and keeps the results of expensive ones."""
 
     def __init__(self, kept: deque[tuple]):
         super().__init__()
@@ -311,7 +312,7 @@ class _KeepResults(TorchDispatchMode):
 
 
 class _ReuseResults(TorchDispatchMode):
-    """The inverse: hands out the kept results in order, in place of computing them again."""
+    """The inverse: returns the kept results in order instead of computing them again."""
 
     def __init__(self, name: str, kept: deque[tuple]):
         super().__init__()
@@ -330,40 +331,40 @@ class _ReuseResults(TorchDispatchMode):
         return _alias(result)
 
 
-# --- Settings, and what they chose ------------------------------------------------------------------------------------
+# --- Settings, and the blocks they apply to ---------------------------------------------------------------------------
 
 
 @dataclass
 class Profile:
-    """What one module (or checkpointed function) has cost since the profile began; sums over calls."""
+    """The cost of one module (or checkpointed function) since the profile began; sums over calls."""
     calls: int = 0              # in forward passes, also when an enclosing region runs again
-    bytes_kept: int = 0         # inputs kept (without parameters) and, in the selective mode, results kept
+    bytes_kept: int = 0         # of kept inputs (without parameters) and, in the selective mode, of kept results
     recomputations: int = 0
     seconds_recomputed: float = 0.0
 
 
 class Checkpointing:
-    """Recomputation as a config wants it, of blocks of a model if there are any; from ``apply`` and ``configure``.
+    """Recomputation as a config asks, of a model's blocks if any are given; made by ``apply`` and ``configure``.
 
-    Each block's ``forward`` is replaced on the instance, so its module hooks run outside of what is recomputed: once.
-    A library that shards weights gathers them by such hooks: for backward, when that reaches the block's output.
-    What replaces it is a partial object, of which a deep copy of the model gets a copy for itself.
+    Each block's ``forward`` is replaced on the instance, so its module hooks stay outside of the region and run once.
+    A library that shards weights gathers them in such hooks: for backward, when that reaches the block's output.
+    The replacement is a partial object, so that a deep copy of the model gets a copy of its own.
     """
 
     def __init__(self, config: CheckpointingConfig, blocks: Mapping[str, nn.Module] | None = None):
         self.config = config
-        for key, reason in {"cpu_checkpointing": "what is kept is in host memory already",
+        for key, reason in {"cpu_checkpointing": "the kept tensors are in host memory already",
                             "synchronize_checkpoint_boundary": "there is no GPU to wait for"}.items():
             if getattr(config, key) and not torch.cuda.is_available():
                 logger.warning("activation_checkpointing.%s has no effect: %s", key, reason)
         self.profiles: dict[str, Profile] = defaultdict(Profile)
-        self.blocks: dict[str, tuple[nn.Module, Any]] = {}  # each with the forward that its instance had, or None
+        self.blocks: dict[str, tuple[nn.Module, Any]] = {}  # each with its instance's own forward, or None
         for name, module in (blocks or {}).items():
             self.blocks[name] = module, vars(module).get("forward")
             module.forward = partial(self.run, name, module.forward)
 
     def remove(self) -> None:
-        """Give the blocks their own forward back. Graphs that exist can still be recomputed."""
+        """Give the blocks their own forward back. Existing graphs can still be recomputed."""
         for module, own in self.blocks.values():
             del module.forward
             if own is not None:
@@ -371,7 +372,7 @@ class Checkpointing:
         self.blocks.clear()
 
     def report(self) -> dict[str, Profile]:
-        """What each module has cost, by name, since the start; needs ``profile``."""
+        """The cost of each module since the start, by name; needs ``profile``."""
         if not self.config.profile:
             raise RuntimeError("report() needs activation_checkpointing.profile to be true")
         return dict(self.profiles)
@@ -387,7 +388,7 @@ class Checkpointing:
         return output
 
     def boundary(self) -> float:
-        """The time, after the GPU has come this far where the config asks for that."""
+        """Wait for the GPU, if the config asks for it; return the time."""
         if (self.config.synchronize_checkpoint_boundary or self.config.profile) and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -397,24 +398,24 @@ class Checkpointing:
 
 
 def apply(modules: Mapping[str, nn.Module], config: CheckpointingConfig) -> Checkpointing:
-    """Make these modules of a model recompute as ``config`` says; of modules within one another, the outermost."""
+    """Make these modules of a model recompute as ``config`` says; of nested modules, only the outermost."""
     modules = {name: module for name, module in modules.items()
-               if not isinstance(module, (nn.ModuleList, nn.ModuleDict))}  # which have no forward
+               if not isinstance(module, (nn.ModuleList, nn.ModuleDict))}  # these have no forward
     inside = {id(part) for module in modules.values() for part in module.modules() if part is not module}
     blocks = {name: module for name, module in modules.items() if id(module) not in inside}
     if not blocks:
         logger.warning("activation_checkpointing has no effect on this model, as %s",
                        "no repeated blocks were found in it; name them in activation_checkpointing.modules"
-                       if config.modules is None else "its modules are []; checkpoint() is set up by configure()")
+                       if config.modules is None else "its modules are []; configure() sets up checkpoint()")
     return Checkpointing(config, blocks)
 
 
 _DEFAULTS = Checkpointing(CheckpointingConfig())
-_explicit = _DEFAULTS  # the one configuration that checkpoint() follows; configure() puts another there
+_explicit = _DEFAULTS  # the one configuration that checkpoint() follows; configure() replaces it
 
 
 def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, of which only the inputs are kept for backward, and the rest is recomputed."""
+    """``function(*args, **kwargs)``; only its inputs are kept, and backward recomputes the rest."""
     name = getattr(function, "__qualname__", type(function).__name__)
     return _explicit.run(name, function, *args, **kwargs)
 
@@ -427,10 +428,10 @@ def configure(config: CheckpointingConfig) -> Checkpointing:
 
 
 def is_configured() -> bool:
-    """Whether ``configure`` was called. ``checkpoint`` works without."""
+    """Whether ``configure`` was called. ``checkpoint`` also works without it."""
     return _explicit is not _DEFAULTS
 
 
 def reset() -> None:
-    """Start the profile anew. DeepSpeed also clears buffers here, for loops without backward; this has none."""
+    """Start the profile again. DeepSpeed also clears buffers here, for loops without backward; this file has none."""
     _explicit.profiles.clear()

@@ -6,29 +6,29 @@
     python launch.py --as_deepspeed --nproc_per_node 2 train.py    a script that has "import deepspeed", as it is
     torchrun --nproc_per_node 2 launch.py                 what the second line does, through PyTorch's own command
 
-On two machines, the same command on each, but for its --node_rank; the address is one by which both reach node 0:
+On two machines, run the same command on each, except for --node_rank. Both must reach node 0 at the given address:
 
     python launch.py --nnodes 2 --node_rank 0 --rdzv_endpoint 10.0.0.1:29500 --nproc_per_node 4 train.py
     python launch.py --nnodes 2 --node_rank 1 --rdzv_endpoint 10.0.0.1:29500 --nproc_per_node 4 train.py
 
-Processes are started by PyTorch's launcher (torch.distributed.run, "torchrun"), and all of its options may be given.
-In addition:
+PyTorch's launcher (torch.distributed.run, "torchrun") starts the processes, and all of its options are accepted. In
+addition:
 
-- When a process fails, all are stopped. The last lines on the screen are what the first one to fail wrote to stderr.
+- When a process fails, all are stopped. The last lines on the screen are the stderr of the process that failed first.
   The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr goes through
-  a file, and each line begins with the rank (--tee 2); --tee 0 leaves it alone.
-- With --max_restarts M, all start again, up to M times; a script that resumes from its last checkpoint goes on by
-  itself. With --nnodes MIN:MAX it goes on with the machines that are left, as long as node 0 is one of them: with
-  PyTorch's settings 45 seconds later (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30).
-  With either, ranks may be others after each start; without, they follow --node_rank.
-- A cut connection ends each process once its collectives time out, and with that its launcher; but with --max_restarts
-  or MIN:MAX, a launcher that has lost node 0 may wait until Linux gives the connection up, a quarter of an hour.
-- On Linux, gloo uses the network interface that leads to the other machines: GLOO_SOCKET_IFNAME, unless you set it.
-- DeepSpeed's launcher options do what they do there, or are refused with the way to do it. Nothing is started on other
-  machines, so there is no --hostfile.
+  a file, and each line begins with the rank (--tee 2); --tee 0 switches both off.
+- With --max_restarts M, all processes start again, up to M times; the script must resume from its last checkpoint.
+  With --nnodes MIN:MAX it continues on the remaining machines, if node 0 is one of them. With PyTorch's settings that
+  takes 45 seconds (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30). With either
+  option, ranks may change at each start; without, they follow --node_rank.
+- When a connection is cut, collectives time out; this ends each process, and then its launcher. But with --max_restarts
+  or MIN:MAX, a launcher that has lost node 0 may wait a quarter of an hour, until Linux gives up the connection.
+- On Linux, gloo uses the network interface that leads to the other machines. To choose another, set GLOO_SOCKET_IFNAME.
+- DeepSpeed's launcher options work as they do there, or are refused with another way to do it. Nothing is started on
+  other machines, so there is no --hostfile.
 
-A script finds its place in the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
---nproc_per_node, SCRIPT gets a process per GPU, or one.
+A script reads its rank from the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
+--nproc_per_node, SCRIPT gets one process per GPU, or one in all without GPUs.
 """
 
 import argparse
@@ -55,8 +55,8 @@ from torch.distributed.launcher.api import elastic_launch
 
 import engine as deepspeed
 
-PORT = 29500  # on node 0, where the command line names none: as in PyTorch and DeepSpeed
-LAST_LINES = 60  # of a failed process's stderr: a traceback through a model and the engine fits
+PORT = 29500  # node 0's, if the command line names none: as in PyTorch and DeepSpeed
+LAST_LINES = 60  # shown of a failed process's stderr: a traceback through a model and the engine fits
 
 
 # --- The documented example -------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class SimpleModel(nn.Module):
 
 
 def documented_example(zero_stage: int = 0) -> None:
-    """The example of the introduction in tutorials/README.md. What is ours, apart from the printing, is marked so."""
+    """The example of the introduction named in tutorials/README.md. Our additions, except for printing, say "ours"."""
     torch.manual_seed(0)  # ours: the same figures every time
 
     model = SimpleModel()
@@ -99,9 +99,9 @@ def documented_example(zero_stage: int = 0) -> None:
     loss = outputs.mean()
 
     model_engine.backward(loss)
-    # Two steps of the schedule in one of training: the engine's step() takes one, as DeepSpeed's does, and then the
-    # example takes another. Its 0.0023 is the rate after both, 0.001 + 0.009 * log(2) / log(100): a schedule's
-    # first value is in force for two steps, so after one alone the rate would still be 0.001.
+    # One training step, two schedule steps: the engine's step() takes one, as DeepSpeed's does, and then the example
+    # takes another. Its 0.0023 is the rate after both, 0.001 + 0.009 * log(2) / log(100). A schedule's first value
+    # applies for two steps, so after one step the rate would still be 0.001.
     model_engine.step()
     lr_scheduler.step()
 
@@ -119,10 +119,10 @@ def documented_example(zero_stage: int = 0) -> None:
 
 
 def set_rendezvous(options: argparse.Namespace) -> None:
-    """Turn the options into what PyTorch's launcher needs; ValueError where they say too little, or contradict.
+    """Set the options that PyTorch's launcher needs; ValueError where options are missing or contradict each other.
 
-    Where machines and processes are fixed, they meet once, and node 0 is known ("static"). Where processes may start
-    again, or machines may be missing, they meet before each start, in a store that node 0 keeps ("c10d").
+    Where machines and processes are fixed, they meet once, and node 0 is known ("static"). Where processes may restart
+    or machines may be missing, they meet before each start, through a store on node 0 ("c10d").
     """
     fewest, most = run.parse_min_max_nnodes(options.nnodes)
     endpoint = options.rdzv_endpoint or options.master_addr or ("127.0.0.1" if options.master_port else "")
@@ -130,7 +130,7 @@ def set_rendezvous(options: argparse.Namespace) -> None:
             (not 1 <= fewest <= most or options.max_restarts < 0,
              f", --max_restarts {options.max_restarts}; allowed: N or MIN:MAX from 1 up, and a number from 0 up"),
             (most > 1 and (options.standalone or not endpoint),
-             ": several machines need --rdzv_endpoint HOST:PORT, by which all reach node 0, and no --standalone"),
+             ": several machines need --rdzv_endpoint HOST:PORT, the address of node 0, and no --standalone"),
             (most > 1 and options.node_rank is None and options.rdzv_backend == "static",
              f": each machine needs its own --node_rank, 0 to {most - 1}"),
             (not 0 <= (options.node_rank or 0) < most,
@@ -141,28 +141,28 @@ def set_rendezvous(options: argparse.Namespace) -> None:
         raise ValueError(f"--rdzv_endpoint is {options.rdzv_endpoint} and --master_addr {options.master_addr}; "
                          f"allowed: one of them")
     if not endpoint:
-        options.rdzv_backend, endpoint = "c10d", "127.0.0.1:0"  # any port that is free
+        options.rdzv_backend, endpoint = "c10d", "127.0.0.1:0"  # 0: any free port
     options.rdzv_endpoint = endpoint if ":" in endpoint else f"{endpoint}:{options.master_port or PORT}"
     if options.rdzv_backend == "static" and (fewest < most or options.max_restarts):
         options.rdzv_backend = "c10d"
     if options.rdzv_backend == "c10d" and options.node_rank is not None and "is_host" not in options.rdzv_conf:
         options.rdzv_conf += f"{options.rdzv_conf and ','}is_host={int(options.node_rank == 0)}"
     if options.rdzv_backend != "static" or options.node_rank is None:
-        options.node_rank = 0  # PyTorch has no further use for it
+        options.node_rank = 0  # PyTorch no longer uses it
     set_addresses(options, most)
 
 
 def set_addresses(options: argparse.Namespace, most: int) -> None:
-    """Tell PyTorch this machine's address towards node 0, and gloo the network interface that has it.
+    """Give PyTorch the address by which node 0 reaches this machine, and gloo the network interface of this address.
 
-    Both go by the machine's own name otherwise, which often stands for an address that only this machine can reach.
+    Otherwise both use the machine's own name, which often stands for an address that only this machine can reach.
     """
     host, _, port = options.rdzv_endpoint.rpartition(":")
     try:
-        port = PORT if port == "0" else port  # any does, but 0, to which macOS and Windows connect nothing
+        port = PORT if port == "0" else port  # any port will do, except 0: macOS and Windows refuse to connect to it
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # a datagram socket chooses its route, and sends nothing
+            probe.connect(address)  # a datagram socket chooses its route and sends nothing
             own = probe.getsockname()[0]
     except OSError as error:
         raise ValueError(f"there is no way to node 0 at {options.rdzv_endpoint}: {error.strerror}") from error
@@ -174,7 +174,7 @@ def set_addresses(options: argparse.Namespace, most: int) -> None:
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface, "" where it has none; on Linux."""
+    """The IPv4 address of a network interface, or "" if it has none; Linux only."""
     from fcntl import ioctl
 
     get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
@@ -188,9 +188,9 @@ def address_of(interface: str) -> str:
 
 def join_with_new_store(handler: DynamicRendezvousHandler,
                         join: Callable = DynamicRendezvousHandler.next_rendezvous) -> RendezvousInfo:
-    """PyTorch's ``next_rendezvous``, where rank 0's launcher keeps a store for the processes, but a new one each time.
+    """PyTorch's ``next_rendezvous``, but rank 0's launcher makes a new store for the processes at each start.
 
-    In the old one a restart would find the addresses of the start before it, fail to connect, and be lost.
+    In the old store a restart would find the addresses of the previous start, and would fail to connect to them.
     """
     is_restart = handler._bootstrap_store_info is not None
     handler._bootstrap_store_info = handler._shared_tcp_store_server = None
@@ -201,17 +201,17 @@ def join_with_new_store(handler: DynamicRendezvousHandler,
 
 
 def stderr_of(failure: ProcessFailure, run_dir: str) -> Path:
-    """The file to which a process of the latest start wrote its stderr, by PyTorch's names; none: the empty one."""
+    """The file with the stderr of a process in the latest start, by PyTorch's names; the null device if none exists."""
     files = Path(run_dir).glob(f"attempt_*/{failure.local_rank}/stderr.log")
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=Path(os.devnull))
 
 
 def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
-    """Report which process failed first, and the end of its stderr, if that is in a file; returns the exit code."""
-    # Others failed because it did, and later, or were stopped by the launcher: by SIGTERM, and what does not hear it,
-    # by SIGKILL 30 seconds later. PyTorch knows whole seconds only; a process's last words are from before its end, and
-    # those of one that misses it from after that. (Files are stamped by a clock that ticks every few milliseconds; a
-    # process that has loaded PyTorch takes longer to end.)
+    """Report which process failed first, and the end of its stderr, if a file has it; returns the exit code."""
+    # The others failed later, because it did, or the launcher stopped them: with SIGTERM, and those that ignore it with
+    # SIGKILL 30 seconds later. PyTorch's times are whole seconds, so the files' times decide. The first process wrote
+    # its last line before its end; a process that fails because of it writes after that. (Files are stamped by a clock
+    # that ticks every few milliseconds; a process that has loaded PyTorch takes longer to end.)
     began = min(failure.timestamp for failure in error.failures.values())
     first = {rank: failure for rank, failure in error.failures.items() if failure.timestamp < began + 2}
     alone = {rank: failure for rank, failure in first.items() if failure.exitcode != -signal.SIGTERM}
@@ -222,20 +222,20 @@ def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
         code, how = 128 - code, f"signal {failure.signal_name()}"
     words = [f"launch.py: error: {script} failed on rank {rank} with {how}"]
     if code == 128 + signal.SIGKILL:
-        words.append("launch.py: hint: so Linux ends a process when memory runs out (dmesg tells). It takes less with "
-                     "smaller micro-batches, a higher ZeRO stage, or fewer processes per machine")
+        words.append("launch.py: hint: Linux kills a process in this way when memory runs out (see dmesg). Smaller "
+                     "micro-batches, a higher ZeRO stage or fewer processes per machine take less memory")
     words += files[rank].read_text(errors="replace").splitlines()[-LAST_LINES:]
     print("\n".join(words), file=sys.stderr, flush=True)
     return code
 
 
 def start_processes(options: argparse.Namespace) -> int:
-    """Run the script on this machine's processes; returns the exit code, as the top of this file has it."""
-    # PyTorch would give each process one thread, so that they don't crowd each other; an equal share does as well.
+    """Run the script on this machine's processes; returns the exit code that the top of this file describes."""
+    # PyTorch would give each process one thread, so that they don't slow each other down; equal shares do so as well.
     processes = run.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")  # of lines that are shown by tee
-    tail_log.open = partial(open, newline="\n")  # else each of a progress bar's "\r" would become a line of its own
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")  # of the lines that tee shows
+    tail_log.open = partial(open, newline="\n")  # else each "\r" of a progress bar would become a new line
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         if options.as_deepspeed:
             deepspeed.as_deepspeed(folder)
@@ -245,14 +245,14 @@ def start_processes(options: argparse.Namespace) -> int:
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
-            # Private: this launcher's own folder in --log_dir, which other jobs and machines may share.
+            # Private: this launcher's folder in --log_dir, which other jobs and machines may use too.
             run_dir = getattr(config.logs_specs, "_run_log_dir", None) or folder
             return report_failure(error, options.training_script, run_dir)
         except SignalException as error:
             print(f"launch.py: stopped by {error.sigval.name}", file=sys.stderr)
             return 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
-            print(f"launch.py: error: the other machines can't be reached by way of {options.rdzv_endpoint}, or have "
+            print(f"launch.py: error: the other machines can't be reached through {options.rdzv_endpoint}, or have "
                   f"stopped: {type(error).__name__}: {error}", file=sys.stderr)
             return 1
     return 0
@@ -261,15 +261,15 @@ def start_processes(options: argparse.Namespace) -> int:
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-REFUSED = {  # DeepSpeed's options that have no counterpart, and the way to do it
+REFUSED = {  # DeepSpeed's options without a counterpart, and what to do instead
     ("-H", "--hostfile"):
         "nothing is started on other machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint",
     ("-i", "--include", "-e", "--exclude"):
-        "run launch.py on the machines that are meant, under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2 of one",
+        "run launch.py on the machines that you want; set CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2 of a machine",
     ("--launcher", "--launcher_args", "--ssh_port", "--force_multi"):
         "nothing is started on other machines; have srun, mpirun or a shell loop run launch.py on each",
     ("--bind_cores_to_rank", "--bind_core_list"):
-        "--numa_binding does it where there are GPUs; else put taskset --cpu-list LIST before the command",
+        "--numa_binding does it on machines with GPUs; elsewhere put taskset --cpu-list LIST before the command",
     ("--enable_each_rank_log",): "--log_dir DIR --redirects 3 writes each rank's output to files",
     ("--log_level", "-q", "--quiet"): "the variable LOGLEVEL does it: INFO, WARNING, ERROR",
     ("--venv_script",): "start launch.py with the python of that environment",
@@ -287,18 +287,18 @@ class Refused(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """PyTorch's command line, with the example's options and DeepSpeed's added."""
+    """PyTorch's command line, plus the example's options and DeepSpeed's."""
     parser = run.get_args_parser()
     parser.prog, parser.usage, parser.allow_abbrev = "launch.py", "launch.py [options] [SCRIPT [ARGS ...]]", False
     parser.formatter_class, parser.description = argparse.RawDescriptionHelpFormatter, __doc__
-    parser.epilog = "Options of launch.py stand before SCRIPT; everything behind SCRIPT is the script's own."
+    parser.epilog = "Options of launch.py stand before SCRIPT; everything after SCRIPT goes to the script."
     for action in parser._actions:  # there is no public way to make it optional
         if action.dest == "training_script":
             action.nargs, action.required, action.metavar = "?", False, "SCRIPT"
     for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "tee"):  # None: not given; PET_...: as PyTorch
         parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}")})
     parser.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
-                        help="the example's ZeRO stage: of what each process keeps a shard only")
+                        help="the example's ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too")
     parser.add_argument("--as_deepspeed", action="store_true",
                         help="let SCRIPT's import deepspeed find engine.py, so that it runs as it is")
     theirs = parser.add_argument_group("DeepSpeed's options")
@@ -311,13 +311,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Check the options of a launch, and fill in what they leave open; ValueError says what is wrong."""
+    """Check the options of a launch, and fill in missing ones; ValueError says what is wrong."""
     options.nnodes = options.nnodes or "1"
     options.nproc_per_node = options.nproc_per_node or str(max(1, torch.cuda.device_count()))
     if run.determine_local_world_size(options.nproc_per_node) < 1:
         raise ValueError(f"--nproc_per_node is {options.nproc_per_node}; allowed: a whole number from 1 up, or auto")
     if options.tee is None:
-        # Stderr to files and the screen, unless told where to; "1" is stdout's.
+        # Stderr goes to files and the screen, unless --redirects sends it elsewhere; "1" stands for stdout.
         options.tee = "2" if options.redirects in ("0", "1") else "0"
     set_rendezvous(options)
 
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         return start_processes(options)
     try:
         documented_example(stage or 0)
-    except ValueError as error:  # what the user gave; anything else is worth its traceback
+    except ValueError as error:  # the user's input is wrong; any other error shows its traceback
         if os.environ.get("RANK", "0") == "0":
             print(f"launch.py: error: {error}", file=sys.stderr)
         return 2

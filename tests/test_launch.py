@@ -148,7 +148,7 @@ def test_user_errors_take_one_line_and_a_code_and_help_says_how_to_start():
              "--rdzv_endpoint is a:1 and --master_addr b; allowed: one of them"), \
             (["--launcher", "pdsh", __file__], "--launcher is not an option here: nothing is started on other"), \
             (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
-            (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that are meant"), \
+            (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that you want"), \
             (["--exclude=a"], "under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2"), \
             (["--hostfile", "hosts", __file__], "--hostfile is not an option here: nothing is started on other "
              "machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
@@ -224,7 +224,7 @@ def test_the_report_is_about_the_rank_that_failed_first(tmp_path):
         rank = told.split()[1]
         assert found == code and f"train.py failed on {told}\n" in report and report.endswith(f"words of {rank}\n"), \
             (ranks, report)
-        assert ("hint: so Linux ends a process when memory runs out" in report) == (code == 137), ranks
+        assert ("hint: Linux kills a process in this way when memory runs out" in report) == (code == 137), ranks
 
 
 # --- Started for real -------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launcher
     assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
     code, out, err = launches.killed.end()
     assert code == 137 and err.startswith("[rank0]: 10%\n20%\n"), err  # as text, in which "\r" is read as "\n"
-    assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: so Linux ends a process when memory runs out" in err
+    assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: Linux kills a process in this way when memory runs out" in err
     assert err.endswith("\n10%\n20%\n"), err
 
 
