@@ -1,25 +1,25 @@
 """Learning-rate (and momentum) schedules, with DeepSpeed's names, parameters and numbers.
 
-A schedule here is a pure function of one integer ``t``: how often it has been stepped. Nothing accumulates on the way.
-So ``t`` is all there is to save, resuming is exact, and a schedule can be drawn without training.
+A schedule here is a pure function of one integer ``t``, the number of its steps so far. Nothing accumulates. So ``t``
+is the whole state to save, resuming is exact, and a schedule can be drawn without training.
 
-When does a rate apply? The constructor puts ``rate(0)`` in force, the n-th ``step()`` puts ``rate(n)`` in force.
-Training calls ``optimizer.step()`` and then ``scheduler.step()``, so optimizer step n, counted from 0, runs at
-``rate(n)``. DeepSpeed counts the same events from -1: iteration -1 after construction, 0 after the first step; and its
-warm-ups start at iteration 0. Hence the ``t - 1`` below, and a first value that two optimizer steps see.
+When does a rate apply? The constructor sets ``rate(0)``, and the n-th ``step()`` sets ``rate(n)``. Training calls
+``optimizer.step()`` and then ``scheduler.step()``, so optimizer step n, counted from 0, runs at ``rate(n)``. DeepSpeed
+counts the same events from -1: iteration -1 after construction, 0 after the first step. Its warm-ups start at iteration
+0. This explains the ``t - 1`` below, and why the first two optimizer steps run at the same rate.
 
     CURVES      how a rate goes from one value to another: linear, cosine, log, exponential
     Schedule    the base class: a PyTorch ``LRScheduler`` whose subclasses define ``rate(t, group)``
-    DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
-    Of our own: MultiPhaseLR, which joins phases, and phases alone: LinearDecayLR, CosineDecayLR, StepDecayLR
-    build       a schedule by its name; most classes of ``torch.optim.lr_scheduler`` go by theirs
-    preview     the rates of a schedule without training
+    From DeepSpeed: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest
+    New here: MultiPhaseLR, which joins phases, and single phases: LinearDecayLR, CosineDecayLR, StepDecayLR
+    build       makes a schedule by its name; accepts most classes of ``torch.optim.lr_scheduler`` too
+    preview     lists the rates of a schedule without training
 
-Rates are the optimizer's ``lr``. A list in place of a rate gives one value per param group. An invalid value raises a
-``ValueError`` that names the parameter, what was given and what is allowed.
+Rates are values of the optimizer's ``lr``. A list in place of a rate gives one value per param group. An invalid value
+raises a ``ValueError`` that names the parameter, the given value and the allowed ones.
 
-    python schedulers.py                   draw them all, as schedules.png
-    python schedulers.py ds_config.json    draw the one in a config file, in its whole length, as ds_config_lr.png
+    python schedulers.py                   draw one of each, as schedules.png
+    python schedulers.py ds_config.json    draw the whole schedule of a config file, as ds_config_lr.png
 """
 
 import argparse
@@ -41,7 +41,7 @@ from torch.optim.lr_scheduler import LRScheduler
 Rates = float | Sequence[float]  # one value for all param groups, or one for each
 
 
-# --- Curves: the value k steps into a stretch of n steps that leads from start to end; 0 <= k <= n, 1 <= n ------------
+# --- Curves: the value after k of the n steps that lead from start to end; 0 <= k <= n, 1 <= n ------------------------
 
 
 CURVES: dict[str, Callable[[float, float, int, int], float]] = {
@@ -54,7 +54,7 @@ CURVES: dict[str, Callable[[float, float, int, int], float]] = {
     "exponential": lambda start, end, k, n: start ** (1 - k / n) * end ** (k / n)}
 
 
-# --- Checks of what the user gave -------------------------------------------------------------------------------------
+# --- Checks of the user's values --------------------------------------------------------------------------------------
 
 
 FINITE = sys.float_info.max
@@ -62,7 +62,7 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def _number(name: str, value: Any, low: float = 0.0, high: float = FINITE, whole: bool = False) -> Any:
-    """``value`` itself when it is a number from ``low`` to ``high``; as an int when it has to be whole (1e3 is)."""
+    """``value``, checked to be a number from ``low`` to ``high``; with ``whole`` as an int (1e3 is whole)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high \
             or (whole and value != int(value)):
         upper = "finite" if high == FINITE else f"at most {high:g}"
@@ -71,7 +71,7 @@ def _number(name: str, value: Any, low: float = 0.0, high: float = FINITE, whole
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """``value`` itself when it is one of ``allowed``; else the error suggests the nearest."""
+    """``value``, checked to be one of ``allowed``; the error suggests the nearest."""
     if value not in allowed:
         near = difflib.get_close_matches(str(value), map(str, allowed), n=1)
         raise ValueError(f"{name} is {value!r}{f'; did you mean {near[0]!r}?' if near else ''} "
@@ -90,7 +90,7 @@ def _rates(optimizer: Optimizer, name: str, value: Rates, high: float = FINITE) 
 
 def _range(optimizer: Optimizer, low_name: str, low: Rates, high_name: str, high: Rates,
            limit: float = FINITE) -> tuple[list[float], list[float]]:
-    """A lower and an upper value per param group. One rate for groups that had different ones is worth a warning."""
+    """A lower and an upper value per param group. Warns where one rate replaces the groups' different ones."""
     lows, highs = _rates(optimizer, low_name, low, limit), _rates(optimizer, high_name, high, limit)
     if any(a > b for a, b in zip(lows, highs)):
         raise ValueError(f"{high_name} is {high}; allowed: at least {low_name}, which is {low}")
@@ -109,12 +109,12 @@ class Schedule(LRScheduler):
 
     ``last_batch_iteration`` is DeepSpeed's position, one less than PyTorch's ``last_epoch``: -1 at the start.
     """
-    span: float = 1000  # steps in which all that it does is seen: what a picture shows
+    span: float = 1000  # the steps that a picture shows: enough to see the whole schedule
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1):
         start = _number("last_batch_iteration", last_batch_iteration, low=-1, whole=True)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # LRScheduler insists on it when it starts in the middle
+            group.setdefault("initial_lr", group["lr"])  # LRScheduler requires it when it starts in the middle
         super().__init__(optimizer, start)
 
     def rate(self, t: int, group: int) -> float:
@@ -135,19 +135,19 @@ class Schedule(LRScheduler):
         self.last_epoch = 1 + _number("last_batch_iteration", position, low=-1, whole=True)
 
     def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
-        """Go on by one step, or to a position, which is DeepSpeed's and has two names there; put its rates in force."""
+        """Go on by one step, or to a position as DeepSpeed counts it (under either of its names), and set the rates."""
         position = last_batch_iteration if batch_iteration is None else batch_iteration
         if position is not None:
             self.last_batch_iteration = position
-            self.last_epoch -= 1  # from where PyTorch's step() goes on by one
+            self.last_epoch -= 1  # PyTorch's step() adds one
         super().step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the rates the optimizer had; everything else comes from the constructor."""
+        """The position, and the optimizer's initial rates; everything else comes from the constructor."""
         return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position, and put its rates in force at once; DeepSpeed's states have the position alone."""
+        """Go to a saved position and set its rates at once; states of DeepSpeed have only the position."""
         if "last_batch_iteration" not in state_dict:
             raise ValueError(f"the saved schedule has {', '.join(map(str, state_dict)) or 'no keys'}; needed: "
                              f"last_batch_iteration, as in the states of this class and of DeepSpeed's")
@@ -155,7 +155,7 @@ class Schedule(LRScheduler):
         if len(base_lrs) != len(self.base_lrs):
             raise ValueError(f"the saved schedule has {len(base_lrs)} param group(s), this one {len(self.base_lrs)}")
         self.last_batch_iteration = state_dict["last_batch_iteration"]
-        self.base_lrs, self._step_count = base_lrs, 0  # else PyTorch misses an optimizer step before this one
+        self.base_lrs, self._step_count = base_lrs, 0  # 0: or PyTorch would warn that no optimizer step came before
         self.step(self.last_batch_iteration)
 
 
@@ -165,23 +165,23 @@ class Schedule(LRScheduler):
 class WarmupLR(Schedule):
     """From ``warmup_min_lr`` to ``warmup_max_lr`` (default: the optimizer's own rates) in ``warmup_num_steps`` steps.
 
-    ``warmup_type`` is "log" or "linear". Afterwards the rate stays where it is.
+    ``warmup_type`` is "log" or "linear". Afterwards the rate stays constant.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_min_lr: Rates = 0.0, warmup_max_lr: Rates | None = None,
                  warmup_num_steps: int = 1000, warmup_type: str = "log", last_batch_iteration: int = -1):
         if warmup_max_lr is None:
-            # initial_lr: that of an optimizer whose schedule is being resumed, where lr is in the middle of it
+            # With a resumed schedule lr is a rate from its middle; initial_lr is the optimizer's own.
             warmup_max_lr = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.min_lrs, self.max_lrs = _range(optimizer, "warmup_min_lr", warmup_min_lr, "warmup_max_lr", warmup_max_lr)
-        # As DeepSpeed: 0 is refused, and 1 is taken for 2, for which the log curve is defined.
+        # As DeepSpeed: 0 is refused, and 1 becomes 2, the least for which the log curve is defined.
         self.warmup_steps = max(2, _number("warmup_num_steps", warmup_num_steps, low=1, whole=True))
         self.warmup_type = _one_of("warmup_type", warmup_type, ("log", "linear"))
         self.span = self.warmup_steps
         super().__init__(optimizer, last_batch_iteration)
 
     def height(self, t: int) -> float:
-        """Where between the lowest (0) and the highest rate (1) the schedule is after ``t`` steps."""
+        """The schedule's position after ``t`` steps, between the lowest rate (0) and the highest (1)."""
         n = self.warmup_steps - (self.warmup_type == "log")  # DeepSpeed's log curve arrives one step earlier
         return CURVES[self.warmup_type](0.0, 1.0, min(max(t - 1, 0), n), n)
 
@@ -191,12 +191,12 @@ class WarmupLR(Schedule):
 
 
 class WarmupDecayLR(WarmupLR):
-    """WarmupLR, then a straight line down to ``warmup_min_lr`` at step ``total_num_steps``, and there it stays."""
+    """WarmupLR, then a straight line down to ``warmup_min_lr`` at step ``total_num_steps``; constant afterwards."""
 
     def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_lr: Rates = 0.0,
                  warmup_max_lr: Rates | None = 0.001, warmup_num_steps: int = 1000, warmup_type: str = "log",
                  last_batch_iteration: int = -1):
-        # DeepSpeed only warns of a schedule that ends before its warm-up does. As there, a fraction of a step may be.
+        # DeepSpeed only warns where a schedule ends before its warm-up. As there, total_num_steps may be a fraction.
         least = _number("warmup_num_steps", warmup_num_steps, low=1, whole=True)
         self.total_num_steps = _number("total_num_steps", total_num_steps, low=least)
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
@@ -211,8 +211,8 @@ class WarmupDecayLR(WarmupLR):
 class WarmupCosineLR(WarmupDecayLR):
     """Warm-up, then half a cosine wave down, in multiples of each param group's own rate.
 
-    From ``warmup_min_ratio`` to 1 in ``warmup_num_steps`` steps, then to ``cos_min_ratio`` at step ``total_num_steps``,
-    and there it stays. As in DeepSpeed, the first optimizer step runs at rate 0 whatever ``warmup_min_ratio`` says.
+    From ``warmup_min_ratio`` to 1 in ``warmup_num_steps`` steps, then to ``cos_min_ratio`` at step ``total_num_steps``;
+    constant afterwards. As in DeepSpeed, the first optimizer step runs at rate 0, whatever ``warmup_min_ratio`` says.
     """
 
     def __init__(self, optimizer: Optimizer, total_num_steps: float, warmup_min_ratio: float = 0.0,
@@ -233,14 +233,14 @@ class WarmupCosineLR(WarmupDecayLR):
 
 
 class OneCycle(Schedule):
-    """Up and down once, then a slow decay, with momentum going the other way (1cycle, arXiv 1803.09820, section 4).
+    """Up and down once, then a slow decay; momentum moves the other way (1cycle, arXiv 1803.09820, section 4).
 
-    Up from ``cycle_min_lr`` to ``cycle_max_lr`` in ``cycle_first_step_size`` steps, and down in
-    ``cycle_second_step_size`` (default: as many), each in so many flat stairs (0: smoothly). After that, k steps
-    further, ``cycle_min_lr / (1 + decay_lr_rate * k / decay_step_size)``; a ``decay_step_size`` of 0 means no decay.
-    Momentum (``betas[0]``, or ``momentum`` where the optimizer uses one) goes from ``cycle_max_mom`` to
-    ``cycle_min_mom`` and back, then times ``1 + decay_mom_rate * k / decay_step_size``. As in DeepSpeed, the first
-    optimizer step runs at ``cycle_min_mom``.
+    The rate rises from ``cycle_min_lr`` to ``cycle_max_lr`` in ``cycle_first_step_size`` steps. It falls back in
+    ``cycle_second_step_size`` steps (default: as many). Both may go in stairs, ``cycle_..._stair_count`` of them (0:
+    smoothly). k steps after the cycle it is ``cycle_min_lr / (1 + decay_lr_rate * k / decay_step_size)``; a
+    ``decay_step_size`` of 0 means no decay. Momentum (``betas[0]``, or ``momentum`` where the optimizer uses one) goes
+    from ``cycle_max_mom`` to ``cycle_min_mom`` and back. After the cycle it is multiplied by
+    ``1 + decay_mom_rate * k / decay_step_size``. As in DeepSpeed, the first optimizer step runs at ``cycle_min_mom``.
     """
 
     def __init__(self, optimizer: Optimizer, cycle_min_lr: Rates, cycle_max_lr: Rates, decay_lr_rate: float = 0.0,
@@ -271,8 +271,7 @@ class OneCycle(Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def height(self, t: int) -> float:
-        """0 at both ends of the cycle and after it, 1 at its top; in integers while possible, so that no stair wobbles.
-        """
+        """0 at both ends of the cycle and after it, 1 at its top. Integers as far as possible keep every stair flat."""
         rising = t <= self.first_size
         k, n = (t, self.first_size) if rising else (max(0, self.first_size + self.second_size - t), self.second_size)
         stairs = self.first_stairs if rising else self.second_stairs
@@ -287,29 +286,29 @@ class OneCycle(Schedule):
         return (low + (high - low) * self.height(t)) / (1 + self.decay_lr_rate * self.decays(t))
 
     def momentum(self, t: int, group: int) -> float:
-        """High where the rate is low; an error once ``decay_mom_rate`` has raised it to 1, where nothing converges."""
+        """High where the rate is low. Raises once ``decay_mom_rate`` has brought it to 1, where nothing converges."""
         low, high = self.min_moms[group], self.max_moms[group]
         value = (high - (high - low) * self.height(t)) * (1 + self.decay_mom_rate * self.decays(t)) if t else low
         return _number(f"OneCycle: momentum, raised by decay_mom_rate {self.decay_mom_rate},", value, high=BELOW_ONE)
 
     def step(self, last_batch_iteration: int | None = None, batch_iteration: int | None = None) -> None:
-        """As Schedule's; puts the momenta in force too."""
+        """As Schedule's; sets the momenta too."""
         super().step(last_batch_iteration, batch_iteration)
         for index in self.moved:
             group, momentum = self.optimizer.param_groups[index], self.momentum(self.last_epoch, index)
             group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
     def get_mom(self) -> list[Any] | None:
-        """Each param group's momentum in force, or Adam's ``betas``; None where momentum is not cycled."""
+        """Each param group's current momentum, or Adam's ``betas``; None where momentum is not cycled."""
         return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups] \
             if self.moved else None
 
 
 class LRRangeTest(Schedule):
-    """A rate that grows without end, to find the largest one that still trains (arXiv 1506.01186, section 3.3).
+    """A rate that keeps growing, to find the largest one that still trains (arXiv 1506.01186, section 3.3).
 
-    ``lr_range_test_min_lr * (1 + lr_range_test_step_rate * t / lr_range_test_step_size)``, or, with
-    ``lr_range_test_staircase``, the same in jumps of ``lr_range_test_step_size`` steps.
+    It is ``lr_range_test_min_lr * (1 + lr_range_test_step_rate * t / lr_range_test_step_size)``. With
+    ``lr_range_test_staircase`` it changes only every ``lr_range_test_step_size`` steps.
     """
 
     def __init__(self, optimizer: Optimizer, lr_range_test_min_lr: Rates = 0.001, lr_range_test_step_size: int = 2000,
@@ -327,16 +326,16 @@ class LRRangeTest(Schedule):
         return self.min_lrs[group] * (1 + self.step_rate * intervals)
 
 
-# --- Phases: one after the other, or one alone ------------------------------------------------------------------------
+# --- Phases: in sequence, or one alone --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Phase:
     """One phase of a MultiPhaseLR. Rates are one per param group."""
     type: str                              # "constant", a name in CURVES, or "step"
-    steps: int | None = None               # its length; a last phase that is constant or step may go on for ever
-    start_lr: list[float] | None = None    # default: where the phase before ended; at the very start the optimizer's
-    end_lr: list[float] | None = None      # a curve leads there
+    steps: int | None = None               # its length; a last phase of type constant or step may have no end
+    start_lr: list[float] | None = None    # default: the rate at which the phase before ended; first, the optimizer's
+    end_lr: list[float] | None = None      # the rate at the end of a curve
     step_size: int | None = None           # step: every so many steps ...
     decay_rate: float | None = None        # step: ... the rate is multiplied by this
 
@@ -345,7 +344,7 @@ class Phase:
 
     @classmethod
     def checked(cls, optimizer: Optimizer, name: str, raw: Any, is_last: bool) -> "Phase":
-        """The phase that the config section ``raw``, called ``name``, describes."""
+        """Make the phase of the config section ``raw``, which errors call ``name``."""
         if not isinstance(raw, dict):
             raise ValueError(f'{name} is {raw!r}; allowed: a section such as '
                              '{"type": "linear", "steps": 100, "end_lr": 0.001}')
@@ -363,7 +362,7 @@ class Phase:
         return cls(kind, **values)
 
     def at(self, k: int, start: float, group: int) -> float:
-        """The rate ``k`` steps into this phase, entered at rate ``start``."""
+        """The rate after ``k`` steps of this phase, which begins at rate ``start``."""
         start = start if self.start_lr is None else self.start_lr[group]
         if self.type == "constant":
             return start
@@ -376,7 +375,7 @@ class Phase:
 
 
 class MultiPhaseLR(Schedule):
-    """Phases one after the other, each with its own behaviour (see Phase); after the last, its final rate stays.
+    """Phases in sequence, each with its own behaviour (see Phase). After the last one its final rate stays.
 
     Each begins where the one before ended, unless it has a ``start_lr``. Warm-up, stable, decay is three lines:
 
@@ -392,11 +391,11 @@ class MultiPhaseLR(Schedule):
                        for i, raw in enumerate(phases)]
         self.span = sum(phase.steps or 4 * (phase.step_size or 0) for phase in self.phases) or self.span
         super().__init__(optimizer, last_batch_iteration)
-        for group in range(len(self.base_lrs)):  # through all borders once: a bad curve is refused now
+        for group in range(len(self.base_lrs)):  # pass through all phases once, so that a bad curve raises now
             self.rate(sum(phase.steps or 0 for phase in self.phases), group)
 
     def rate(self, t: int, group: int) -> float:
-        """Walk through the phases up to ``t``, handing the rate at which each ends to the next."""
+        """Walk through the phases up to ``t``; each starts at the rate at which the one before ends."""
         value = self.base_lrs[group]
         for phase in self.phases:
             if phase.steps is None or t < phase.steps:
@@ -422,7 +421,7 @@ class CosineDecayLR(LinearDecayLR):
 
 
 class StepDecayLR(MultiPhaseLR):
-    """``start_lr`` (default: the optimizer's rate), times ``decay_rate`` after every ``step_size`` steps, for ever."""
+    """``start_lr`` (default: the optimizer's rate), multiplied by ``decay_rate`` after every ``step_size`` steps."""
 
     def __init__(self, optimizer: Optimizer, step_size: int, decay_rate: float = 0.1, start_lr: Rates | None = None,
                  last_batch_iteration: int = -1):
@@ -433,8 +432,8 @@ class StepDecayLR(MultiPhaseLR):
 # --- By name, and without training ------------------------------------------------------------------------------------
 
 
-NOT_BY_NAME = {  # these have to be made by hand
-    "ReduceLROnPlateau": "it wants a metric at every step", "LRScheduler": "it is only a base class",
+NOT_BY_NAME = {  # a config cannot name these
+    "ReduceLROnPlateau": "it needs a metric at every step", "LRScheduler": "it is only a base class",
     "SequentialLR": "it is made of other schedulers; MultiPhaseLR joins phases",
     "ChainedScheduler": "it is made of other schedulers; MultiPhaseLR joins phases"}
 SCHEDULES: dict[str, type[LRScheduler]] = {
@@ -447,7 +446,7 @@ SCHEDULES: dict[str, type[LRScheduler]] = {
 def named(name: str) -> type[LRScheduler]:
     """The schedule ``name``: one of this file's, or a class of ``torch.optim.lr_scheduler``."""
     if isinstance(name, str) and name in NOT_BY_NAME:
-        raise ValueError(f"scheduler type {name!r} can't be named: {NOT_BY_NAME[name]}. Pass an object instead")
+        raise ValueError(f"scheduler type {name!r} can't be used by name: {NOT_BY_NAME[name]}. Pass an object instead")
     return SCHEDULES[_one_of("scheduler type", name, tuple(SCHEDULES))]
 
 
@@ -460,20 +459,19 @@ def build(optimizer: Optimizer, name: str, params: dict[str, Any] | None = None)
         _one_of(f"{name}: a parameter", key, list(inspect.signature(cls).parameters)[1:])
     try:
         return cls(optimizer, **params)
-    except (TypeError, AttributeError, LookupError) as error:  # how PyTorch's own classes meet bad parameters
+    except (TypeError, AttributeError, LookupError) as error:  # PyTorch's classes raise these for bad parameters
         raise ValueError(f"{name}: {error}") from error
 
 
 def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) -> list[list[dict[str, Any]]]:
-    """Each param group's hyperparameters at each of ``steps`` steps; None: over the schedule's span, and a tenth more.
-    """
+    """Each param group's hyperparameters at each of ``steps`` steps; None: the schedule's span and a tenth more."""
     real = source.optimizer if isinstance(source, LRScheduler) else None
     rates = lr if isinstance(lr, (list, tuple)) else [lr]
     groups = real.param_groups if real else [{"lr": rate, "betas": (0.9, 0.999)} for rate in rates]
     stand_in = torch.optim.SGD([{**group, "params": [torch.zeros(())]} for group in groups])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch misses the optimizer's steps
-        # The memo makes the stand-in the copy of the optimizer, also for schedulers inside the scheduler.
+        warnings.simplefilter("ignore")  # PyTorch warns that the optimizer takes no steps
+        # The memo makes the stand-in the optimizer's copy, also for schedulers inside the scheduler.
         schedule = copy.deepcopy(source, {id(real): stand_in}) if real else \
             build(stand_in, source.get("type"), source.get("params"))
         seen = []
@@ -486,9 +484,9 @@ def _walk(source: LRScheduler | dict[str, Any], steps: int | None, lr: Rates) ->
 def preview(schedule: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.001) -> list[list[float]]:
     """The rates of the next ``steps`` optimizer steps: one row per step, one column per param group.
 
-    A dict is a config's scheduler section, with ``type`` and ``params``; it is followed from its first step, over an
-    optimizer with the rate ``lr`` (a list makes several param groups). A scheduler object is followed from where it is,
-    and neither it nor its optimizer is touched.
+    A dict is a config's scheduler section, with ``type`` and ``params``. Its rates begin at the first step, for an
+    optimizer with the rate ``lr`` (a list makes several param groups). A scheduler object's rates begin at its current
+    position; the object and its optimizer stay unchanged.
     """
     steps = _number("steps", steps, whole=True)
     return [[float(group["lr"]) for group in groups] for groups in _walk(schedule, steps, lr)]
@@ -497,7 +495,7 @@ def preview(schedule: LRScheduler | dict[str, Any], steps: int, lr: Rates = 0.00
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at an optimizer's rate of 0.01
+GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps, where the optimizer's rate is 0.01
     ("WarmupLR", {"warmup_num_steps": 200}),
     ("WarmupDecayLR", {"warmup_num_steps": 200, "warmup_max_lr": 0.01, "total_num_steps": 1000,
                        "warmup_type": "linear"}),
@@ -513,8 +511,7 @@ GALLERY: list[tuple[str, dict[str, Any]]] = [  # one of each, for 1000 steps at 
 
 
 def draw(sections: Sequence[dict[str, Any]], steps: int | None, output: str, lr: Rates) -> None:
-    """Draw each scheduler section over ``steps`` steps, or its own span: rates as lines, a momentum that moves dashed.
-    """
+    """Draw each scheduler section over ``steps`` steps, or its own span: rates, and a changing momentum dashed."""
     import matplotlib.figure  # here, so that training does not wait for it
 
     columns = min(3, len(sections))
@@ -541,16 +538,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw learning-rate schedules: one of each, or the one in a config.")
     parser.add_argument("config", nargs="?", help="a JSON file with a DeepSpeed config, or its scheduler section")
     parser.add_argument("--output", help="the picture to write (default: schedules.png, or CONFIG_lr.png)")
-    parser.add_argument("--steps", type=int, help="optimizer steps to draw (default: all that the schedule does, and a "
-                                                  "tenth more; 1000 for PyTorch's)")
+    parser.add_argument("--steps", type=int, help="optimizer steps to draw (default: the whole schedule and a tenth "
+                                                  "more; 1000 for PyTorch's)")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01], metavar="RATE",
-                        help="the optimizer's rate where the config has none, one per param group (default: 0.01)")
+                        help="the optimizer's rate if the config has none, one per param group (default: 0.01)")
     options = parser.parse_args(argv)
     try:
         if options.steps is not None:
             _number("--steps", options.steps, low=1)
         if options.config:
-            from engine import read_scheduler  # the reader of configs; only the command line needs it
+            from engine import read_scheduler  # reads configs; only the command line needs it
 
             section, rate = read_scheduler(options.config)
             output = options.output or f"{Path(options.config).stem}_lr.png"

@@ -149,7 +149,7 @@ def test_user_errors_take_one_line_and_a_code_and_help_says_how_to_start():
             (["--launcher", "pdsh", __file__], "--launcher is not an option here: nothing is started on other"), \
             (["--launcher=pdsh", __file__], "--launcher is not an option here"), \
             (["-i", "a:0,2"], "-i is not an option here: run launch.py on the machines that you want"), \
-            (["--exclude=a"], "under CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2"), \
+            (["--exclude=a"], "set CUDA_VISIBLE_DEVICES=0,2 for GPUs 0 and 2"), \
             (["--hostfile", "hosts", __file__], "--hostfile is not an option here: nothing is started on other "
              "machines; run launch.py on each, with --nnodes, --node_rank and --rdzv_endpoint"):
         code, out, err = run_main(arguments)
@@ -339,7 +339,8 @@ def test_scripts_run_on_processes_of_their_own_and_their_failure_is_the_launcher
     assert "KeyError: 'the cause'" in streamed and "a consequence" in streamed, "as it was written"
     code, out, err = launches.killed.end()
     assert code == 137 and err.startswith("[rank0]: 10%\n20%\n"), err  # as text, in which "\r" is read as "\n"
-    assert "failed on rank 0 with signal SIGKILL\nlaunch.py: hint: Linux kills a process in this way when memory runs out" in err
+    hint = "launch.py: hint: Linux kills a process in this way when memory runs out"
+    assert f"failed on rank 0 with signal SIGKILL\n{hint}" in err
     assert err.endswith("\n10%\n20%\n"), err
 
 

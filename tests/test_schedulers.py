@@ -295,7 +295,7 @@ def test_one_cycle_moves_sgds_momentum_only_where_it_has_one():
     ("WarmUpLR", {}, "did you mean 'WarmupLR'"),
     (None, {}, "scheduler type is None"),
     (["WarmupLR"], {}, "scheduler type"),
-    ("ReduceLROnPlateau", {}, "wants a metric"),
+    ("ReduceLROnPlateau", {}, "needs a metric"),
     ("SequentialLR", {}, "MultiPhaseLR joins phases"),
     ("StepLR", {}, "step_size"),
     ("WarmupLR", {"warmup_steps": 10}, "did you mean 'warmup_num_steps'"),
