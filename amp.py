@@ -148,7 +148,7 @@ class Dtypes(NamedTuple):
     compute: torch.dtype    # the parameter itself, in forward and backward
     master: torch.dtype     # what the optimizer updates, and its state
     gradient: torch.dtype   # accumulation
-    reduction: torch.dtype  # what is sent when gradients are summed over ranks
+    reduction: torch.dtype  # gradients are sent, and summed over ranks, in it
 
 
 class Precision:

@@ -15,9 +15,9 @@ slot. The first ``unpack`` of a region runs the region again with another ``pack
 n-th slot. The run stops at the last slot, as nothing after it is needed. The alternative is an autograd function that
 runs its own backward pass ("reentrant"). It fails with ``torch.autograd.grad``, and where no input needs a gradient.
 
-**What must be the same both times.** The second run starts from the random state of CPU and GPU that the first one
-found, or dropout would drop other elements. It runs under the same autocast. Beyond that a function must do the same
-twice: it may not modify its inputs, depend on state that changes in between, or draw from its own generator. Where the
+**What must be the same both times.** The second run starts from the random state of the first, on CPU and GPU. Without
+it, dropout would drop other elements. It runs under the same autocast. Beyond that a function must do the same
+twice. It must not modify its inputs, depend on state that changes in between, or draw from its own generator. Where the
 saved tensors differ in number, shape, dtype or device, a RecomputationError names the first difference. A difference
 in values alone goes unnoticed.
 

@@ -3,8 +3,8 @@
     python launch.py                                      the documented DeepSpeed example, in this process
     python launch.py --nproc_per_node 2                   the same on 2 processes, each with its share of the batch
     python launch.py --nproc_per_node 2 train.py --steps 100    your script and its own arguments, on 2 processes
-    python launch.py --as_deepspeed --nproc_per_node 2 train.py    a script that has "import deepspeed", as it is
-    torchrun --nproc_per_node 2 launch.py                 what the second line does, through PyTorch's own command
+    python launch.py --as_deepspeed --nproc_per_node 2 train.py    a script with "import deepspeed", unchanged
+    torchrun --nproc_per_node 2 launch.py                 the same as the second line, with PyTorch's own command
 
 On two machines, run the same command on each, except for --node_rank. Both must reach node 0 at the given address:
 
@@ -94,7 +94,7 @@ def documented_example(zero_stage: int = 0) -> None:
         model=model, optimizer=optimizer, config_params=ds_config)
 
     inputs = torch.randn(8, 10)
-    inputs = inputs[model_engine.global_rank::model_engine.world_size]  # ours: this rank's share; alone, all of it
+    inputs = inputs[model_engine.global_rank::model_engine.world_size]  # ours: this rank's share; with one rank, all
     outputs = model_engine(inputs)
     loss = outputs.mean()
 
@@ -128,7 +128,8 @@ def set_rendezvous(options: argparse.Namespace) -> None:
     endpoint = options.rdzv_endpoint or options.master_addr or ("127.0.0.1" if options.master_port else "")
     for is_wrong, told in (
             (not 1 <= fewest <= most or options.max_restarts < 0,
-             f", --max_restarts {options.max_restarts}; allowed: N or MIN:MAX from 1 up, and a number from 0 up"),
+             f", --max_restarts {options.max_restarts}; allowed: N or MIN:MAX from 1 up for the first, a number from 0 "
+             "up for the second"),
             (most > 1 and (options.standalone or not endpoint),
              ": several machines need --rdzv_endpoint HOST:PORT, the address of node 0, and no --standalone"),
             (most > 1 and options.node_rank is None and options.rdzv_backend == "static",
@@ -300,7 +301,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--zero_stage", type=int, choices=range(4), metavar="{0,1,2,3}",
                         help="the example's ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too")
     parser.add_argument("--as_deepspeed", action="store_true",
-                        help="let SCRIPT's import deepspeed find engine.py, so that it runs as it is")
+                        help="let SCRIPT's import deepspeed find engine.py, so that it runs unchanged")
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
     theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
