@@ -18,8 +18,8 @@ addition:
   The exit code is that process's own, or 128 + N where signal N ended it (137: SIGKILL). For this, stderr goes through
   a file, and each line begins with the rank (--tee 2); --tee 0 switches both off.
 - With --max_restarts M, all processes start again, up to M times; the script must resume from its last checkpoint.
-  With --nnodes MIN:MAX it continues on the remaining machines, if node 0 is one of them. With PyTorch's settings that
-  takes 45 seconds (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30). With either
+  With --nnodes MIN:MAX training continues on the remaining machines, if node 0 is one of them. With PyTorch's settings
+  that takes 45 seconds (--rdzv_conf keep_alive_interval=5,keep_alive_max_attempt=3,last_call_timeout=30). With either
   option, ranks may change at each start; without, they follow --node_rank.
 - When a connection is cut, collectives time out; this ends each process, and then its launcher. But with --max_restarts
   or MIN:MAX, a launcher that has lost node 0 may wait a quarter of an hour, until Linux gives up the connection.
