@@ -169,6 +169,7 @@ class Config(amp.PrecisionConfig):
     timeout: float | None = _key(None, above=0, below=MAX_TIMEOUT)  # seconds a collective may take; none: as PyTorch
                                                                     # (Gloo 1800)
 
+    given: ClassVar[dict[str, Any]] = {}  # of an instance: what load_config() was given
     SIZES: ClassVar = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     NO_EFFECT: ClassVar[dict[str, str]] = {
         "allgather_size": "parameters are gathered in the buckets that reduce_bucket_size gives",
@@ -193,8 +194,8 @@ class Config(amp.PrecisionConfig):
                              f"{self.gradient_clipping}; write gradient_clipping: {norm!r} instead")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A key's value, as scripts read it from DeepSpeed's: a section is a dict."""
-        return asdict(self).get(key, default)
+        """A key's value as it was given, as scripts read it from DeepSpeed's dict."""
+        return self.given.get(key, default)
 
     def collective_timeout(self) -> timedelta | None:
         """How long a collective may take; None: PyTorch's own limit."""
@@ -259,8 +260,10 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike) -> Config:
     question open: the key then has its default.
     """
     raw, parser = read_config(config), _Parser()
+    given = _object(raw.items())
     parser.respell(raw)
     result = parser.section(Config, raw)
+    result.given = given
     off = raw.get("activation_checkpointing")  # only DeepSpeed's keys, all of them off
     if off and isinstance(off, dict) and not {"modules", "mode"} & off.keys() and all(map(_is_off, off.values())):
         result.activation_checkpointing = None
@@ -575,11 +578,12 @@ class Lion(_Named):
     ``m``, in the state as ``exp_avg``, begins at 0: one number per element, where Adam keeps two.
 
     lr             the distance per step; the paper takes a third to a tenth of AdamW's
-    betas          how much of ``m`` counts in the direction, and how much of it stays
+    betas          how much of ``m`` counts in the direction, and how much of it stays; the default is DeepSpeed's, and
+                   the paper takes 0.9 and 0.99
     weight_decay   decoupled; the paper takes 3 to 10 times AdamW's
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
+    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  weight_decay: float = 0.0):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
 
@@ -618,7 +622,7 @@ class Lamb(_Named):
     amsgrad           only False: the paper's LAMB has no such variant
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, bias_correction: bool = True,
+    def __init__(self, params: Iterable, lr: float = 1e-3, *, bias_correction: bool = True,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, eps_inside_sqrt: bool = False,
                  weight_decay: float = 0.0, max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False):
         if amsgrad:
@@ -953,13 +957,15 @@ class ShardedLoader:
     def _loader(self) -> DataLoader:
         """This rank's share of the rest of the epoch."""
         rank, workers = dist.get_rank(), self.num_local_io_workers
-        seeds = torch.Generator().manual_seed(self.seed + self.epoch * self.world_size + rank)  # of workers
+        _check("num_local_io_workers", workers, _is_whole(workers, 0), "a whole number from 0 up")
+        place = self.epoch + 2**20 * self.samples  # so that a resumed epoch does not repeat its first draws
+        seeds = torch.Generator().manual_seed(self.seed + place * self.world_size + rank)  # of workers
         options = {"batch_size": self.batch_size, "collate_fn": self.collate_fn, "drop_last": self.drop_last,
                    "generator": seeds, "num_workers": workers, "pin_memory": self.device.type == "cuda"}
         if isinstance(self.dataset, IterableDataset):
             if workers > 1:
-                raise ValueError(f"num_local_io_workers is {workers}, and training_data is an IterableDataset, of which "
-                                 "each worker would read all; allowed: 0 or 1")
+                raise ValueError(f"num_local_io_workers is {workers}, and training_data is an IterableDataset, which "
+                                 "each worker would read in full; allowed: 0 or 1")
             return DataLoader(_Rest(self.dataset, self.samples) if self.samples else self.dataset, **options)
         generator = torch.Generator().manual_seed(self.seed + self.epoch - 1)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
@@ -2703,9 +2709,9 @@ def configure(mpu_: Any, deepspeed_config: Mapping[str, Any] | str | os.PathLike
 
 
 def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
-    """Log on these ranks; None or -1: on all."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if {-1, rank} & set(ranks or (-1,)):
+    """Log on these ranks, where -1 means all and None means none; without a process group always, as DeepSpeed does."""
+    rank = dist.get_rank() if dist.is_initialized() else -1
+    if rank == -1 or {-1, rank} & set(ranks or ()):
         logger.log(level, "[rank %d] %s", rank, message)
 
 
@@ -2716,20 +2722,30 @@ def repeat(loader: Iterable) -> Iterator[Any]:
         yield from batches
 
 
-def get_accelerator() -> types.SimpleNamespace:
-    """This rank's device: its names, and PyTorch's functions for it; a CPU has those of CUDA, too, which count 0."""
-    device = zero.own_device(int(os.environ.get("LOCAL_RANK", 0)))
-    of_a_cpu = {"is_bf16_supported": lambda: True, "reset_peak_memory_stats": lambda *_: None}
-    return types.SimpleNamespace(**vars(torch.cuda) | of_a_cpu | vars(torch.get_device_module(device)) | {
+def _current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def get_accelerator() -> "_Names":
+    """The current device: its names, and PyTorch's functions for it; a CPU also has CUDA's, which count 0."""
+    device = _current_device()
+    of_a_cpu = {"is_bf16_supported": lambda: True, "reset_peak_memory_stats": lambda *_: None,
+                "manual_seed_all": torch.manual_seed} | {name: getattr(torch, name) for name in (
+                    "manual_seed", "initial_seed", "get_rng_state", "set_rng_state")}
+    functions = vars(torch.cuda) | of_a_cpu | vars(torch.get_device_module(device))
+    return _Names("accelerator.get_accelerator()", **{key: f for key, f in functions.items() if key[0] != "_"} | {
         "device_name": lambda index=None: device.type if index is None or device.index is None else
         f"{device.type}:{index}", "current_device_name": lambda: str(device),
         "communication_backend_name": lambda: dist.get_default_backend_for_device(device)})
 
 
-def _make_adam(parameters: Iterable, lr: float = 1e-3, *, adamw_mode: bool = True, **params: Any) -> Optimizer:
-    """What an optimizer section with these ``params`` would make; DeepSpeedCPUAdam's adamw_mode is adam_w_mode there."""
-    section = OptimizerConfig("Adam", {"lr": lr, "adam_w_mode": adamw_mode, **params})
-    return build_optimizer(section, parameters, zero.own_device(int(os.environ.get("LOCAL_RANK", 0))))
+def _made_by_name(name: str, **renamed: str) -> Callable[..., Optimizer]:
+    """What makes the optimizer of a config's section ``name``; ``renamed``: the section's key, by the argument's."""
+    def make(params: Iterable, lr: float | None = None, **options: Any) -> Optimizer:
+        options = {renamed.get(key, key): value for key, value in options.items()} | ({} if lr is None else {"lr": lr})
+        return build_optimizer(OptimizerConfig(name, options), params, _current_device())
+
+    return make
 
 
 def _no_experts(*_: Any, **__: Any) -> Any:
@@ -2746,15 +2762,19 @@ class _Names(types.ModuleType):
         vars(self).update(names, __path__=[], _home=home)
 
     def __getattr__(self, name: str) -> Any:
-        if name != "_home" and self._home and hasattr(self._home, name):
+        own = name.startswith("_") and name != "__version__"
+        if not own and self._home and hasattr(self._home, name):
             return getattr(self._home, name)
         raise AttributeError(f"{self.__name__} has no attribute {name!r}{ELSEWHERE}")
 
+    def __dir__(self) -> list[str]:
+        return [*vars(self), *dir(self._home)]
+
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        """What Python's import asks, where as_deepspeed() was called, for modules that are not in MODULES."""
+        """Where as_deepspeed() was called, Python's import calls it for modules that are not in MODULES."""
         if name.startswith("deepspeed."):
-            raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")
+            raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")  # with its name, import would hide the text
 
 
 # Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
@@ -2765,8 +2785,9 @@ MODULES = {module.__name__: module for module in (
     _Names("checkpointing", recompute, configure=configure),
     _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
     _Names("moe"), _Names("moe.utils", split_params_into_different_moe_groups_for_optimizer=_no_experts),
-    _Names("ops"), _Names("ops.adagrad", DeepSpeedCPUAdagrad=torch.optim.Adagrad),
-    _Names("ops.adam", FusedAdam=_make_adam, DeepSpeedCPUAdam=_make_adam), _Names("ops.lamb", FusedLamb=Lamb),
+    _Names("ops"), _Names("ops.adagrad", DeepSpeedCPUAdagrad=_made_by_name("Adagrad")),
+    _Names("ops.adam", FusedAdam=_made_by_name("Adam"),
+           DeepSpeedCPUAdam=_made_by_name("Adam", adamw_mode="adam_w_mode")), _Names("ops.lamb", FusedLamb=Lamb),
     _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
     _Names("runtime"), _Names("runtime.engine", DeepSpeedEngine=Engine),
     _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
@@ -2782,27 +2803,28 @@ for _path, _module in list(MODULES.items())[1:]:
     setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
 
 
-def as_deepspeed(folder: str | os.PathLike | None = None) -> None:
+def as_deepspeed() -> None:
     """Let ``deepspeed`` mean this engine from now on, here and in processes that are started from here.
 
-    Imports find a package in ``folder`` (default: a temporary one), which has MODULES, and a version. Raises
-    RuntimeError where the real DeepSpeed is imported. ``python launch.py --as_deepspeed SCRIPT`` does it for a script.
+    Imports find a package in a temporary folder, which has MODULES, and a version. Raises RuntimeError where the real
+    DeepSpeed is imported. ``python launch.py --as_deepspeed SCRIPT`` does it for a script.
     """
     there = sys.modules.get("deepspeed", MODULES["deepspeed"])
     if there is not MODULES["deepspeed"]:
-        raise RuntimeError(f"deepspeed is imported already, from {there.__file__}; call as_deepspeed() before that")
-    if folder is None:
-        folder = tempfile.mkdtemp(prefix="as_deepspeed_")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        place = there.__file__ or list(there.__path__)[0]
+        raise RuntimeError(f"deepspeed is imported already, from {place}; call as_deepspeed() before that")
+    folder, own = tempfile.mkdtemp(prefix="as_deepspeed_"), os.getpid()
+    atexit.register(lambda: os.getpid() == own and shutil.rmtree(folder, ignore_errors=True))  # not from a fork
     here, facts = str(Path(__file__).parent), f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n"
+    # engine.py comes from here whatever modules the script has; and what is unpickled later finds its module, too.
     for name, text in (("deepspeed/__init__.py", f"import sys\nsys.path.insert(0, {here!r})\nimport engine\n"
-                        f"sys.path.remove({here!r})\nsys.meta_path.insert(0, engine.MODULES['deepspeed'])\n"
+                        "sys.path.append(sys.path.pop(0))\nsys.meta_path.insert(0, engine.MODULES['deepspeed'])\n"
                         "sys.modules.update(engine.MODULES)\n"), ("deepspeed.dist-info/METADATA", facts)):
         path = Path(folder) / name
         path.parent.mkdir()
         path.write_text(text)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -239,7 +240,7 @@ def start_processes(options: argparse.Namespace) -> int:
     tail_log.open = partial(open, newline="\n")  # else each "\r" of a progress bar would become a new line
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         if options.as_deepspeed:
-            deepspeed.as_deepspeed(folder)
+            deepspeed.as_deepspeed()
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
         DynamicRendezvousHandler.next_rendezvous = join_with_new_store
@@ -335,12 +336,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.as_deepspeed:
         if not script:
             parser.error("--as_deepspeed is for a SCRIPT that imports deepspeed")
-        folder = Path(script).resolve().parent
-        clash = [f"{name}.py" for name in ("amp", "checkpointing", "engine", "schedulers", "zero")
-                 if (folder / f"{name}.py").exists() and folder != Path(__file__).resolve().parent]
-        if clash:
-            parser.error(f"{folder} has {', '.join(clash)}, and --as_deepspeed imports a file of that name from here; "
-                         "rename yours")
+        here, folder = Path(__file__).resolve().parent, Path(script).resolve().parent
+        found = [PathFinder.find_spec(name, [str(folder)]) for name in (
+            "amp", "checkpointing", "engine", "schedulers", "zero")]
+        if folder != here and any(found):
+            names = ", ".join(spec.name for spec in found if spec)
+            parser.error(f"{folder} has a module named {names}, and --as_deepspeed imports one of that name from "
+                         f"{here}; rename yours")
     if script or options.nproc_per_node or options.nnodes:
         if not script:
             options.training_script, options.training_script_args = __file__, [f"--zero_stage={stage or 0}"]

@@ -1895,7 +1895,7 @@ class UnitState(Enum):
     SHARDED = "each rank has only its shard"
     GATHERING = "all of it has memory, and the other ranks' shards are on their way"
     WHOLE = "its parameters can be used"
-    NOT_AVAILABLE = SHARDED  # DeepSpeed's word
+    NOT_AVAILABLE, INFLIGHT, AVAILABLE = SHARDED, GATHERING, WHOLE  # DeepSpeed's words
 
 
 class Unit:

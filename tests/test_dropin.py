@@ -126,8 +126,8 @@ def own_modules(monkeypatch) -> Iterator[None]:
         yield
 
 
-def test_python_finds_the_engine_by_the_name_deepspeed(own_modules, tmp_path):
-    engine.as_deepspeed(tmp_path)
+def test_python_finds_the_engine_by_the_name_deepspeed(own_modules):
+    engine.as_deepspeed()
     assert importlib.util.find_spec("deepspeed").name == importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
     assert "deepspeed" not in sys.modules, "nothing happens before it is imported"
     import deepspeed as there
@@ -161,23 +161,55 @@ def test_kernels_by_deepspeeds_names_are_the_configs_optimizers():
     assert adam.FusedAdam([{"params": weights, "lr": 0.5}]).param_groups[0]["lr"] == 0.5
     with pytest.raises(ConfigError, match="unknown key optimizer.params.beta; did you mean 'betas'"):
         adam.FusedAdam(weights, beta=0.5)
+    assert deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(params=weights, eps=0.5).param_groups[0]["eps"] == 0.5
+    assert deepspeed.ops.lion.FusedLion(weights).param_groups[0]["betas"] == (0.9, 0.999), "DeepSpeed's"
+    for positional in (deepspeed.ops.lamb.FusedLamb, deepspeed.ops.adagrad.DeepSpeedCPUAdagrad, adam.FusedAdam):
+        with pytest.raises(TypeError, match="positional"):  # DeepSpeed's next argument is another one each time
+            positional(weights, 0.1, 0.5)
 
 
-def test_small_names(alone, caplog):
+def test_the_accelerator_is_the_current_device_and_its_seeds_count():
+    accelerator = deepspeed.accelerator.get_accelerator()
+    accelerator.manual_seed_all(3)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(3))
+    assert accelerator.device_name() == "cpu" and accelerator.get_rng_state().equal(torch.get_rng_state())
+    with pytest.raises(AttributeError, match=f"no attribute 'range_push'.*{PAGE}"):
+        accelerator.range_push
+
+
+@on_ranks(2)
+def test_log_dist_logs_on_the_ranks_that_are_named():
+    rank = dist.get_rank()
+    for ranks, here in ((None, False), ([], False), ([-1], True), ([1], rank == 1), ([0, 1], True)):
+        with mock.patch.object(deepspeed.logger, "log") as log:
+            deepspeed.utils.log_dist("x", ranks)
+        assert log.called is here, f"rank {rank}, ranks {ranks}"
+
+
+def test_an_engines_config_answers_with_what_was_given(alone):
+    config = alone(CONFIG | {"fp16": {"enabled": "auto"}})[0].config
+    assert config.get("fp16") == {"enabled": "auto"} and config.get("bf16") is None
+    assert config.get("activation_checkpointing", {}) == {} and config.get("train_batch_size") == 4
+
+
+def test_a_fork_that_ends_leaves_the_package_to_its_parent():
+    done = subprocess.run([sys.executable, "-c", "import os, sys, engine; engine.as_deepspeed()\n"
+                           "if os.fork() == 0: sys.exit(0)\nos.wait(); import deepspeed; print(deepspeed.__name__)"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "deepspeed\n", done.stderr
+
+
+def test_small_names(alone):
     engine, *_ = alone(CONFIG | {"steps_per_print": 7})
-    assert (engine.steps_per_print(), engine.config.get("zero_optimization", {}).get("stage"),
-            engine.config.get("none", 3)) == (7, 0, 3)
+    assert (engine.steps_per_print(), engine.config.get("steps_per_print"), engine.config.get("none", 3)) == (7, 7, 3)
     batches = deepspeed.utils.RepeatingLoader([1, 2])
     assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1] and iter(batches) is batches
     with pytest.raises(StopIteration):
         next(deepspeed.utils.RepeatingLoader([]))
     device = deepspeed.get_accelerator()
     assert (device.device_name(), device.device_name(0), device.current_device_name()) == ("cpu", "cpu", "cpu")
-    assert (device.communication_backend_name(), device.memory_allocated(), device.is_bf16_supported()) == ("gloo", 0, True)
-    with caplog.at_level(logging.INFO, "engine"):
-        for ranks in (None, [0], [1], [-1]):
-            deepspeed.utils.log_dist(f"on {ranks}", ranks=ranks)
-    assert [record.args[1] for record in caplog.records if "rank" in record.msg] == ["on None", "on [0]", "on [-1]"]
+    assert device.communication_backend_name() == "gloo" and device.memory_allocated() == 0
+    assert device.is_bf16_supported()
 
 
 SCRIPT = """
@@ -227,8 +259,9 @@ def test_a_script_that_imports_deepspeed_runs_as_it_is(tmp_path):
     for line in done.stdout.splitlines():
         assert ast.literal_eval(line) == (deepspeed.__version__, ["3"], pytest.approx(expected, rel=1e-5))
     assert len(done.stdout.splitlines()) == 2
-    (tmp_path / "engine.py").touch()
-    assert f"{tmp_path} has engine.py" in launch("--as_deepspeed", script).stderr
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").touch()
+    assert f"{tmp_path} has a module named engine," in launch("--as_deepspeed", script).stderr
     assert "--as_deepspeed is for a SCRIPT" in launch("--as_deepspeed").stderr
 
 
