@@ -2295,6 +2295,7 @@ def _check_fit(settings: Config, model: nn.Module, training_data: Any) -> None:
     settings.settle_batch_sizes(dist.get_world_size())
     _check_data(training_data)
     zero.check_memory(model)
+    zero.check_free(model)
     zero.find_units(model, settings.zero_optimization.leaf_module)  # names that fit nothing, at any stage
     _recomputed(settings, model)
 

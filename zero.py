@@ -1329,7 +1329,8 @@ class Bucket:
         """Take over in-place writes to the parameters, such as a clamp between steps.
 
         Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        PyTorch counts no version for writes through ``p.data``: they are seen where old values are on the same device.
+        PyTorch counts no version for writes through ``p.data``: they are seen in sharded parameters, where the old
+        values are on the same device; elsewhere only where the parameter itself is the master.
         """
         versions = [slot.parameter._version for slot in self.slots]
         comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
@@ -1643,10 +1644,17 @@ class TakenGradient(Tensor):
             if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
                 slot.bucket.zero.reducer.take_more(slot, args[1])
                 return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot)
-        raise RuntimeError(
-            f"{packet.__name__} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket "
-            "after backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
+        raise cls._refusal(packet.__name__, slot)
+
+    @staticmethod
+    def _refusal(operation: str, slot: Slot | None) -> RuntimeError:
+        return RuntimeError(
+            f"{operation} of p.grad: the gradient of {slot.name if slot else 'this parameter'} is in its bucket after "
+            "backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
             "config's gradient_clipping clips it, and zero_grad() drops it")
+
+    def share_memory_(self) -> "TakenGradient":
+        raise self._refusal("share_memory_", self.slot())  # it has no memory: PyTorch would end the process
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -1680,10 +1688,11 @@ def plan_buckets(model: nn.Module, config: ZeroConfig, device: torch.device,
         unit = units.get(id(p)) if p.numel() > limit else None
         group = groups.get(id(p))
         key = (unit, group is not None and p.requires_grad, group in whole, Dtypes(*dtypes(p)))
-        slots = open_slots.setdefault((key, group is None), [])
+        place = None if key[1] else group  # frozen groups may be thawed one by one
+        slots = open_slots.setdefault((key, place), [])
         _append_slot(slots, name, p, group)
         if unit is None and slots[-1].end >= size:
-            plans.append(Plan(*key, open_slots.pop((key, group is None))))
+            plans.append(Plan(*key, open_slots.pop((key, place))))
     plans += [Plan(*key, slots) for (key, _), slots in open_slots.items()]
     bounds = lay_out_whole([plan.slots for plan in plans if plan.whole], ranks) if ranks > 1 else []
     return [plan._replace(bounds=bounds.pop(0)) if plan.whole and bounds else plan for plan in plans]
@@ -2006,7 +2015,9 @@ class ShardedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, uses = kwargs or {}, []
-        if func in MOVES and sys._getframe(2).f_code is nn.Module._apply.__code__ and cls._stays(func, args, kwargs):
+        caller = sys._getframe(1).f_back
+        if (func in MOVES and caller is not None and caller.f_code is nn.Module._apply.__code__
+                and id(args[0]) in _SLOTS and cls._stays(func, args, kwargs)):
             return args[0]  # which Module._apply() then assigns to its own data
         if func == Tensor.data.__set__ and args[0] is args[1]:
             return None
@@ -2037,6 +2048,8 @@ class ShardedParameter(nn.Parameter):
 
         Scripts end with it to free a GPU, and Lightning's Trainer does.
         """
+        if "memory_format" in kwargs:
+            return False
         now = torch.empty((), dtype=args[0].dtype, device=args[0].device)
         wanted = func(now, *args[1:], **kwargs)
         if wanted.device != now.device and wanted.dtype == now.dtype:
@@ -2778,12 +2791,9 @@ class Zero:
         """Make the parameters views of buckets."""
         groups = {id(p): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else ())
                   for p in g["params"]}
-        if is_trained(self.model):
-            gc.collect()  # perhaps that engine is garbage
-        slots = [_SLOTS.get(id(p)) for p in self.model.parameters()]
-        left = {slot.bucket.zero for slot in slots if slot is not None and slot.bucket.zero is not None}
-        if any(other.user() is not None for other in left):
-            raise ValueError("another engine already trains this model; call its destroy() first")
+        check_free(self.model)
+        left = _engines_of(self.model)  # garbage, of stage 3, which the model has kept
+        _drop_taken(self.model)
         self.buckets: list[Bucket] = []
         plans = plan_buckets(self.model, self.config, self.device, self.dtypes, groups,
                              self.gatherer.unit_of if self.gatherer is not None else {},
@@ -2792,7 +2802,7 @@ class Zero:
             host = self.offload.host_for(plan.slots[-1].end, self.buckets) if plan.trained else None
             shard_host = None if plan.unit is None else self.offload.parameters
             self.buckets.append(Bucket(plan, self.communicator, self.sharded, host, shard_host, self))
-        for other in left:  # of stage 3, which the model has kept
+        for other in left:
             other.release()
 
     def _train(self, buckets: list[Bucket]) -> None:
@@ -2837,6 +2847,7 @@ class Zero:
             hook.remove()
         self.hooks.clear()
         vars(self.model).pop("_gatherer", None)
+        _drop_taken(self.model)
         if self.updater is not None:
             self.updater.remove()
         for slot in (slot for bucket in self.buckets for slot in bucket.slots):
@@ -2967,10 +2978,31 @@ class Zero:
         return math.sqrt(square)
 
 
+def _engines_of(model: nn.Module) -> set[Zero]:
+    """Those that have parameters of the model."""
+    slots = [_SLOTS.get(id(p)) for p in model.parameters()]
+    return {slot.bucket.zero for slot in slots if slot is not None and slot.bucket.zero is not None}
+
+
 def is_trained(model: nn.Module) -> bool:
     """Whether an engine has the model's parameters."""
-    slots = [_SLOTS.get(id(p)) for p in model.parameters()]
-    return any(slot is not None and slot.bucket.zero is not None for slot in slots)
+    return bool(_engines_of(model))
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise ValueError where an engine that somebody still has trains the model."""
+    if is_trained(model):
+        gc.collect()  # perhaps that engine is garbage
+    if any(zero.user() is not None for zero in _engines_of(model)):
+        raise ValueError("another engine already trains this model; call its destroy() first")
+
+
+def _drop_taken(model: nn.Module) -> None:
+    """Empty every p.grad that an engine has left: its bucket would take the next gradients, too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for p in model.parameters():
+            if isinstance(p.grad, TakenGradient):
+                p.grad = None
 
 
 def check_model(zero: Zero) -> None:
@@ -2997,7 +3029,7 @@ def check_model(zero: Zero) -> None:
                     raise RuntimeError(
                         f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() "
                         "or load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call "
-                        "p.data.copy_(), or zero.safe_set_full_fp32_param()")
+                        "p.copy_() under torch.no_grad(), or zero.safe_set_full_fp32_param()")
                 if slot.piece is not None and _memory_of(slot.piece) != master:
                     raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
                                        "...); write into it (p.data.copy_()) instead")
@@ -3234,7 +3266,7 @@ class Init:
 def _taken_over(parameter: nn.Parameter) -> Iterator[Tensor]:
     """A parameter's whole values; if ``Init``, or an engine that is garbage, has it, that releases it afterwards."""
     slot = _SLOTS.get(id(parameter))
-    if slot is None:
+    if slot is None or slot.bucket.unit is None:
         yield parameter.data
         return
     unit = slot.bucket.unit

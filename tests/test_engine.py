@@ -314,9 +314,10 @@ def test_a_stream_is_saved_and_goes_on_where_it_was(alone, tmp_path, kind, size,
     assert [batch.tolist() for batch in loader] == rest
     loader.num_local_io_workers = 1
     assert sum(batch.numel() for batch in loader) == 4
-    loader.num_local_io_workers = 2
-    with pytest.raises(ValueError, match="num_local_io_workers is 2, .* each worker would read all"):
-        next(iter(loader))
+    for workers, told in ((2, "is 2, .* each worker would read in full; allowed: 0 or 1"), (-1, "is -1; allowed")):
+        loader.num_local_io_workers = workers
+        with pytest.raises(ValueError, match=f"num_local_io_workers {told}"):
+            next(iter(loader))
 
 
 @on_ranks(2)

@@ -381,6 +381,8 @@ def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     assert torch.allclose(zero.safe_get_full_grad(p), q.grad)
     with pytest.raises(RuntimeError, match="p.grad: the gradient of blocks.0.0.weight is in its bucket"):
         p.grad.norm()
+    with pytest.raises(RuntimeError, match="share_memory_ of p.grad: the gradient of .* is in its bucket"):
+        p.grad.share_memory_()
     refused = [(lambda: write(frozen, counted, "exp_avg"), "blocks.1.2.weight is not trained"),
                (lambda: read(p, "exp_avg"), "'exp_avg' .has: none before an update"),
                (lambda: zero.safe_get_full_fp32_param(q), "belongs to no engine"),
@@ -452,6 +454,65 @@ def test_an_engine_that_nobody_refers_to_gives_its_model_to_the_next_one(stage):
     second.check()
     kept.zero_grad()
     second.check("what the first optimizer can still be asked")
+
+
+@on_ranks(2, stage=STAGES, end=["drop", "destroy"])
+def test_gradients_that_an_engine_has_left_take_none_of_the_next_ones(stage, end):
+    """After a micro-batch whose window has not ended, where a loss or a caller still has the former engine."""
+    first = Pair(Mlp, stage, gradient_accumulation_steps=2)
+    loss = square(first.engine, mine(batches(0)))
+    first.engine.backward(loss, retain_graph=True)
+    model, kept = first.model, first.engine
+    if end == "destroy" and stage < 3:  # where parameters stay whole
+        kept.destroy()
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        kept = loss
+    reference = first.reference
+    del first
+    second = Pair.of(model, reference, stage)
+    second.train(1)
+    second.train(2)
+    second.check()
+    del kept
+
+
+@on_ranks(2)
+def test_parameters_that_stay_whole_at_stage_3_go_to_the_next_engine():
+    options = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20}}
+    first = Pair(Mlp, 3, **options)
+    first.train(0)
+    model, reference = first.model, first.reference
+    del first
+    second = Pair.of(model, reference, 3, **options)
+    second.train(1)
+    second.train(2)
+    second.check()
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_thawed_group_leaves_the_other_frozen_ones_alone(stage):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    for p in model[:2].parameters():
+        p.requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": list(part.parameters())} for part in model], lr=0.1)
+    engine = start(model, stage, lambda _: optimizer, {"ignore_unused_parameters": False})
+    for step in range(2):
+        engine.backward(engine(torch.ones(2, 8)).sum())
+        engine.step()
+        for p in model[1].parameters():
+            p.requires_grad_(True)
+    trained = {slot.name.split(".")[0] for bucket in engine.zero.trained for slot in bucket.slots}
+    assert trained == {"1", "2"}
+
+
+@on_ranks(2)
+def test_all_ranks_refuse_a_model_that_one_rank_still_trains():
+    engine, *_ = deepspeed.initialize(model=Mlp(), config={"train_batch_size": 2})
+    model, engine = engine.module, engine if dist.get_rank() == 0 else None
+    with pytest.raises(ValueError, match="another engine already trains this model"):
+        deepspeed.initialize(model=model, config={"train_batch_size": 2})
+    del engine
 
 
 @pytest.mark.parametrize("what, told", [
