@@ -26,7 +26,7 @@ from test_zero import collectives
 
 
 class PlainLion(torch.optim.Optimizer):
-    """Line by line from algorithm 2 of arXiv 2302.06675."""
+    """Line by line from algorithm 2 of arXiv 2302.06675; beta2 is by default DeepSpeed's."""
 
     def __init__(self, params, lr, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "decay": weight_decay})
@@ -38,7 +38,7 @@ class PlainLion(torch.optim.Optimizer):
                 m = self.state[p].get("m", torch.zeros_like(p))
                 c = 0.9 * m + 0.1 * p.grad
                 p.copy_(p - group["lr"] * (torch.sign(c) + group["decay"] * p))
-                self.state[p]["m"] = 0.99 * m + 0.01 * p.grad
+                self.state[p]["m"] = 0.999 * m + 0.001 * p.grad
 
 
 class PlainLamb(torch.optim.Optimizer):
