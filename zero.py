@@ -1091,6 +1091,22 @@ class Slot:
     def _own_part(self, value: Tensor) -> Tensor:
         return self.in_order(value)[self.overlap(self.bucket.own.start, self.bucket.own.stop)]
 
+    def collect(self, part: Tensor, start: int) -> Tensor:
+        """Assemble the parameter, in its own shape, from the ranks' shards. Every rank must call it.
+
+        part    this rank's values, from element ``start`` of the bucket; all of it where the optimizer is not sharded
+        """
+        bucket, flat = self.bucket, torch.empty(self.end - self.offset, dtype=part.dtype, device=self.bucket.device)
+        if not bucket.sharded.optimizer:
+            return self.view(flat.copy_(self.part(part, start)), self.offset)
+        for owner, (low, high) in enumerate(pairwise(bucket.bounds)):
+            stretch = flat[self.overlap(low, high)]
+            if stretch.numel():
+                if owner == bucket.communicator.rank:
+                    stretch.copy_(self.part(part, start))
+                bucket.communicator.broadcast(stretch, owner)
+        return self.view(flat, self.offset)
+
 
 # Slots by the parameter's id, as long as an engine or ``Init`` has the parameter: DeepSpeed's documented functions take
 # nothing but a parameter. A slot keeps its parameter alive, so no other one can have the same id meanwhile.
@@ -1360,22 +1376,6 @@ class Bucket:
         if self.shard is not None and self.shard is not finest:
             self.shard.copy_(new)
 
-    def collect(self, slot: Slot, part: Tensor, start: int) -> Tensor:
-        """Assemble a parameter, in its own shape, from the ranks' shards. Every rank must call it.
-
-        part    this rank's values, from element ``start`` of the bucket; all of it where the optimizer is not sharded
-        """
-        flat = torch.empty(slot.end - slot.offset, dtype=part.dtype, device=self.device)
-        if not self.sharded.optimizer:
-            return slot.view(flat.copy_(slot.part(part, start)), slot.offset)
-        for owner, (low, high) in enumerate(pairwise(self.bounds)):
-            stretch = flat[slot.overlap(low, high)]
-            if stretch.numel():
-                if owner == self.communicator.rank:
-                    stretch.copy_(slot.part(part, start))
-                self.communicator.broadcast(stretch, owner)
-        return slot.view(flat, slot.offset)
-
 
 # --- Buckets: gradients -----------------------------------------------------------------------------------------------
 
@@ -1587,7 +1587,7 @@ class Gradients:
 
     def whole(self, slot: Slot) -> Tensor:
         """The sum of one parameter's gradients, in its shape. Every rank must call it."""
-        return self.bucket.collect(slot, self.sum, self.bucket.own.start) * self.predivide
+        return slot.collect(self.sum, self.bucket.own.start) * self.predivide
 
     def set_sum(self, slot: Slot, value: Tensor) -> None:
         """Make ``value``, in the parameter's shape, the sum of its gradients."""
@@ -2214,6 +2214,14 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+def _keep_memory_that_is_freed() -> None:
+    """Free a block of 32 MiB: glibc then returns to the system only what is free beyond twice that.
+
+    Otherwise each backward gets its gradients' memory anew, page by page.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # there is no public call; PyTorch's checkpointing uses this one
 
@@ -2765,9 +2773,7 @@ class Zero:
             self.hooks += self.gatherer.hooks()
             model._gatherer = self.gatherer  # its weights live as long as it does, also without an engine or hooks
         _return_free_memory()
-        # glibc returns freed memory to the system beyond twice the largest block freed so far, of those up to 32 MiB.
-        # Free one of that size, else each backward gets its gradients' memory anew, page by page.
-        torch.empty(2**25 - 2**14, dtype=torch.uint8)
+        _keep_memory_that_is_freed()
 
     # Setting up.
 
@@ -3377,7 +3383,7 @@ def safe_get_full_fp32_param(parameter: nn.Parameter) -> Tensor:
     elif isinstance(bucket.unit, BuiltUnit):
         bucket.unit.keep_views()
     finest, start = bucket.finest
-    return slot.view(finest).clone() if finest is bucket.flat else bucket.collect(slot, finest, start)
+    return slot.view(finest).clone() if finest is bucket.flat else slot.collect(finest, start)
 
 
 @torch.no_grad()
@@ -3440,7 +3446,7 @@ def safe_get_full_optimizer_state(parameter: nn.Parameter, key: str) -> Tensor |
     if scalar is not None:
         return torch.as_tensor(scalar).clone()
     part = slot.bucket.master[:0] if value is None else slot.in_order(value)
-    return slot.bucket.collect(slot, part, max(slot.offset, slot.bucket.own.start))
+    return slot.collect(part, max(slot.offset, slot.bucket.own.start))
 
 
 @torch.no_grad()
