@@ -45,6 +45,13 @@ def error_of(net: nn.Module, reference: nn.Module) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), reference.parameters()))
 
 
+def worst(net: nn.Module, reference: nn.Module) -> str:
+    """Where that difference is, for messages."""
+    differences = {name: float((p - q).detach().abs().nan_to_num(torch.inf).max()) for (name, p), q in zip(
+        net.named_parameters(), reference.parameters())}
+    return f"most in {max(differences, key=differences.get)}"
+
+
 # --- A learning-rate schedule -----------------------------------------------------------------------------------------
 
 
@@ -397,7 +404,8 @@ def test_gradients_that_come_in_another_order_on_each_rank():
                 (run(reference, rank, step) / 2).backward()
             optimizer.step(), optimizer.zero_grad()
         error = error_of(model, reference)
-        assert error < 1e-6, f"stage {stage}, rank {dist.get_rank()}: weights are off by {error:.3g}"
+        where = f"stage {stage}, rank {dist.get_rank()}"
+        assert error < 1e-6, f"{where}: weights are off by {error:.3g}, {worst(model, reference)}"
 
 
 def two_buckets(overlap: bool = True, width: int = 64) -> tuple[nn.Module, Any, list[str]]:
@@ -447,7 +455,7 @@ def test_training_by_buckets_equals_plain_pytorch():
                 (reference(step, micro, rank) / 4).backward()
             theirs.step(), theirs.zero_grad()
             error = error_of(model, reference)
-            assert error < 1e-5, f"{where} {step}: weights are off by {error:.3g}"
+            assert error < 1e-5, f"{where} {step}: weights are off by {error:.3g}, {worst(model, reference)}"
             assert wire.elements < 1.3 * size, f"{where} {step}: {wire.elements} elements sent, the buckets have {size}"
 
 
@@ -567,7 +575,7 @@ def late_gathers() -> float:
     unit.free()
     with zero.GatheredParameters(list(model.parameters())):
         error = error_of(model, reference)
-    assert error < 1e-6, f"weights are off by {error:.3g}"
+    assert error < 1e-6, f"weights are off by {error:.3g}, {worst(model, reference)}"
     assert counts["begun"] == counts["ended"], f"{counts['begun']} gathers began, {counts['ended']} were waited for"
     return before / 2 / len(mine.buckets)
 
@@ -718,7 +726,8 @@ def by_hand(width: int, accumulation: int, clip: float, scale: float = 1.0, bad:
         assert result.overflow == wrong, f"overflow is {result.overflow}; {where}"
         assert wrong or abs(result.norm - norm) < 1e-5, f"norm {result.norm}, plain PyTorch {norm}; {where}"
         assert wrong or abs(result.clip - least) < 1e-4, f"clip {result.clip}, plain PyTorch {least}; {where}"
-        assert error < 1e-5, f"weights are off by {error:.3g}; {where}"  # NaN is not below either
+        off = f"weights are off by {error:.3g}, {worst(weights, reference)}; {where}"
+        assert error < 1e-5, off  # NaN is not below either
     return wire.elements / sum(p.numel() for p in model.parameters())
 
 
@@ -875,7 +884,7 @@ def test_overlap():
     for rank in range(2):
         plain(torch.ones(2, 4) * (1 + rank)).sum().backward()
     assert len(works) == 2 == log.count("allreduce"), f"2 buckets, {len(works)} works, and in backward {log}"
-    assert log[:3] == ["gradient", "gradient", "allreduce"], f"a bucket goes out when its two gradients are there: {log}"
+    assert log[:3] == ["gradient", "gradient", "allreduce"], f"a bucket goes out with its second gradient: {log}"
     assert early, "backward on rank 0 waits for that of rank 1"
     for (_, flat), layer in zip(buckets, (plain[2], plain[0])):
         error = (flat - torch.cat([p.grad.flatten() for p in layer.parameters()])).abs().max()
