@@ -242,6 +242,8 @@ def test_an_error_is_told_with_the_readers_line_and_once_where_it_stops_everythi
     told = "my.py:47: NameError: name 'x' is not defined"
     assert grade.essence(in_pytest, "my.py") == grade.essence(on_a_rank, "my.py") == told
     assert grade.essence(in_pytest, "other.py") == grade.essence(in_pytest) == told.partition(": ")[2]
+    elsewhere = in_pytest.replace("../my.py", "zero.py")
+    assert grade.essence(elsewhere, "my.py") == told.replace("my.py", "zero.py") != grade.essence(elsewhere)
     drawn = "Failing test case: test_rates(\n    steps=3,\n)\n"
     for text in (in_pytest + "".join(f"E   {line}\n" for line in drawn.splitlines()), f"{on_a_rank}\n{drawn}"):
         assert grade.essence(f"{text}more\n", "my.py") == f"{told}\nFailing test case: test_rates(\nsteps=3,\n)"
