@@ -662,7 +662,7 @@ class Muon(_Named):
 
     params          param groups with ``use_muon``, True or False, in each; ``muon_groups`` makes them
     lr              of both, unless ``muon_lr`` (default 0.02) or ``adam_lr`` (default 3e-4) is given
-    momentum, nesterov, ns_steps    Muon's: decay of its average; whether the newest gradient counts twice; iterations
+    momentum, nesterov, ns_steps    Muon's: decay of its average; whether the newest gradient counts again; iterations
     betas, eps      AdamW's
     weight_decay    decoupled, of both
     """

@@ -26,7 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import amp
 import engine as deepspeed
@@ -296,6 +296,25 @@ def test_a_place_that_is_loaded_inside_a_loop_is_where_it_goes_on(monkeypatch, w
             break
     assert give(monkeypatch, [loader]) == whole[6:]
     assert len(loader) == 12 and loader.epoch == 1
+
+
+class Noisy(Dataset):
+    """Each sample is a random number."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.rand(())
+
+
+def test_a_resumed_epoch_does_not_repeat_what_its_workers_drew(alone):
+    _, _, loader, _ = alone({"train_batch_size": 1}, training_data=Noisy())
+    loader.num_local_io_workers = 1
+    first = [float(batch) for batch in loader]
+    loader.load_state_dict({"epoch": 1, "samples": 3, "seed": loader.seed})
+    rest = [float(batch) for batch in loader]
+    assert len(rest) == 3 and not set(rest) & set(first)
 
 
 class Stream(IterableDataset):

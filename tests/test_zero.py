@@ -434,6 +434,12 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
     with pytest.warns(UserWarning, match="stay on cpu, and do not go to meta"):
         model.to("meta")
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+    zero._slot_of(p).bucket.zero.release()
+    with pytest.raises(RuntimeError, match="cpu: .* was sharded at stage 3 by an engine that is gone"):
+        model.cpu()
+    images = start(nn.Sequential(nn.Conv2d(8, 8, 1)), 3).module
+    with pytest.raises(RuntimeError, match=r"to: the parameter 0.weight is sharded over 2 ranks \(stage 3\)"):
+        images.to(memory_format=torch.channels_last)
 
 
 @on_ranks(2, stage=STAGES)
