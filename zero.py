@@ -3601,6 +3601,7 @@ def fill(zero: Zero, read: Callable[[str, str, int, Tensor], None], state: dict[
             read(name, key, start, values)
     for bucket in zero.buckets:
         bucket.publish()
+    for bucket in zero.buckets:
         bucket.gather.wait()
 
 
