@@ -286,8 +286,8 @@ class LossScaler:
         """Record a step's outcome; ``culprit`` names a parameter whose gradient was not finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that changes, as plain data."""
-        return {"scale": self.scale}
+        """The state that changes, as plain data: none of a fixed scale, which the config gives."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""

@@ -1441,7 +1441,7 @@ class Engine(_Training):
         the end of the program waits for the rest. Raises CheckpointError on every rank if any of them can't write (with
         ``async`` where it is waited for; the log has it at once); the previous checkpoint stays.
         """
-        folder = Path(save_dir) / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
+        folder = Path(save_dir).absolute() / _folder_name(f"global_step{self.global_steps}" if tag is None else tag)
         self.wait_for_save()
         if self._inside_window():
             _warn("save_checkpoint() inside an accumulation window: its gradients so far are not saved, and a resumed "
@@ -1522,14 +1522,8 @@ class Engine(_Training):
                          exclude_frozen_parameters: bool = False) -> bool:
         """Save the whole model's state dict, in its compute dtypes, as one file; every rank must call it."""
         _check("save_filename", save_filename, isinstance(save_filename, str) and save_filename, "the name of a file")
-        whole, path = self._whole_state_dict(None, not exclude_frozen_parameters), Path(save_dir) / save_filename
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(whole, path.with_name(f".{path.name}.tmp"))
-            os.replace(path.with_name(f".{path.name}.tmp"), path)
-
-        _on_rank_0(write)
+        whole = self._whole_state_dict(None, not exclude_frozen_parameters)
+        _on_rank_0(lambda: _write_whole(whole, Path(save_dir) / save_filename))
         return True
 
     def _whole_state_dict(self, dtype: torch.dtype | None, with_frozen: bool = True) -> dict[str, Tensor]:
@@ -1541,7 +1535,10 @@ class Engine(_Training):
                 whole |= {id(p): value.cpu()} if self.global_rank == 0 else {}
         named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)
                  if id(p) in whole}
-        return named | _copies(_persistent_buffers(self.module)) if self.global_rank == 0 else {}
+        if self.global_rank != 0:
+            return {}
+        extra = {key: module.get_extra_state() for key, module in _with_extra_state(self.module).items()}
+        return named | _copies(_persistent_buffers(self.module, shared=True)) | extra
 
     # Its memory, and its end.
 
@@ -1724,6 +1721,20 @@ def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
     return pieces
 
 
+def _write_whole(whole: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict as a file, which replaces another one only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with _synced(unfinished) as file:
+            torch.save(whole, file)
+        os.replace(unfinished, path)
+    except RuntimeError as error:  # PyTorch's own, after the system's
+        raise CheckpointError(f"{path} can't be written ({error.__context__ or error})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _write_index(path: Path, index: dict[str, Any]) -> None:
     content = json.dumps(index | {"version": VERSION}, sort_keys=True)
     with _synced(path) as file:
@@ -1779,7 +1790,7 @@ def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path:
     """The folder of ``tag``, or of the tag that ``latest`` names."""
     latest = Path(directory) / "latest"
     try:
-        return Path(directory) / _folder_name(latest.read_text().strip() if tag is None else tag)
+        return Path(directory) / _folder_name(latest.read_text('utf-8').strip() if tag is None else tag)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
     except ValueError as error:
@@ -2085,6 +2096,9 @@ def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
     for name, buffer in _persistent_buffers(engine.module).items():
         if name in saved:
             buffer.copy_(saved[name])
+    for key, module in _with_extra_state(engine.module).items():
+        if key in reader.state.get("extra", ()):  # not in a checkpoint of an earlier version
+            module.set_extra_state(reader.state["extra"][key])
 
 
 def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
@@ -2100,7 +2114,7 @@ def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: boo
                 tensor = reader.whole(name)
                 whole[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 whole |= dict.fromkeys(facts["aliases"], whole[name])
-        return whole | reader.state["buffers"]
+        return whole | reader.state["buffers"] | reader.state.get("extra", {})
 
 
 # An engine's plain data in a checkpoint: taken and put back.
@@ -2123,7 +2137,8 @@ def _state_of(engine: Engine) -> dict[str, Any]:
             "schedule": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
             "scheduler": type(scheduler).__name__,
             "data": None if engine.loader is None else engine.loader.state_dict(),
-            "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module)),
+            "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module, shared=True)),
+            "extra": {key: module.get_extra_state() for key, module in _with_extra_state(engine.module).items()},
             "optimizer_state": {name: {key: entry(value) for key, value in kept.items()}
                                 for name, kept in zero.scalars(engine.zero).items()}}
 
@@ -2132,10 +2147,10 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
     """Put back counters, rates, schedule, loss scale, random state, and the place in the data."""
     for key, value in state["training"].items():
         setattr(engine, key, value)
-    if with_optimizer:
-        for group, saved in zip(engine.optimizer.param_groups, state["groups"], strict=True):
-            group.update(saved)
-    if with_schedule and state["schedule"] is not None:
+    with_schedule = with_schedule and state["schedule"] is not None
+    for group, saved in zip(engine.optimizer.param_groups, state["groups"]) if with_optimizer or with_schedule else ():
+        group.update(saved if with_optimizer else {"lr": saved["lr"]})  # from which some of PyTorch's schedules go on
+    if with_schedule:
         engine.lr_scheduler.load_state_dict(state["schedule"])
     if state["scaler"].keys() == engine.scaler.state_dict().keys():
         engine.scaler.load_state_dict(state["scaler"])
@@ -2160,9 +2175,10 @@ def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _own_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The inverse: this rank's buffers if the number of ranks is the same, else rank 0's."""
+    """The inverse: this rank's buffers if the number of ranks is the same, else rank 0's; each once."""
     mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
-    return state["buffers"] | mine
+    again = _persistent_buffers(engine.module, shared=True).keys() - _persistent_buffers(engine.module).keys()
+    return {name: buffer for name, buffer in (state["buffers"] | mine).items() if name not in again}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -2188,11 +2204,19 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are in a state dict."""
+def _persistent_buffers(model: nn.Module, shared: bool = False) -> dict[str, Tensor]:
+    """The buffers that are in a state dict; with ``shared``, those of a shared module by each of its names."""
     return {f"{prefix}{'.' if prefix else ''}{name}": buffer.detach()
-            for prefix, module in model.named_modules() for name, buffer in module._buffers.items()
+            for prefix, module in model.named_modules(remove_duplicate=not shared)
+            for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set}
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose ``get_extra_state()`` adds to a state dict, by the key that it has there."""
+    return {f"{prefix}{'.' if prefix else ''}_extra_state": module
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            if type(module).get_extra_state is not nn.Module.get_extra_state}
 
 
 def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2539,8 +2563,9 @@ def _consolidate(options: argparse.Namespace) -> str:
     """Write one plain state dict; says what was written."""
     whole = consolidate(_checkpoint_folder(options.directory, options.tag),
                         getattr(torch, options.dtype) if options.dtype else None)
-    torch.save(whole, options.output)
-    return f"wrote {options.output}: {len(whole)} tensors, {sum(t.nbytes for t in whole.values()) / 2**20:.1f} MiB"
+    _write_whole(whole, Path(options.output))
+    size = sum(value.nbytes for value in whole.values() if isinstance(value, Tensor))
+    return f"wrote {options.output}: {len(whole)} tensors, {size / 2**20:.1f} MiB"
 
 
 def estimate(model_or_counts: nn.Module | int | tuple[int, int], config: Mapping[str, Any] | str | os.PathLike | Config,

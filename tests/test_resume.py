@@ -42,7 +42,8 @@ PRECISIONS = {  # on the CPU, PyTorch's batch norm takes no 16-bit weights besid
 
 
 class Net(nn.Module):
-    """Tied, frozen, turned, zero-size and unused parameters, dropout, and buffers of which one is not kept."""
+    """Tied, frozen, turned, zero-size and unused parameters, a module with two names, dropout, extra state; and buffers,
+    of which one is not kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,9 +56,18 @@ class Net(nn.Module):
         self.never = nn.Parameter(torch.ones(3))
         self.blocks[0][0].weight.requires_grad_(False)
         self.blocks[2].requires_grad_(False)
+        self.again = self.blocks[1]
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.calls = torch.tensor(0)
+
+    def get_extra_state(self) -> Tensor:
+        return self.calls
+
+    def set_extra_state(self, calls: Tensor) -> None:
+        self.calls = calls
 
     def forward(self, ids: Tensor) -> Tensor:
+        self.calls = self.calls + 1
         x = self.token(ids)
         for block in self.blocks:
             x = x + block(x)
@@ -105,6 +115,7 @@ def everything(engine: deepspeed.Engine) -> dict[str, Tensor]:
                 state = zero.safe_get_full_optimizer_state(p, key)
                 found |= {} if state is None else {f"{name} {key}": state}
     found |= {name: b.clone() for name, b in engine.module.named_buffers() if name != "scratch"}
+    found |= {"calls": getattr(engine.module, "calls", torch.tensor(0))}
     return found | {"steps": torch.tensor(engine.global_steps), "rate": torch.tensor(engine.get_lr() or [0.0])}
 
 
@@ -231,6 +242,31 @@ def test_an_engine_without_optimizer_is_saved_and_loaded(tmp_path):
             engine.save_checkpoint(tmp_path)
         engine.load_checkpoint(tmp_path)
         assert float(zero.safe_get_full_fp32_param(engine.module.weight)) == 1.0
+
+
+@on_ranks(1)
+def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_without_the_optimizers_state(tmp_path):
+    decay = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+    for step, (precision, scale) in enumerate((("bf16", 1), ("fp16", 64), ("fp16", 128), ("bf16", 1))):
+        engine = make(1, precision, scheduler=decay, fp16={
+            "enabled": precision == "fp16", "auto_cast": True, "loss_scale": scale})
+        engine.load_checkpoint(tmp_path, load_optimizer_states=False)
+        assert engine.loss_scale() == scale and engine.get_lr() == [0.01 * 0.5 ** step]
+        train(engine)
+        engine.save_checkpoint(tmp_path)
+
+
+@on_ranks(1)
+def test_a_checkpoint_without_extra_state_and_a_shared_modules_second_buffers_loads(tmp_path):
+    """As earlier versions wrote it."""
+    engine, buffers = make(), deepspeed._persistent_buffers
+    with mock.patch.object(deepspeed, "_with_extra_state", return_value={}), \
+            mock.patch.object(deepspeed, "_persistent_buffers", lambda model, shared=False: buffers(model)):
+        engine.save_checkpoint(tmp_path)
+    state = everything(engine)
+    train(engine)
+    engine.load_checkpoint(tmp_path)
+    assert_alike(everything(engine), state, but={"calls"})
 
 
 @on_ranks(2, stage=STAGES)
@@ -366,6 +402,11 @@ def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_
         Path(tmp_path, "file").write_text("")
     with pytest.raises(zero.CheckpointError, match="rank 0: .*(Not a directory|File exists)"):
         engine.save_16bit_model(tmp_path / "file")
+    engine.save_16bit_model(tmp_path, "file")
+    with mock.patch.object(torch, "save", side_effect=RuntimeError("stream")), \
+            pytest.raises(zero.CheckpointError, match="rank 0: .*/file can't be written .stream"):
+        engine.save_16bit_model(tmp_path, "file")
+    assert not rank or torch.load(tmp_path / "file")
     with ExitStack() as patches:
         group = patches.enter_context(mock.patch.object(dist, "new_group", wraps=dist.new_group))
         if rank:
