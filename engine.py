@@ -1104,8 +1104,9 @@ class _State(nn.Module):
                     "save_16bit_model() saves one")
         return self
 
-    def __deepcopy__(self, memo: dict) -> "_State":
-        raise TypeError("an engine can't be copied, as it speaks for its process; copy engine.module, at stage 3 too")
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of copies too
+        raise TypeError("an engine can't be copied or pickled, as it speaks for its process; copy engine.module, at "
+                        "stage 3 too, or call save_checkpoint()")
 
     # Changes between steps. Every rank must make them.
 

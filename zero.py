@@ -3554,10 +3554,10 @@ def scalars(zero: Zero) -> dict[str, dict[str, Any]]:
 def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
     """Shape, layout, dtype and param group of every parameter by name, and its other names (tied weights)."""
     check_model(zero)
-    names: dict[int, list[str]] = defaultdict(list)
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, p in zero.model.named_parameters(remove_duplicate=False):
-        names[id(p)].append(name)
-    slots = {known[0]: (_SLOTS[key], known[1:]) for key, known in names.items()}
+        names[p].append(name)
+    slots = {known[0]: (_slot_of(p), known[1:]) for p, known in names.items()}
     return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": slot.bucket.trained,
                    "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.group, "aliases": aliases}
             for name, (slot, aliases) in slots.items() if slot.bucket.trained or with_frozen}

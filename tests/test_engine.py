@@ -7,10 +7,12 @@ That it trains what plain PyTorch trains is in test_zero.py and test_models.py; 
 tests' own tools are tested here too: a failing rank must fail the test, with its own traceback, and no hang.
 """
 
+import copy
 import gc
 import itertools
 import logging
 import os
+import pickle
 import random
 import re
 import sys
@@ -81,7 +83,7 @@ def test_param_groups_keep_their_own_rates(alone):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
 
 
-def test_wrong_use_of_the_engine_is_told(alone):
+def test_wrong_use_of_the_engine_is_told(alone, tmp_path):
     engine, *_ = alone({"train_batch_size": 8, "gradient_accumulation_steps": 2, **SGD}, model=nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"\(4, 3\)"):
         engine.backward(engine(torch.ones(4, 5)))
@@ -94,6 +96,12 @@ def test_wrong_use_of_the_engine_is_told(alone):
     assert blind(torch.ones(4, 5)).shape == (4, 3)
     with pytest.raises(RuntimeError, match=r"step\(\) needs an optimizer"):
         blind.step()
+    for copies in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="an engine can't be copied or pickled"):
+            copies(blind)
+    blind.destroy()
+    with pytest.raises(deepspeed.CheckpointError, match=r"\(3, 5\) belongs to no engine; .*until its engine's destroy"):
+        blind.save_checkpoint(tmp_path)
 
 
 def test_a_progress_line_every_so_many_steps(alone, capsys):
