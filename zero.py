@@ -488,7 +488,7 @@ class Communicator:
     spare      buffers to receive into, and for gradients in stages 2 and 3
     logbook    where each rank is; None with one rank
     debug      compare, before each collective, what the ranks are about to do
-    gathered   a digest of the order in which units were gathered
+    gathered   a digest of the order in which units were gathered, and of what was written to them
     """
 
     numbers = count()  # rank 0's count tells the messages of several engines apart
@@ -621,9 +621,9 @@ class Communicator:
         if self.world_size > 1 and tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), source)
 
-    def note(self, unit: int) -> None:
-        """A unit's gather begins. All ranks must gather in the same order, which ``Zero.step`` checks."""
-        self.gathered = (31 * self.gathered + unit + 1) % 2**20
+    def note(self, number: int) -> None:
+        """A unit's gather begins, or it was written to. All ranks must do so alike, which ``Zero.step`` checks."""
+        self.gathered = (31 * self.gathered + number + 1) % 2**20
 
     def _parts(self, flat: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The slices that are not empty, each with the rank that owns it."""
@@ -1057,6 +1057,15 @@ class Slot:
         size = inside.stop - inside.start
         self.place = (self.offset + inside.start - bucket.own.start if size else 0, size)
 
+    def check_place(self) -> None:
+        """Raise RuntimeError where other memory was assigned to the parameter."""
+        p = self.parameter
+        if not _same_memory(p, self.bucket.flat) or p.storage_offset() != self.offset:
+            raise RuntimeError(
+                f"{self.name} no longer lies where initialize() put it; do not call the model's to(), half() or "
+                "load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call p.copy_() "
+                "under torch.no_grad(), or zero.safe_set_full_fp32_param()")
+
     def view(self, flat: Tensor, start: int = 0) -> Tensor:
         """The parameter's elements in its own shape, where ``flat`` begins at element ``start`` of the bucket."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset - start)
@@ -1119,6 +1128,7 @@ def _slot_of(parameter: nn.Parameter) -> Slot:
     if slot is None:
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} belongs to no engine; allowed: the parameters "
                          "of a model that was given to initialize(), until its engine's destroy()")
+    slot.check_place()
     return slot
 
 
@@ -1344,15 +1354,24 @@ class Bucket:
     def keep_writes(self) -> None:
         """Take over in-place writes to the parameters, such as a clamp between steps.
 
-        Where ranks wrote different values, those of each element's owner count; at stage 0 all must write the same.
-        PyTorch counts no version for writes through ``p.data``: they are seen in sharded parameters, where the old
-        values are on the same device; elsewhere only where the parameter itself is the master.
+        All ranks must write the same: what is written in a forward pass of stage 3 counts in the digest of gathers, and
+        the rest is compared by ``Zero.step``. PyTorch counts no version for writes through ``p.data``: they are seen in
+        sharded parameters, where the old values are on the same device; elsewhere only where the parameter itself is
+        the master.
         """
-        versions = [slot.parameter._version for slot in self.slots]
+        written = any(slot.parameter._version != slot.version for slot in self.slots)
         comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
-        if comparable or versions != [slot.version for slot in self.slots]:
+        if written and self.unit is not None:
+            self.communicator.note(self.checksum())
+        elif written:
+            self.zero.written = True
+        if comparable or written:
             self.keep_changes()
             self.note_versions()
+
+    def checksum(self) -> int:
+        """Of the whole parameters: a sum, which is as fast as reading them."""
+        return int(self.flat.view(torch.int64).sum())
 
     def note_versions(self) -> None:
         """Remember that master and shard have the parameters' values now."""
@@ -1447,8 +1466,9 @@ class Gradients:
         if gradient.is_sparse:  # of nn.Embedding(sparse=True): here every gradient is summed densely
             gradient = gradient.to_dense()
         if (self.adopts and self.buffer is None and gradient.stride() == slot.stride
-                and gradient.dtype == self.bucket.dtypes.gradient):
-            self.buffer = slot.in_order(gradient)
+                and gradient.dtype == self.bucket.dtypes.gradient
+                and _holders(gradient) == 1):  # autograd may give several parameters views of one tensor
+            self.buffer = slot.in_order(gradient.resolve_conj().resolve_neg())
         else:
             self._prepare_buffer()
             place = slot.view(self.buffer)
@@ -2741,6 +2761,7 @@ class Zero:
 
     boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
     spoiled    whether a backward pass of the window raised, and left gradients of only a part of the model
+    written    whether parameters that stay whole were written to, which ranks have not compared yet
     divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean
     """
 
@@ -2758,7 +2779,7 @@ class Zero:
         self.sharded = SHARDED[0 if alone else config.stage]
         check_room(self._room_needed(), self.communicator)
         self.offload = Offload(config, device, self.communicator.clock)
-        self.boundary, self.spoiled = True, False
+        self.boundary, self.spoiled, self.written = True, False, False
         self.user: Callable[[], Any] = lambda: self  # what trains with it; None once that is garbage
         self.divisor = float(self.communicator.world_size)
         self.reducer = Reducer(self)
@@ -2902,6 +2923,7 @@ class Zero:
 
     def clear_gradients(self) -> None:
         """Drop the window's gradients. Every rank must call it."""
+        self.thaw()  # else gradients of what was thawed stay in p.grad
         self.end_if_pending()
         self.reducer.clear()
         self.spoiled = False
@@ -2920,15 +2942,15 @@ class Zero:
         skip_overflow   leave the update out when the norm is not finite
         """
         self._reduce_the_rest()
+        for bucket in self.buckets:
+            if bucket.unit is None:
+                bucket.keep_writes()
         norm = self._agree() / divisor
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         overflow = skip_overflow and not math.isfinite(norm)
         spoiled, self.spoiled = self.spoiled, False  # on any rank, as all have agreed
         culprit = self.reducer.first_not_finite() if overflow and not spoiled else None
         if not (overflow or spoiled):
-            for bucket in self.trained:
-                if bucket.unit is None:
-                    bucket.keep_writes()
             self.updater.update(coefficient / divisor)
         for gradients in self.reducer.every:
             gradients.reset()
@@ -2949,25 +2971,20 @@ class Zero:
     def _agree(self, exact: bool = False) -> float:
         """Agree, in one all-reduce, on the norm, on which parameters have a gradient, and on ``spoiled``.
 
-        Returns the norm of the summed gradients.
+        Returns the norm of the summed gradients. Raises on all ranks where they have gone apart.
         """
         every, communicator = self.reducer.every, self.communicator
         places = [(gradients, slot) for gradients in every for slot in gradients.bucket.slots]
         flags = [float(slot in gradients.used) for gradients, slot in places] + [bool(g.late) for g in every]
-        flags.append(self.spoiled)
+        flags += [self.spoiled, self.written]
         for digest in (communicator.gathered, self.reducer.dropped):
             flags += [digest, digest ** 2]  # only where all ranks have the same do both sums agree
         square = Gradients.square(every, communicator.device, exact)
         message = torch.cat([square.view(1), _numbers(flags, communicator.device)])
         communicator.all_reduce(message, "scalars", what=lambda: "the step's norm and flags").wait()
-        square, *flags, spoiled, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
-        self.spoiled = spoiled > 0
-        if dropped ** 2 != dropped_squares * communicator.world_size:
-            raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were "
-                               "summed over all already; drop them on every rank")
-        if gathered ** 2 != gathered_squares * communicator.world_size:
-            raise RuntimeError("ranks used the units of stage 3 in different orders, so that their weights were mixed "
-                               "up; name the module that chooses among them in zero_optimization.leaf_module")
+        square, *flags, spoiled, written, gathered, gathered_squares, dropped, dropped_squares = message.tolist()
+        self.spoiled, self.written = spoiled > 0, written > 0
+        check_alike(self, gathered, gathered_squares, dropped, dropped_squares)
         late = [gradients for gradients, flag in zip(every, flags[len(places):]) if flag]
         if late:
             for gradients in late:
@@ -3029,13 +3046,9 @@ def check_model(zero: Zero) -> None:
                                "and call initialize() again")
     with torch._C.DisableTorchFunctionSubclass():
         for bucket in zero.buckets:
-            flat, master = _memory_of(bucket.flat), None if bucket.master is None else _memory_of(bucket.master)
+            master = None if bucket.master is None else _memory_of(bucket.master)
             for slot in bucket.slots:
-                if _memory_of(slot.parameter) != flat or slot.parameter.storage_offset() != slot.offset:
-                    raise RuntimeError(
-                        f"{slot.name} no longer lies where initialize() put it; do not call the model's to(), half() "
-                        "or load_state_dict(assign=True) after initialize(), nor assign p.data; to set values, call "
-                        "p.copy_() under torch.no_grad(), or zero.safe_set_full_fp32_param()")
+                slot.check_place()
                 if slot.piece is not None and _memory_of(slot.piece) != master:
                     raise RuntimeError(f"the optimizer's parameter for {slot.name} was given other memory (p.data = "
                                        "...); write into it (p.data.copy_()) instead")
@@ -3044,6 +3057,25 @@ def check_model(zero: Zero) -> None:
         if list(map(id, given)) != [id(slot.piece) for slot in slots if slot.piece is not None]:
             raise RuntimeError(f"the params of the optimizer's param group {index} were changed after initialize(); "
                                "give the optimizer all of its parameters before it")
+
+
+def check_alike(zero: Zero, gathered: float, gathered_squares: float, dropped: float, dropped_squares: float) -> None:
+    """Raise on all ranks where they differ in what they dropped, gathered or wrote; all ranks must call it.
+
+    The numbers are sums over ranks of digests, and of their squares.
+    """
+    ranks = zero.communicator.world_size
+    if dropped ** 2 != dropped_squares * ranks:
+        raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
+                           "over all already; drop them on every rank")
+    if gathered ** 2 != gathered_squares * ranks:
+        raise RuntimeError("ranks used the units of stage 3 in different orders, or wrote different weights in "
+                           "forward, so that their weights were mixed up; name the module that chooses among units in "
+                           "zero_optimization.leaf_module, and write the same on all ranks")
+    if zero.written and ranks > 1:
+        agree(lambda: [f"values of checksum {bucket.checksum()} in {bucket.label()}, which was written to"
+                       for bucket in zero.buckets if bucket.unit is None], same=True)
+        zero.written = False
 
 
 def check_used(zero: Zero) -> None:
@@ -3558,6 +3590,8 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
     for name, p in zero.model.named_parameters(remove_duplicate=False):
         names[p].append(name)
     slots = {known[0]: (_slot_of(p), known[1:]) for p, known in names.items()}
+    for name, (slot, _) in slots.items():
+        slot.name = name  # pruning, for example, has renamed it
     return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": slot.bucket.trained,
                    "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.group, "aliases": aliases}
             for name, (slot, aliases) in slots.items() if slot.bucket.trained or with_frozen}

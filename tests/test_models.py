@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize, rnn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize, prune, rnn, \
+    vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 import zero
 from conftest import on_ranks
+from engine import consolidate
 from oracle import LENGTH, STAGES, TOLERANCE, WIDTH, Case, Mlp, Model, Pair, assert_alike, assert_close, assert_same, \
     batches, chain, inside, mine, plain_backward, sgd, square, start, train, twins, whole
 
@@ -688,6 +690,31 @@ def test_an_optimizer_that_counts_its_steps_in_a_group_is_stepped_once_per_step(
     assert pair.engine.optimizer.param_groups[0]["step"] == 3
 
 
+def crossing() -> Model:
+    """Parameters alone in their buckets, whose gradients autograd gives as views of one tensor, or as conjugates."""
+    def forward(m, x):
+        real = m.a + m.b.view(16, WIDTH) + m.c.view(WIDTH, 16).view(16, WIDTH)
+        return real.pow(3) * x.mean() + (m.d.conj() * x.sum()).imag
+
+    return Model(forward, a=random(16, WIDTH), b=random(16 * WIDTH), c=random(4, 4 * WIDTH),
+                 d=nn.Parameter(torch.randn(16, WIDTH, dtype=torch.complex128)))
+
+
+@on_ranks(2, stage=STAGES)
+def test_gradients_that_share_memory_are_summed_apart(stage):
+    """PyTorch itself would add a second backward to all of them at once."""
+    pair = Pair(crossing, stage, zero_options={"reduce_bucket_size": 16 * WIDTH})
+    for step in range(3):
+        pair.backward(step)
+        pair.engine.step()
+        parameters = list(pair.reference.parameters())
+        loss = sum(square(pair.reference, x) for x in batches(step)) / dist.get_world_size()
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            p.grad = gradient.clone().resolve_conj()
+        pair.plain_step()
+        pair.check(f"step {step}")
+
+
 # --- Reading, copying and changing the model --------------------------------------------------------------------------
 
 
@@ -975,6 +1002,19 @@ def test_dropped_gradients_do_not_train(stage, drop, raw):
 
 
 @on_ranks(2, stage=STAGES)
+def test_what_is_dropped_right_after_thawing_does_not_train(stage):
+    """No other part is trained then, so the engine has heard of no gradient."""
+    pair = Pair(partly_frozen, stage)
+    for model in (pair.model, pair.reference):
+        model.requires_grad_(False)
+        model.blocks[1].requires_grad_(True)
+    square(pair.engine, mine(batches(0))).backward()
+    pair.engine.optimizer.zero_grad()
+    pair.train(1)
+    pair.check()
+
+
+@on_ranks(2, stage=STAGES)
 def test_a_backward_after_zero_grad_reduces_each_bucket_once(stage):
     pair, counts = Pair(net, stage, gradient_accumulation_steps=2 if stage > 1 else 1), [0]
     for step in range(2):
@@ -1062,6 +1102,28 @@ def test_a_model_or_optimizer_that_was_changed_behind_the_engine_is_named(change
     with pytest.raises(RuntimeError, match=told):
         call(pair.model, pair.engine.optimizer)
         getattr(pair.engine, then)(*[tmp_path] * (then == "save_checkpoint"))
+
+
+@on_ranks(2, stage=range(3))
+def test_nothing_gives_the_values_from_before_data_was_assigned(stage):
+    pair = Pair(net, stage)
+    vector_to_parameters(torch.zeros(3 * (WIDTH + 1) * WIDTH).double(), pair.model.parameters())
+    for read in (pair.engine.consolidated_fp32_state_dict, lambda: whole(pair.model)):
+        with pytest.raises(RuntimeError, match="0.0.weight no longer lies"):
+            read()
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_model_that_is_pruned_later_trains_and_is_saved_under_its_new_names(stage, tmp_path):
+    pair = Pair(net, stage)
+    for model in (pair.model, pair.reference):
+        with zero.GatheredParameters(model.parameters()):
+            prune.l1_unstructured(model[1][0], "weight", 0.4)
+    pair.train(0)
+    pair.check()
+    pair.engine.save_checkpoint(tmp_path, "pruned")
+    if dist.get_rank() == 0:
+        assert_alike(consolidate(tmp_path / "pruned"), pair.reference.state_dict(), tolerance=TOLERANCE)
 
 
 @on_ranks(2)
@@ -1228,6 +1290,21 @@ def test_what_was_written_just_before_is_saved_and_a_state_dict_that_is_loaded_s
     model.load_state_dict({name: torch.full_like(p, 0.125) for name, p in model.state_dict().items()})
     take_steps(engine)
     assert all(bool((value == 0.125).all()) for value in whole(model).values())
+
+
+def bounded() -> Model:
+    """Forward shortens the rows that it takes, which each rank chooses."""
+    return Model(lambda m, rows: m.table(rows), table=nn.Embedding(8, WIDTH, max_norm=0.1))
+
+
+@on_ranks(2, stage=STAGES)
+def test_weights_that_ranks_write_differently_are_an_error_on_all(stage):
+    pair = Pair(bounded, stage)
+    pair.engine.backward(pair.engine(torch.arange(8)).sum())
+    pair.engine.step()
+    pair.engine.backward(pair.engine(torch.tensor([0, 6 + dist.get_rank()])).sum())
+    with pytest.raises(RuntimeError if stage == 3 else ValueError, match="wrote different weights|written to, where"):
+        pair.engine.step()
 
 
 # --- Compiled ---------------------------------------------------------------------------------------------------------
