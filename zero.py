@@ -2582,13 +2582,12 @@ class Reducer:
         if self.zero.offload.optimizer is not None:
             self.zero.offload.optimizer.settle()
 
-    def reduce_late(self, several: Sequence[Gradients]) -> None:
+    def reduce_late(self, gradients: Gradients) -> None:
         """Reduce gradients that came, on any rank, after their bucket's reduction had begun; all ranks must call it."""
-        late = _numbers([bool(gradients.late) for gradients in several], self.zero.device)
+        late = _numbers([bool(gradients.late)], self.zero.device)
         self.zero.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
-        for gradients, flag in zip(several, late.tolist()):
-            if flag:
-                gradients.reduce_late()
+        if late:
+            gradients.reduce_late()
         self.settle()
 
     def first_not_finite(self) -> str | None:
@@ -3037,13 +3036,12 @@ def check_model(zero: Zero) -> None:
     if slots.keys() != {id(p) for module in zero.model.modules() for p in module._parameters.values() if p is not None}:
         names = {id(p): name for name, p in zero.model.named_parameters()}  # too slow for each step
         new = [name for key, name in names.items() if key not in slots]
-        gone = [slot.name for key, slot in slots.items() if key not in names]
         if new:
             raise RuntimeError(f"{new[0]} came into the model after initialize(), so nothing trains or saves it; "
                                "change the model first, then call initialize()")
-        if gone:
-            raise RuntimeError(f"{gone[0]} has left the model since initialize(); call destroy(), change the model, "
-                               "and call initialize() again")
+        gone = next(slot.name for key, slot in slots.items() if key not in names)
+        raise RuntimeError(f"{gone} has left the model since initialize(); call destroy(), change the model, and call "
+                           "initialize() again")
     with torch._C.DisableTorchFunctionSubclass():
         for bucket in zero.buckets:
             master = None if bucket.master is None else _memory_of(bucket.master)
@@ -3440,7 +3438,7 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     zero.end_if_pending()
     if slot in gradients.used and slot.parameter.grad is None:
         zero.reducer.drop(slot)
-    zero.reducer.reduce_late([gradients])
+    zero.reducer.reduce_late(gradients)
     if gradients.reduced:
         return gradients.whole(slot) / zero.divisor
     own = torch.zeros(slot.end - slot.offset, dtype=bucket.dtypes.gradient, device=bucket.flat.device)
@@ -3752,11 +3750,10 @@ class RehearsedZero(Zero):
 
     It needs no folder for offload, and counts the norm of gradients as 0, since they have no values.
 
-    most   the largest number of live bytes so far. With more than 128 buckets it looks at every third (fifth, ...)
-           change: at odd intervals, so that it sees each phase of a repeated block
+    most   the largest number of live bytes so far
     """
 
-    most = looks = 0
+    most = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -3773,9 +3770,6 @@ class RehearsedZero(Zero):
 
         Below stage 3, the next bucket counts as begun: a model's gradients don't come in the exact order of buckets.
         """
-        self.looks += 1
-        if self.looks % (len(self.buckets) // 64 | 1):
-            return
         if self.gatherer is None and self.reducer.queue and self.reducer.queue[0].life is Life.QUEUED:
             self.reducer.queue[0]._prepare_buffer()
         busy = [b for b in self.buckets if b.unit is not None and b.has_memory or b.gradients is not None and (

@@ -121,6 +121,10 @@ def test_an_estimate_takes_what_a_config_and_an_optimizer_mean():
     held = deepspeed.estimate((COUNT, COUNT // 4), config_of(1, "bf16-fp32", **half), 4)
     for category, size in (("optimizer_state", 2 * COUNT), ("masters", COUNT)):
         assert [held.bytes(category, place) for place in zero.PLACES] == [size // 2, size // 2, 0]
+    few, many = (zero.estimate(chain_of(layers), zero.ZeroConfig(stage=3), 4).bytes("live") for layers in (40, 140))
+    assert few == many, "two blocks at a time, however many there are"
+    frozen = zero.estimate(nn.Linear(8, 8).requires_grad_(False), zero.ZeroConfig(stage=3), 2)
+    assert frozen.bytes("masters") == 0 < frozen.bytes("parameters")
     text = str(deepspeed.estimate((COUNT, COUNT // 4), config_of(3, "bf16", offload_optimizer=CPU), 4))
     for word in (*zero.CATEGORIES, "device", "cpu", f"{COUNT:,}"):
         assert word.replace("_", " ") in text
@@ -439,11 +443,13 @@ def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, tmp_path):
     (["--params", "5", "--world", "0"], "--world is '0'"),
     (["--params", "5", "--world", "2", "--largest-unit", "6"], "6 parameters"),
     (["--params", "5", "--world", "2", "--config", "/nowhere.json"], "/nowhere.json"),
-    (["--params", "5", "--world", "2", "--config", "CONFIG"], "stag"),  # which test_config.py has more of
+    (["--params", "5", "--world", "2", "--config", '{"stag": 1}'], "stag"),  # which test_config.py has more of
+    (["--params", "5", "--world", "2", "--config", '{"stage": 4}'], "zero_optimization.stage is 4"),
     (["--params", "5", "--world", "2", "--plot", "/nowhere/memory.png"], "/nowhere/memory.png")])
 def test_a_command_line_that_cant_be_meant_is_one_line_and_exit_code_2(arguments, told, capsys, tmp_path):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stag": 1}}')
-    assert deepspeed.main(["estimate", *(str(tmp_path / "ds.json") if a == "CONFIG" else a for a in arguments)]) == 2
+    config, section = tmp_path / "ds.json", arguments[-1]
+    config.write_text(f'{{"zero_optimization": {section}}}')
+    assert deepspeed.main(["estimate", *arguments[:-1], str(config) if section[0] == "{" else section]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
 
@@ -451,6 +457,7 @@ def test_a_command_line_that_cant_be_meant_is_one_line_and_exit_code_2(arguments
 @pytest.mark.parametrize("call, told", [
     (lambda: zero.estimate(COUNT, None, 0), "world_size is 0"),
     (lambda: zero.estimate(COUNT, None, 1.5), "world_size is 1.5"),
+    (lambda: zero.estimate(COUNT, None, 2, rank=2), "rank is 2; .*world_size, which is 2"),
     (lambda: zero.estimate(-1), "model_or_counts is -1"),
     (lambda: zero.estimate(7.5e9), "model_or_counts is 7500000000.0"),
     (lambda: zero.estimate({"model": 5}), "model_or_counts is {'model': 5}"),
