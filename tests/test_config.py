@@ -9,6 +9,7 @@ behind. The right call after it, on the same model, trains what plain PyTorch tr
 
 import copy
 import json
+import math
 import random
 import re
 import string
@@ -357,6 +358,7 @@ CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they 
     "set_train_batch_size": [("train_batch_size", [0, -4, 2.5, "8", None, True, 7])],
     "set_train_micro_batch_size": [("micro_batch_size", [0, -1, 1.5, "2", None, True])],
     "set_gradient_accumulation_boundary": [("is_boundary", [1, None, "yes"])],
+    "set_lr": [("lr", [-1, "0.1", True, math.inf, [0.1, 0.2], None])],
     "compile": [("schedule", [[1]]), ("compile_kwargs", [{"mode": "max-autotune"}])]}
 NAMED = {"loss": "backward", "tag": "tag is .*; allowed|nothing", "compile_kwargs": "CUDA graphs"}  # else its name
 ON_ONE_RANK = {"config", "initialize", "save_checkpoint", "load_checkpoint", "save_16bit_model",

@@ -9,6 +9,7 @@ tests' own tools are tested here too: a failing rank must fail the test, with it
 
 import copy
 import gc
+import io
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,27 @@ def test_param_groups_keep_their_own_rates(alone):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
 
 
+def test_rates_and_sizes_change_between_steps(alone):
+    model = Mlp(2)
+    engine, *_ = alone({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, **SGD}, model=model,
+                       model_parameters=[{"params": block.parameters()} for block in model.blocks])
+    for given, rates in ((1, [1.0, 1.0]), ([0.5, 0.25], [0.5, 0.25])):
+        engine.set_lr(given)
+        assert engine.get_lr() == rates
+    engine.set_train_micro_batch_size(3)
+    assert (engine.train_micro_batch_size_per_gpu(), engine.train_batch_size()) == (3, 6)
+    engine.backward(square(engine, torch.ones(3, 8)))
+    engine.step()
+    with pytest.raises(ValueError, match="train_batch_size is 12 inside an accumulation window"):
+        engine.set_train_batch_size(12)
+    engine, *_ = alone({"train_batch_size": 4, "managed_gradient_accumulation": False, **SGD},
+                       training_data=TensorDataset(torch.ones(4, 8)))
+    with pytest.raises(ValueError, match="the data loader that initialize\\(\\) made gives 4"):
+        engine.set_train_micro_batch_size(3)
+    with pytest.raises(ValueError, match="with managed_gradient_accumulation false: there every step\\(\\) updates"):
+        engine.set_gradient_accumulation_boundary(True)
+
+
 def test_wrong_use_of_the_engine_is_told(alone, tmp_path):
     engine, *_ = alone({"train_batch_size": 8, "gradient_accumulation_steps": 2, **SGD}, model=nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"\(4, 3\)"):
@@ -116,6 +138,16 @@ def test_a_progress_line_every_so_many_steps(alone, capsys):
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "step 6"]
     assert all("loss 3.0000, lr 0.25, " in line and line.endswith(" samples/s") for line in lines[:2])
     assert "loss" not in lines[2] and "lr 0.25, " in lines[2]
+
+
+@on_ranks(2)
+def test_progress_lines_have_the_mean_loss_over_ranks():
+    """And rank 0 alone prints them, with the traffic."""
+    engine = start(nn.Linear(1, 1), 0, steps_per_print=1, comms_logger={"enabled": True})
+    with redirect_stdout(io.StringIO()) as printed:
+        engine.backward(engine(torch.zeros(ROWS, 1)).mean() * 0 + 1 + 2 * dist.get_rank())
+        engine.step()
+    assert bool(re.match("step 1: loss 2.0000, .*\ncollective ", printed.getvalue())) == (dist.get_rank() == 0)
 
 
 def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(alone, capsys):
@@ -452,6 +484,10 @@ def test_uneven_data_raises_on_every_rank_with_the_counts(stage):
 def test_a_waiting_rank_says_so_before_nccl_would_end_the_process():
     """Rank 1 waits in its second micro-batch, as on NCCL, whose collectives raise nothing."""
     logbook = zero.Logbook(77, timeout=1.0)
+    dist.barrier()
+    assert re.match("ranks lost each other: rank 0 is in its micro-batch 0, rank 1 is in its micro-batch 0; .*debug",
+                    logbook.report())
+    dist.barrier()
     logbook.write(1 + dist.get_rank())
     dist.barrier()
     told = []

@@ -974,7 +974,7 @@ DROPS = {
     "optimizer.zero_grad()": lambda model, optimizer: optimizer.zero_grad(),
     "a part's zero_grad()": lambda model, optimizer: model[1].zero_grad(),
     "p.grad = None": lambda model, optimizer: setattr(model[2][0].weight, "grad", None),
-    "p.grad.zero_()": lambda model, optimizer: model[0][0].weight.grad.zero_(),
+    "p.grad.data.zero_()": lambda model, optimizer: model[0][0].weight.grad.data.zero_(),
 }
 
 
@@ -1082,6 +1082,9 @@ CHANGES = {
                     "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded"),
     "cast": (lambda model, optimizer: (model.zero_grad(), model.half()),
              r"no longer lies where initialize\(\) put it|is sharded over 2 ranks \(stage 3\)"),
+    "cast, and go on": (
+        lambda model, optimizer: (model.zero_grad(), model.half()(batches(0)[0].half()).sum().backward()),
+        r"no longer lies where initialize\(\) put it|is sharded over 2 ranks \(stage 3\)"),
     "assign data of the optimizer's": (
         lambda model, optimizer: [setattr(p, "data", p.data.mul(0.9)) for p in optimizer.param_groups[0]["params"]],
         "was given other memory"),

@@ -354,6 +354,8 @@ def test_exports_in_16_bits_and_in_fp32_are_whole_and_tied(stage, tmp_path):
     assert_alike(model.state_dict(), fp32)
     with pytest.raises(zero.CheckpointError, match="there is no checkpoint in .*none, which has no file latest"):
         from_checkpoint(tmp_path / "none")
+    with pytest.raises(ValueError, match="tag is '../x'; allowed: a plain folder name"):
+        from_checkpoint(tmp_path, "../x")
 
 
 @on_ranks(2)

@@ -355,6 +355,8 @@ def test_momentum_that_would_grow_to_one_is_an_error_not_a_divergence():
     schedule = schedulers.OneCycle(optimizer, 0.1, 0.2, cycle_first_step_size=1, decay_step_size=1, decay_mom_rate=0.1)
     with pytest.raises(ValueError, match="momentum, raised by decay_mom_rate 0.1"):
         rates(optimizer, schedule, 20)
+    with pytest.warns(UserWarning, match="have no effect while decay_step_size is 0"):
+        schedulers.OneCycle(optimizer, 0.1, 0.2, decay_lr_rate=0.1)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

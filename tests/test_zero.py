@@ -5,6 +5,7 @@
 """
 
 import copy
+import gc
 import itertools
 import os
 from contextlib import contextmanager, nullcontext
@@ -373,12 +374,16 @@ def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     model, engine = pair.model, pair.engine
     p, q = model.blocks[0][0].weight, pair.reference.blocks[0][0].weight
     bias, frozen = model.blocks[1][0].bias, model.blocks[1][2].weight
-    counted = torch.arange(64.0, dtype=torch.float64).view(8, 8)
+    counted = torch.arange(64.0, dtype=torch.float64).view(8, 8).t()  # in another order in memory than the weights
     read, write = zero.safe_get_full_optimizer_state, zero.safe_set_full_optimizer_state
-    assert read(frozen, "exp_avg") is None is zero.safe_get_full_grad(p)
+    assert read(frozen, "exp_avg") is zero.safe_get_full_grad(frozen) is zero.safe_get_full_grad(p) is None
+    with pytest.raises(RuntimeError, match="blocks.0.0.weight has no reduced gradient to set"):
+        zero.safe_set_full_grad(p, counted)
     pair.backward(0)
     plain_backward(square(pair.reference, x) for x in batches(0))
     assert torch.allclose(zero.safe_get_full_grad(p), q.grad)
+    bias.grad = None
+    assert not zero.safe_get_full_grad(bias).any(), "dropped"
     with pytest.raises(RuntimeError, match="p.grad: the gradient of blocks.0.0.weight is in its bucket"):
         p.grad.norm()
     with pytest.raises(RuntimeError, match="share_memory_ of p.grad: the gradient of .* is in its bucket"):
@@ -434,9 +439,15 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
     with pytest.warns(UserWarning, match="stay on cpu, and do not go to meta"):
         model.to("meta")
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+    with zero.GatheredParameters(p):
+        loss = p.square().sum()
     zero._slot_of(p).bucket.zero.release()
-    with pytest.raises(RuntimeError, match="cpu: .* was sharded at stage 3 by an engine that is gone"):
-        model.cpu()
+    gc.collect()
+    for call, told in ((model.cpu, "cpu: .* was sharded at stage 3 by an engine that is gone"),
+                       (lambda: copy.deepcopy(model), "clone: .* was sharded at stage 3 by an engine that is gone"),
+                       (loss.backward, "backward needs the parameter 0.weight, whose engine is gone")):
+        with pytest.raises(RuntimeError, match=told):
+            call()
     images = start(nn.Sequential(nn.Conv2d(8, 8, 1)), 3).module
     with pytest.raises(RuntimeError, match=r"to: the parameter 0.weight is sharded over 2 ranks \(stage 3\)"):
         images.to(memory_format=torch.channels_last)
