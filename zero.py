@@ -441,11 +441,15 @@ class Clock:
 
 
 class Handle:
-    """A collective in flight. Its tensors must not be touched before ``wait()`` has returned."""
+    """A collective in flight. Its tensors must not be touched before ``wait()`` has returned.
+
+    received   what messages are received into, on their way to the sum
+    """
 
     def __init__(self, communicator: "Communicator | None" = None, works: Sequence[Any] = (),
                  finish: Callable[[], None] | None = None):
         self.communicator, self.works, self.finish = communicator, list(works), finish
+        self.received: list[Tensor] = []
 
     def wait(self) -> None:
         """Block until the collective is done (on a GPU: until the work queued from now on will find it done)."""
@@ -457,6 +461,7 @@ class Handle:
             finish, self.finish = self.finish, None
             if finish is not None:
                 finish()
+        self.received.clear()
 
     def __del__(self) -> None:
         # Nobody waited, for example after an error in a backward. Gloo must still receive the message: without a place
@@ -485,7 +490,6 @@ class Communicator:
 
     traffic    what was sent, by kind: (N-1)/N of each tensor, twice that for an all-reduce
     clock      where this rank's time goes; "communication" is waiting and adding up
-    spare      buffers to receive into, and for gradients in stages 2 and 3
     logbook    where each rank is; None with one rank
     debug      compare, before each collective, what the ranks are about to do
     gathered   a digest of the order in which units were gathered, and of what was written to them
@@ -549,7 +553,7 @@ class Communicator:
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self.clock, self.gathered = Clock(device), 0
         self.messages: Counter[str] = Counter()  # numbers the exchanges: no message can be taken for another one's
-        self.direct, self.spare = direct, SpareBuffers(device)
+        self.direct = direct
 
     def shard_of(self, flat: Tensor, rank: int | None = None, bounds: Sequence[int] | None = None) -> Tensor:
         """The slice of ``flat`` that belongs to ``rank`` (default: this one)."""
@@ -596,16 +600,11 @@ class Communicator:
             return Handle(self, [work], lambda: _sum([own], out, add))
         tag, handle, parts = self._tag("reduce-scatter"), Handle(self), {self.rank: own}
         for other in self._others():
-            parts[other], theirs = self.spare.take(own.numel(), own.dtype), self.shard_of(flat, other, bounds)
+            parts[other], theirs = torch.empty_like(own), self.shard_of(flat, other, bounds)
             handle.works += [dist.irecv(parts[other], other, tag=tag)] if own.numel() else []
             handle.works += [dist.isend(theirs, other, tag=tag)] if theirs.numel() else []
-
-        def finish() -> None:
-            _sum([parts[rank] for rank in sorted(parts)], out, add)
-            for other in self._others():
-                self.spare.give_back(parts[other])
-
-        handle.finish = finish
+            handle.received.append(parts[other])
+        handle.finish = lambda: _sum([parts[rank] for rank in sorted(parts)], out, add)
         return handle
 
     def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
@@ -665,7 +664,7 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
 class Rehearsal(Communicator):
     """One rank of ``world_size`` on the meta device, alone: it counts what it would send, and sends nothing.
 
-    direct   as with gloo: it also takes buffers for what it would receive
+    direct   as with gloo: it also has memory for what it would receive
     watch    is called while each collective is under way
     """
 
@@ -680,16 +679,11 @@ class Rehearsal(Communicator):
 
     def reduce_scatter(self, flat: Tensor, *_: Any, bounds: Sequence[int] | None = None) -> Handle:
         """Count it."""
-        size, others = self.shard_of(flat, None, bounds).numel(), self.world_size - 1 if self.direct else 0
-        received = [self.spare.take(numel, flat.dtype) for numel in (
-            [size] * others if others < 8 else [size * others])]  # of many ranks, as one: nobody trains so on CPUs
-
-        def finish() -> None:
-            self.watch()
-            for buffer in received:
-                self.spare.give_back(buffer)
-
-        return self._count("reduce-scatter", flat, 1, finish)
+        handle = self._count("reduce-scatter", flat, 1, self.watch)
+        if self.direct:  # as one tensor for all other ranks
+            own = self.shard_of(flat, None, bounds)
+            handle.received.append(own.new_empty((self.world_size - 1) * own.numel()))
+        return handle
 
     def all_reduce(self, tensor: Tensor, kind: str = "all-reduce", finish: Callable[[], None] | None = None,
                    what: Callable[[], str] = str) -> Handle:
@@ -809,38 +803,6 @@ def _watch(reference: "weakref.ref[Logbook]") -> None:
             logbook.since = math.inf
         del logbook  # an engine that is dropped ends the thread
         time.sleep(pause)
-
-
-class SpareBuffers:
-    """Flat buffers for reuse: on a CPU, fresh memory from the system costs more than filling it.
-
-    On a GPU PyTorch's allocator does this for all tensors, so nothing is kept there.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.by_size: defaultdict[int, list[Tensor]] = defaultdict(list)  # those that are not in use, by bytes
-
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of ``numel`` elements with any contents: the smallest spare one large enough, or a new one."""
-        if self.device.type == "cuda":
-            return torch.empty(numel, dtype=dtype, device=self.device)
-        size = numel * dtype.itemsize
-        fitting = [large for large, buffers in self.by_size.items() if buffers and size <= large <= 2 * size]
-        buffer = (self.by_size[min(fitting)].pop() if fitting
-                  else torch.empty(size, dtype=torch.uint8, device=self.device))
-        return buffer[:size].view(dtype)
-
-    def give_back(self, tensor: Tensor) -> None:
-        """``tensor``, which came from ``take``, is no longer needed."""
-        if self.device.type != "cuda":
-            buffer = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
-            self.by_size[buffer.numel()].append(buffer)
-
-    @property
-    def free(self) -> list[Tensor]:
-        """All that are not in use."""
-        return [buffer for buffers in self.by_size.values() for buffer in buffers]
 
 
 def _as_real(flat: Tensor) -> Tensor:
@@ -1488,9 +1450,7 @@ class Gradients:
         """Make ``buffer`` ready to be written."""
         if self.buffer is None:
             numel, dtype = self.bucket.numel, self.bucket.dtypes.gradient
-            stays = self.adopts or self.keeps_buffer  # not from the spare ones, which may be twice as large
-            self.buffer = (torch.empty(numel, dtype=dtype, device=self.bucket.flat.device) if stays
-                           else self.communicator.spare.take(numel, dtype))
+            self.buffer = torch.empty(numel, dtype=dtype, device=self.bucket.flat.device)
             for start, end in self.gaps:
                 self.buffer[start:end] = 0  # gaps belong to no parameter, but count in norms
         elif self.reduced and _same_memory(self.buffer, self.sum):
@@ -1536,8 +1496,7 @@ class Gradients:
         if self.communicator.world_size == 1:
             return self.buffer
         if dtypes.reduction != dtypes.gradient:
-            room = self.communicator.spare.take(self.bucket.numel, dtypes.reduction)
-            return torch.mul(self.buffer, 1 / self.predivide, out=room)
+            return torch.mul(self.buffer, 1 / self.predivide, out=torch.empty_like(self.buffer, dtype=dtypes.reduction))
         return self.buffer if self.predivide == 1 else self.buffer.mul_(1 / self.predivide)
 
     def finish(self) -> None:
@@ -1545,18 +1504,11 @@ class Gradients:
         self.reduction.wait()
         if self.host is not None:
             self.host.bring_down(self.landing, self.sum)
-        self._drop_send_buffer()
+        self.send_buffer = self.landing = None
         self.reduced, self.life = True, Life.SENT
         self.filled.clear()
         if not self.keeps_buffer:
-            if not self.adopts:
-                self.communicator.spare.give_back(self.buffer)
             self.buffer = None
-
-    def _drop_send_buffer(self) -> None:
-        if self.send_buffer is not None and self.send_buffer is not self.buffer:
-            self.communicator.spare.give_back(self.send_buffer)
-        self.send_buffer = self.landing = None
 
     def end_backward(self, ran: bool = False) -> None:
         """Get ready for the next backward of the window; ``ran``: there was one."""
@@ -1576,7 +1528,7 @@ class Gradients:
     def reset(self) -> None:
         """Drop the window's gradients; persistent buffers stay allocated for the next one."""
         self.reduction.wait()
-        self._drop_send_buffer()
+        self.send_buffer = self.landing = None
         if self.keeps_buffer:
             self.sum = None
             if self.adopts:
@@ -3697,9 +3649,9 @@ def _measure(zero: Zero, buckets: Iterable[Bucket], buffers: Iterable[Tensor] = 
         gradients = bucket.gradients
         if gradients is not None:
             add("gradients", bucket.host, gradients.buffer if gradients.keeps_buffer else gradients.sum)
-            add("live", None, gradients.buffer, gradients.send_buffer, gradients.landing)
+            add("live", None, gradients.buffer, gradients.send_buffer, gradients.landing,
+                *gradients.reduction.received)
         add("live", None, bucket.flat)
-    add("live", None, *zero.communicator.spare.free)
     return found
 
 

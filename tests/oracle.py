@@ -480,13 +480,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def living() -> int:
-    """Bytes that this process has in use, whoever holds them: tensors, graphs, lists, NumPy, mappings, globals.
-
-    Room to receive into is given up first: it is the collectives', and not a part of what uses them.
-    """
-    for thing in gc.get_objects():
-        if type(thing).__name__ == "SpareBuffers":
-            thing.by_size.clear()
+    """Bytes that this process has in use, whoever holds them: tensors, graphs, lists, NumPy, mappings, globals."""
     tensors, allocator = storages().values(), ctypes.CDLL(None)
     if not hasattr(allocator, "mallinfo2"):  # of glibc alone; elsewhere tensors must do
         return bytes_of(tensors)

@@ -285,7 +285,7 @@ EXERCISES = {exercise.name: exercise for exercise in (
         "zero:reduce_scatter", "5", 20, ("Communicator.reduce_scatter",),
         "The collective of ZeRO: everyone's gradients in, one slice of the sum out.",
         "self.rank, self.world_size, self._others(), self.shard_of(flat, rank), self._begin(), self._tag(), "
-        "self.spare, Handle, _sum",
+        "Handle, _sum",
         "sums, bits, bytes that leave this rank and what _begin counts, when the call returns, and what it leaves "
         "behind. ``bounds`` is always None, the device is the CPU",
         (Check("the sum is right, on three ranks and in training",
@@ -312,9 +312,8 @@ EXERCISES = {exercise.name: exercise for exercise in (
          "Return a Handle(self, works, finish) at once. It waits for all works, then calls finish, which adds the "
          "parts in rank order: _sum(parts, out, add). self._begin(\"reduce-scatter\", flat, 1, what) counts what is "
          "sent.",
-         "self._tag(\"reduce-scatter\") gives the messages of one call a tag of their own. Receive into "
-         "self.spare.take(numel, dtype), and self.spare.give_back(buffer) in finish. With one rank nothing is sent, "
-         "and _sum([own], out, add) is left.")),
+         "self._tag(\"reduce-scatter\") gives the messages of one call a tag of their own. Receive into a tensor per "
+         "other rank. With one rank nothing is sent, and _sum([own], out, add) is left.")),
     Exercise(
         "zero:bucketed_all_reduce", "5", 45, ("Communicator.all_reduce", "Gradients.take", "Reducer.launch_ready"),
         "Plain data parallelism, done well: gradients go into flat buckets, and full ones out while backward runs.",

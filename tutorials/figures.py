@@ -157,7 +157,6 @@ def known_storages(engine: deepspeed.Engine) -> dict[int, tuple[str, int]]:
         note("optimizer state", *(v for v in state.values() if isinstance(v, Tensor) and v.dim()))
     grads = [slot.parameter.grad for bucket in engine.zero.buckets for slot in bucket.slots]
     note("gradients", *(grad for grad in grads if not isinstance(grad, zero.TakenGradient)))  # that has no memory
-    note("receive buffers", *engine.zero.communicator.spare.free)
     return found
 
 
@@ -173,8 +172,7 @@ class LiveBytes(TorchDispatchMode):
         self.made: dict[int, tuple[str, int]] = {}  # kind and bytes of the storages made inside, by their ids
         self.samples: list[dict[str, int]] = []
         self.kind = "activations"  # of what is made now
-        spare = engine.zero.communicator.spare
-        spare.take = partial(self._receiving, spare.take)
+        engine.communicator.reduce_scatter = partial(self._receiving, engine.communicator.reduce_scatter)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -194,15 +192,13 @@ class LiveBytes(TorchDispatchMode):
             counts[kind] += size
         self.samples.append(counts)
 
-    def _receiving(self, take: Callable[[int, torch.dtype], Tensor], numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of the communicator's, which is no activation."""
+    def _receiving(self, reduce_scatter: Callable[..., zero.Handle], *args: Any, **kwargs: Any) -> zero.Handle:
+        """Start a reduce-scatter; what it makes is no activation."""
         self.kind = "receive buffers"
         try:
-            storage = (buffer := take(numel, dtype)).untyped_storage()
+            return reduce_scatter(*args, **kwargs)
         finally:
             self.kind = "activations"
-        self.made[storage._cdata] = "receive buffers", storage.nbytes()
-        return buffer
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------
