@@ -1230,7 +1230,7 @@ class _State(nn.Module):
         self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
         ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
         steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
-        self.zero.divisor = float(ranks * steps)
+        self.zero.divisor = float(ranks * steps) * self.scaler.scale
 
 
 class _Training(_State):
@@ -1346,7 +1346,7 @@ class _Training(_State):
                 raise ValueError(f"lr_kwargs is {lr_kwargs!r}; allowed: a dict of arguments for the step() of "
                                  f"{type(self.lr_scheduler).__name__} ({error})") from None
         with self._phase("update"):
-            result = self.zero.step(self.gradient_clipping(), self.zero.divisor * self.scaler.scale * fraction,
+            result = self.zero.step(self.gradient_clipping(), self.zero.divisor * fraction,
                                     self.precision.skips_overflow)
         self._grad_norm, self._window, self._step_applied = result.norm, 0, not (result.overflow or result.spoiled)
         if result.spoiled:

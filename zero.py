@@ -2713,7 +2713,7 @@ class Zero:
     boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
     spoiled    whether a backward pass of the window raised, and left gradients of only a part of the model
     written    whether parameters that stay whole were written to, which ranks have not compared yet
-    divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean
+    divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean, without a loss scale
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
@@ -3382,7 +3382,10 @@ def safe_set_full_fp32_param(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
-    """The whole gradient of the window so far, the mean over ranks, before clipping. None if no rank has one."""
+    """The whole gradient of the window so far: the mean over ranks, without the loss scale, before clipping.
+
+    None if no rank has one.
+    """
     slot = _slot_of(parameter)
     bucket, gradients, zero = slot.bucket, slot.bucket.gradients, slot.bucket.zero
     if gradients is None:

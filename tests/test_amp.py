@@ -410,7 +410,11 @@ def test_a_caller_may_run_backward_on_the_scaled_loss(stage):
         for step in range(4):
             loss = engine(torch.full((2, 16), 1.0 + step)).float().square().mean()
             engine.scale(loss).backward() if own else engine.backward(loss)
+            gradients = [zero.safe_get_full_grad(p) for p in engine.module.parameters()]  # without the scale
+            zero.safe_set_full_grad(engine.module.head.weight, gradients[-2]) if step % 2 else None
             engine.step()
+        norms = torch.stack([gradient.norm() for gradient in gradients])
+        assert float(norms.norm()) == pytest.approx(engine.get_global_grad_norm(), rel=1e-6)
         weights.append(whole(engine.module))
     assert_alike(*weights)
 
