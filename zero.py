@@ -1565,6 +1565,7 @@ class Gradients:
         """Make ``value``, in the parameter's shape, the sum of its gradients."""
         slot.write(value / self.predivide, self.sum)
         self.used.add(slot)
+        slot.parameter.grad = slot.taken  # else the step would take it for a dropped one
 
     def arm(self, factor: float) -> None:
         """Give the pieces their gradients times ``factor``, for the parameters that have one on any rank.

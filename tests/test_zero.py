@@ -399,7 +399,8 @@ def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     engine.step()
     assert torch.allclose(read(p, "exp_avg"), counted / 10) and float(read(p, "step")) == 1.0
     for call, told in ((lambda: read(p, "momentum"), "'momentum' .has: exp_avg, exp_avg_sq, step"),
-                       (lambda: write(p, counted, "step"), "one value for many")):
+                       (lambda: write(p, counted, "step"), "one value for many"),
+                       (lambda: write(p, counted[:1], "exp_avg"), r"is \(1, 8\); allowed: .* shape \(8, 8\)")):
         with pytest.raises(ValueError, match=told):
             call()
     write(p, counted, "exp_avg_sq")
@@ -414,6 +415,18 @@ def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     assert torch.equal(zero.safe_get_full_fp32_param(p), counted)
     assert bool((zero.safe_get_full_fp32_param(bias) == 6).all())
     assert_close(engine(mine(batches(1))), pair.reference(mine(batches(1))), "what it computes with what was written")
+
+
+@on_ranks(2, stage=STAGES)
+def test_a_gradient_that_is_set_trains_a_parameter_that_has_none(stage):
+    """On rank 0, or at stage 3 on both: the loss does not depend on the parameter. The caller's own backward."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    engine, parts = start(model, stage), model if stage < 3 and dist.get_rank() == 1 else model[:1]
+    sum(part(torch.ones(2, 2)).sum() for part in parts).backward()
+    before = zero.safe_get_full_fp32_param(model[1].weight)
+    zero.safe_set_full_grad(model[1].weight, torch.ones(2, 2))
+    engine.step()
+    assert (zero.safe_get_full_fp32_param(model[1].weight) < before).all()
 
 
 @on_ranks(2)
