@@ -151,16 +151,29 @@ def test_progress_lines_have_the_mean_loss_over_ranks():
 
 
 def test_the_times_of_a_step_and_the_traffic_are_printed_on_request(alone, capsys):
-    engine, *_ = alone({"train_batch_size": 1, "wall_clock_breakdown": True, "comms_logger": {"enabled": True}, **SGD},
-                       model=nn.Linear(2, 2))
+    for device in ("none", "cpu"):
+        engine, *_ = alone({"train_batch_size": 1, "wall_clock_breakdown": True, "comms_logger": {"enabled": True},
+                            "zero_optimization": {"offload_optimizer": {"device": device}}, **SGD},
+                           model=nn.Linear(2, 2))
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 2)).sum())
+            engine.step()
+        engine.destroy()
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines[:2]] == ["step 1", "step 2"]
+        assert re.findall(r"(\w+) [0-9.]+ ms", lines[0]) == [
+            "forward", "backward", "communication", *["offload"] * (device == "cpu"), "update"]
+        assert lines[2].split() == ["collective", "calls", "elements", "sent", "bytes", "sent"]
+
+
+def test_a_phase_counts_for_itself_and_not_for_the_one_around_it():
+    clock = zero.Clock(torch.device("cpu"))
+    clock.runs = True
     for _ in range(2):
-        engine.backward(engine(torch.ones(1, 2)).sum())
-        engine.step()
-    engine.destroy()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["step 1", "step 2"]
-    assert all(f"{phase} " in lines[0] for phase in ("forward", "backward", "communication", "update"))
-    assert lines[2].split() == ["collective", "calls", "elements", "sent", "bytes", "sent"]
+        with mock.patch.object(time, "perf_counter", iter([0.0, 1.0, 3.0, 7.0]).__next__):
+            with clock.phase("update"), clock.phase("communication"):
+                pass
+        assert clock.read() == {"update": 5000.0, "communication": 2000.0}
 
 
 # --- Windows ----------------------------------------------------------------------------------------------------------
@@ -215,6 +228,8 @@ def test_a_window_begins_anew_with_the_count_of_micro_batches_and_with_zero_grad
 @on_ranks(2)
 def test_a_sharded_model_stays_where_and_what_it_is():
     """At stage 3 moves and casts that change nothing do nothing; others say what to do, and change nothing."""
+    whole = start(nn.Linear(2, 2), 2)
+    assert whole.half() is whole and whole.module.weight.dtype == torch.float16, "which step() refuses"
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     engine = start(model, 3)
     for call in (lambda: engine.to(engine.device), lambda: engine.to("cpu"), engine.cpu, engine.float,

@@ -460,7 +460,7 @@ def test_a_command_line_that_cant_be_meant_is_one_line_and_exit_code_2(arguments
     (lambda: zero.estimate(COUNT, None, 0), "world_size is 0"),
     (lambda: zero.estimate(COUNT, None, 1.5), "world_size is 1.5"),
     (lambda: zero.estimate(COUNT, None, 2, rank=2), "rank is 2; .*world_size, which is 2"),
-    (lambda: zero.estimate(-1), "model_or_counts is -1"),
+    (lambda: zero.estimate(-1), "model_or_counts is -1"), (lambda: zero.estimate(True), "model_or_counts is True"),
     (lambda: zero.estimate(7.5e9), "model_or_counts is 7500000000.0"),
     (lambda: zero.estimate({"model": 5}), "model_or_counts is {'model': 5}"),
     (lambda: zero.estimate((5, 6)), "the largest unit has 6 parameters, of 5"),
