@@ -42,7 +42,7 @@ PRECISIONS = {  # on the CPU, PyTorch's batch norm takes no 16-bit weights besid
 
 
 class Net(nn.Module):
-    """Tied, frozen, turned, zero-size and unused parameters, a module with two names, dropout, extra state; and buffers,
+    """Tied, frozen, turned, zero-size and unused parameters, a module with two names, dropout, extra state, and buffers
     of which one is not kept."""
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ def test_an_engine_without_optimizer_is_saved_and_loaded(tmp_path):
 
 
 @on_ranks(1)
-def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_without_the_optimizers_state(tmp_path):
+def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_or_begins_anew_by_itself(tmp_path):
     decay = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
     for step, (precision, scale) in enumerate((("bf16", 1), ("fp16", 64), ("fp16", 128), ("bf16", 1))):
         engine = make(1, precision, scheduler=decay, fp16={
@@ -254,6 +254,9 @@ def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_without_the_op
         assert engine.loss_scale() == scale and engine.get_lr() == [0.01 * 0.5 ** step]
         train(engine)
         engine.save_checkpoint(tmp_path)
+    anew = make(1, scheduler=decay)
+    anew.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert anew.get_lr() == [0.01]
 
 
 @on_ranks(1)
