@@ -1765,12 +1765,12 @@ def _to_bytes(value: Any, place: str = "") -> bytes:
     try:
         torch.save(value, stored)
         _from_bytes(stored.getvalue())
-    except Exception as error:
+    except Exception:
         parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
         for key, part in parts.items():
             _to_bytes(part, f"{place}[{key!r}]" if place else key)
-        raise CheckpointError(f"{place}, a {type(value).__name__} ({str(error).splitlines()[0]}), can't be saved so "
-                              "that it loads safely; allowed: numbers, text, tensors and containers of these") from None
+        raise CheckpointError(f"{place}, a {type(value).__name__}, can't be saved so that it loads safely; allowed: "
+                              "numbers, text, tensors and containers of these") from None
     return stored.getvalue()
 
 
@@ -2149,12 +2149,13 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
     for key, value in state["training"].items():
         setattr(engine, key, value)
     # The rate belongs to the schedule, if there is one: some of PyTorch's go on from the rate itself.
-    with_rate = engine.lr_scheduler is None or with_schedule and state["scheduler"] == type(engine.lr_scheduler).__name__
+    scheduler = engine.lr_scheduler
+    with_rate = scheduler is None or with_schedule and state["scheduler"] == type(scheduler).__name__
     with_schedule = with_schedule and state["schedule"] is not None
     for group, saved in zip(engine.optimizer.param_groups, state["groups"]) if with_optimizer or with_schedule else ():
         group.update((saved if with_optimizer else {}) | {"lr": saved["lr"] if with_rate else group["lr"]})
     if with_schedule:
-        engine.lr_scheduler.load_state_dict(state["schedule"])
+        scheduler.load_state_dict(state["schedule"])
     if state["scaler"].keys() == engine.scaler.state_dict().keys():
         engine.scaler.load_state_dict(state["scaler"])
     if len(state["random"]) == engine.world_size:

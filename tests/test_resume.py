@@ -446,7 +446,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(tmp_path):
     sgd = make(optimizer={"type": "SGD", "params": {"lr": 0.1}})
     unchanged_by(sgd, "AdamW, and this engine's optimizer is SGD", lambda: sgd.load_checkpoint(tmp_path))
     assert sgd.load_checkpoint(tmp_path, load_optimizer_states=False, load_lr_scheduler_states=False)[0]
-    with pytest.raises(zero.CheckpointError, match=r"client_state\['a'\]\[1\]\['model'\], a object .* can't be saved"):
+    with pytest.raises(zero.CheckpointError, match=r"client_state\['a'\]\[1\]\['model'\], a object, can't be saved"):
         other.save_checkpoint(tmp_path, "unsafe", client_state={"a": [1, {"model": object()}]})
     with pytest.raises(ValueError, match="ranks disagree: .*where tag is 'tag0', .* where tag is 'tag1'"):
         other.save_checkpoint(tmp_path, f"tag{dist.get_rank()}")
