@@ -886,7 +886,7 @@ def _check_data(dataset: Any) -> None:
                          "If yours shards itself, put it in a DataLoader of your own")
     if dataset is None or isinstance(dataset, IterableDataset):
         return
-    if isinstance(dataset, DataLoader) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):  # as a DataLoader has not
         raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
                          "__getitem__, from which the engine makes the loader, or on one rank an IterableDataset")
     if len(dataset) == 0:
@@ -2793,7 +2793,7 @@ class _Names(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         own = name.startswith("_") and name != "__version__"
-        if not own and self._home and hasattr(self._home, name):
+        if not own and hasattr(self._home, name):
             return getattr(self._home, name)
         raise AttributeError(f"{self.__name__} has no attribute {name!r}{ELSEWHERE}")
 

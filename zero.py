@@ -1613,10 +1613,10 @@ class TakenGradient(Tensor):
             for each in taken:
                 each.slot().bucket.zero.reducer.drop(each.slot())
             return args[0]
-        if slot is not None and _in_backward() and len(args) == 2 and args[0] is taken[0]:
-            if packet in (torch.ops.aten.add_, torch.ops.aten.add):  # autograd adds up the window's gradients
-                slot.bucket.zero.reducer.take_more(slot, args[1])
-                return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot)
+        added = packet in (torch.ops.aten.add_, torch.ops.aten.add) and args[0] is taken[0]
+        if slot is not None and added and _in_backward():  # autograd adds up the window's gradients
+            slot.bucket.zero.reducer.take_more(slot, args[1])
+            return args[0] if packet is torch.ops.aten.add_ else TakenGradient(slot)
         raise cls._refusal(packet.__name__, slot)
 
     @staticmethod
@@ -2866,8 +2866,6 @@ class Zero:
                         self.offload.host_for(bucket.numel, self.buckets))
         self._train(new)
         self.hooks += [self.reducer.listen(slot) for slot in thawed if slot not in self.reducer.nodes]
-        if self.reducer.pending and self.gatherer is None:
-            self.reducer.enqueue(bucket.gradients for bucket in new)  # behind the others, on every rank
         for slot in thawed:
             if slot.parameter.grad is not None:
                 slot.bucket.gradients.take(slot, slot.parameter.grad)
