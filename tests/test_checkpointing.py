@@ -642,7 +642,9 @@ def test_configure_takes_deepspeeds_arguments_and_a_config(tmp_path):
     assert "contiguous_memory_optimization (" in said and "number_checkpoints (" in said
     for call, told in (({"mpu_": object()}, "mpu_ is <object"),
                         ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": {"evry": 2}}},
-                         "unknown key activation_checkpointing.evry")):
+                         "unknown key activation_checkpointing.evry"),
+                        ({"mpu_": None, "deepspeed_config": {"activation_checkpointing": True}},
+                         "activation_checkpointing is True; allowed: an object")):
         with pytest.raises(ValueError, match=told):
             configure(**call)
 

@@ -339,7 +339,7 @@ STREAM = torch.utils.data.ChainDataset([])
 CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they can't have; the error names the argument
     "initialize": [
         ("model", [None, 5, nn.Linear(2, 2, device="meta")]), ("mpu", [1]), ("mesh_param", [(1, 2)]),
-        ("optimizer", [3, other_optimizer, "Adam", torch.optim.LBFGS([torch.ones(1)])]),
+        ("optimizer", [3, other_optimizer, "Adam", torch.optim.LBFGS]),
         ("lr_scheduler", [5, str, torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)]),
         ("training_data", [7, DataLoader(DATA), DataLoader(STREAM), TensorDataset(torch.ones(0, 6))]),
         ("collate_fn", [4]),
@@ -359,7 +359,8 @@ CALLS: dict[str, list[tuple[str, list]]] = {  # arguments, and values that they 
     "set_train_micro_batch_size": [("micro_batch_size", [0, -1, 1.5, "2", None, True])],
     "set_gradient_accumulation_boundary": [("is_boundary", [1, None, "yes"])],
     "set_lr": [("lr", [-1, "0.1", True, math.inf, [0.1, 0.2], None])],
-    "compile": [("schedule", [[1]]), ("compile_kwargs", [{"mode": "max-autotune"}])]}
+    "compile": [("schedule", [[1]]), ("compiled_autograd_enabled", [True]), ("compile_kwargs", [
+        {"mode": "max-autotune"}, {"options": {"triton.cudagraphs": True}}])]}
 NAMED = {"loss": "backward", "tag": "tag is .*; allowed|nothing", "compile_kwargs": "CUDA graphs"}  # else its name
 ON_ONE_RANK = {"config", "initialize", "save_checkpoint", "load_checkpoint", "save_16bit_model",
                "set_train_batch_size", "set_train_micro_batch_size"}  # all ranks hear of a mistake that one has made

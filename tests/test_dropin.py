@@ -156,7 +156,8 @@ def test_the_real_deepspeed_is_not_replaced(own_modules):
 
 def test_kernels_by_deepspeeds_names_are_the_configs_optimizers():
     adam, weights = deepspeed.ops.adam, [nn.Parameter(torch.ones(2))]
-    assert type(adam.FusedAdam(weights, lr=0.1, betas=(0.8, 0.9))) is torch.optim.AdamW
+    fused = adam.FusedAdam(weights, lr=0.1, betas=(0.8, 0.9))
+    assert type(fused) is torch.optim.AdamW and fused.defaults["lr"] == 0.1 and fused.defaults["betas"] == (0.8, 0.9)
     assert type(adam.DeepSpeedCPUAdam(weights, adamw_mode=False)) is torch.optim.Adam
     assert adam.FusedAdam([{"params": weights, "lr": 0.5}]).param_groups[0]["lr"] == 0.5
     with pytest.raises(ConfigError, match="unknown key optimizer.params.beta; did you mean 'betas'"):
@@ -382,11 +383,12 @@ def test_init_distributed_refuses_what_it_cannot_use(kwargs, told):
     assert not dist.is_initialized()
 
 
-def test_half_of_a_launchers_variables_is_an_error_not_a_hang(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+@pytest.mark.parametrize("given, missing", [("RANK", "WORLD_SIZE, MASTER_ADDR"), ("WORLD_SIZE", "RANK, MASTER_ADDR")])
+def test_half_of_a_launchers_variables_is_an_error_not_a_hang(given, missing, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="but not WORLD_SIZE, MASTER_ADDR"):
+    monkeypatch.setenv(given, "0")
+    with pytest.raises(ConfigError, match=f"but not {missing}"):
         deepspeed.initialize(model=nn.Linear(1, 1), config={"train_batch_size": 1})
 
 

@@ -118,6 +118,8 @@ def test_wrong_use_of_the_engine_is_told(alone, tmp_path):
     assert blind(torch.ones(4, 5)).shape == (4, 3)
     with pytest.raises(RuntimeError, match=r"step\(\) needs an optimizer"):
         blind.step()
+    with pytest.raises(RuntimeError, match=r"flush\(\) needs an optimizer"):
+        blind.flush()
     for copies in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="an engine can't be copied or pickled"):
             copies(blind)
@@ -174,6 +176,17 @@ def test_a_phase_counts_for_itself_and_not_for_the_one_around_it():
             with clock.phase("update"), clock.phase("communication"):
                 pass
         assert clock.read() == {"update": 5000.0, "communication": 2000.0}
+
+
+def test_a_loop_that_was_left_and_a_place_at_an_epochs_end_begin_a_new_epoch(alone):
+    _, _, loader, _ = alone(training_data=TensorDataset(torch.arange(16.0)))
+    next(iter(loader))
+    assert sorted(torch.cat([x for x, in loader]).tolist()) == list(range(16)) and loader.epoch == 2
+    place = loader.state_dict()
+    third = [x.tolist() for x, in loader]
+    for samples in (0, 16):  # after the loop, and in its last turn
+        loader.load_state_dict(place | {"samples": samples})
+        assert [x.tolist() for x, in loader] == third
 
 
 # --- Windows ----------------------------------------------------------------------------------------------------------

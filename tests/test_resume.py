@@ -325,6 +325,10 @@ def test_a_consolidated_checkpoint_has_the_models_shapes_and_ties(run_ranks, tmp
     assert f"global_step2: step 2, saved at stage {stage} by 3 rank(s)" in printed and "turned" in printed
     assert deepspeed.main(["inspect", str(tmp_path / "none")]) == 2
     assert "engine.py: error: " in capsys.readouterr().err
+    values = max((tmp_path / "global_step2").glob("rank*"), key=lambda path: path.stat().st_size)
+    values.write_bytes(b"\1" + values.read_bytes()[1:])
+    assert deepspeed.main(["consolidate", str(tmp_path), str(out)]) == 2
+    assert "the checksum of the values of" in capsys.readouterr().err
 
 
 @on_ranks(2, stage=[1, 3])
@@ -442,6 +446,8 @@ def test_what_does_not_fit_is_refused_on_every_rank(tmp_path):
     other, *_ = deepspeed.initialize(model=nn.Linear(3, 3), config={"train_micro_batch_size_per_gpu": 1,
                                                                    "optimizer": ADAM})
     unchanged_by(other, "is of another model: it lacks .'bias', 'weight'.", lambda: other.load_checkpoint(tmp_path))
+    told = warnings_of(lambda: other.load_checkpoint(tmp_path / "nothing here"))
+    assert dist.get_rank() or any("there is no checkpoint in" in line for line in told)
     assert other.load_checkpoint(tmp_path / "nothing here") == (None, None)
     sgd = make(optimizer={"type": "SGD", "params": {"lr": 0.1}})
     unchanged_by(sgd, "AdamW, and this engine's optimizer is SGD", lambda: sgd.load_checkpoint(tmp_path))
@@ -466,13 +472,13 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
         (tmp_path / "step7" / "tokenizer.json").write_text("{}")
     for step in (3, 9, 5, 7, 7):
         engine.global_steps = step
-        engine.save_checkpoint(tmp_path, f"step{step}", save_latest=step == 9)
+        engine.save_checkpoint(tmp_path, f"step{step}", save_latest=step == 5)
         if first and step == 3:
             os.symlink("step3", tmp_path / "best")
         if first and step == 9:
             os.utime(tmp_path / "step9" / "meta.json", (1, 1))  # where the clock was behind
     dist.barrier()
-    left = ["best", "data", "latest", "step3", "step7", "step9"]
+    left = ["best", "data", "latest", "step3", "step5", "step7", "step9"]
     assert folders(tmp_path) == left
     files = folders(tmp_path / "step7")
     assert [name.split(".")[0] for name in files] == ["meta", "rank_00000", "rank_00001", "state", "tokenizer"]
@@ -485,7 +491,7 @@ def test_what_others_put_beside_a_checkpoint_stays_and_old_ones_go_by_their_step
         with pytest.raises(zero.CheckpointError, match=told):
             engine.save_checkpoint(save_dir, tag)
     assert folders(tmp_path) == left and len(folders(tmp_path / "step7")) == 6
-    assert engine.load_checkpoint(tmp_path)[0].endswith("step9") and engine.load_checkpoint(tmp_path, "best")
+    assert engine.load_checkpoint(tmp_path)[0].endswith("step5") and engine.load_checkpoint(tmp_path, "best")
 
 
 class Killed(BaseException):
@@ -803,6 +809,8 @@ def test_a_save_that_ends_before_any_of_its_changes_of_files_leaves_one_that_loa
         assert reader.load_checkpoint(folder)[0], f"nothing loads after {n} changes"
         assert_alike(everything(reader), states[reader.global_steps - 1], f"after {n} changes")
         assert countdown.left < 0 or reader.global_steps == 2
+        reader.save_checkpoint(folder, "third", save_latest=False)
+        assert reader.load_checkpoint(folder)[0], "what the dead save had claimed, and not replaced, stays"
         train(reader)
         reader.save_checkpoint(folder, tag)  # and what the dead save left behind is in nobody's way
         reader.destroy()
