@@ -2690,9 +2690,7 @@ ELSEWHERE = "; if DeepSpeed has it, tutorials/coming_from_deepspeed.md says what
 
 
 def __getattr__(name: str) -> Any:
-    if f"deepspeed.{name}" in MODULES:
-        return MODULES[f"deepspeed.{name}"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{ELSEWHERE}")
+    return getattr(MODULES["deepspeed"], name)
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
@@ -2745,116 +2743,145 @@ def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logg
         logger.log(level, "[rank %d] %s", rank, message)
 
 
-def repeat(loader: Iterable) -> Iterator[Any]:
-    """A loader's batches, which begin anew when they end."""
-    while (first := next(batches := iter(loader), loader)) is not loader:  # which would mean that it is empty
-        yield first
-        yield from batches
+class RepeatingLoader:
+    """A loader's batches, which begin anew when they end; ``loader`` is the loader, ``data_iter`` its current round."""
+
+    def __init__(self, loader: Iterable):
+        self.loader, self.data_iter = loader, iter(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.data_iter, self)
+        if batch is self:  # the round is over; another one of no batches ends the loop
+            self.data_iter = iter(self.loader)
+            batch = next(self.data_iter)
+        return batch
 
 
 def _current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def get_accelerator() -> "_Names":
+def get_accelerator() -> types.ModuleType:
     """The current device: its names, and PyTorch's functions for it; a CPU also has CUDA's, which count 0."""
     device = _current_device()
     of_a_cpu = {"is_bf16_supported": lambda: True, "reset_peak_memory_stats": lambda *_: None,
                 "manual_seed_all": torch.manual_seed} | {name: getattr(torch, name) for name in (
                     "manual_seed", "initial_seed", "get_rng_state", "set_rng_state")}
-    functions = vars(torch.cuda) | of_a_cpu | vars(torch.get_device_module(device))
-    return _Names("accelerator.get_accelerator()", **{key: f for key, f in functions.items() if key[0] != "_"} | {
+    return _module("accelerator.get_accelerator()", torch.cuda, of_a_cpu, torch.get_device_module(device), {
         "device_name": lambda index=None: device.type if index is None or device.index is None else
         f"{device.type}:{index}", "current_device_name": lambda: str(device),
         "communication_backend_name": lambda: dist.get_default_backend_for_device(device)})
 
 
-def _made_by_name(name: str, **renamed: str) -> Callable[..., Optimizer]:
-    """What makes the optimizer of a config's section ``name``; ``renamed``: the section's key, by the argument's."""
-    def make(params: Iterable, lr: float | None = None, **options: Any) -> Optimizer:
+class _Kernel(type):
+    """The class of DeepSpeed's names for optimizers, whose base is the class of what they make, and recognize."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Optimizer:
+        return cls.make(*args, **options) if "make" in vars(cls) else super().__call__(*args, **options)
+
+    def __instancecheck__(cls, one: Any) -> bool:
+        return super().__instancecheck__(one) or "make" in vars(cls) and isinstance(one, cls.__base__)
+
+
+def _kernel(name: str, base: type[Optimizer], **renamed: str) -> type[Optimizer]:
+    """The class ``name``, which makes the optimizer of a config's section for ``base``. Its subclasses make their own.
+
+    ``renamed``: the section's key, by the argument's. DeepSpeed calls the first argument params or model_params.
+    """
+    def make(params: Any = None, lr: float | None = None, *, model_params: Any = None, **options: Any) -> Optimizer:
         options = {renamed.get(key, key): value for key, value in options.items()} | ({} if lr is None else {"lr": lr})
-        return build_optimizer(OptimizerConfig(name, options), params, _current_device())
+        return build_optimizer(OptimizerConfig(base.__name__, options), model_params if params is None else params,
+                               _current_device())
 
-    return make
+    def init(self: Optimizer, *args: Any, **options: Any) -> None:
+        made = make(*args, **options)
+        base.__init__(self, made.param_groups, **made.defaults)
+
+    return _Kernel(name, (base,), {"make": staticmethod(make), "__init__": init})
 
 
-def _no_experts(*_: Any, **__: Any) -> Any:
+def split_params_into_different_moe_groups_for_optimizer(*_: Any, **__: Any) -> Any:
     """What scripts import always, and call only to train a mixture of experts."""
     raise NotImplementedError(f"mixtures of experts are not covered{ELSEWHERE}")
 
 
-class _Names(types.ModuleType):
-    """``deepspeed.<path>``: ``names``, and those of the module ``home``."""
-
-    def __init__(self, path: str, home: Any = None, **names: Any):
-        super().__init__(f"deepspeed.{path}".rstrip("."))
-        self.__spec__ = importlib.machinery.ModuleSpec(self.__name__, None, is_package=True)
-        vars(self).update(names, __path__=[], _home=home)
-
-    def __getattr__(self, name: str) -> Any:
-        own = name.startswith("_") and name != "__version__"
-        if not own and hasattr(self._home, name):
-            return getattr(self._home, name)
-        raise AttributeError(f"{self.__name__} has no attribute {name!r}{ELSEWHERE}")
-
-    def __dir__(self) -> list[str]:
-        return [*vars(self), *dir(self._home)]
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        """Where as_deepspeed() was called, Python's import calls it for modules that are not in MODULES."""
-        if name.startswith("deepspeed."):
-            raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")  # with its name, import would hide the text
-
-
-# Where DeepSpeed has what is here: each of its modules, the module here whose names it has, and further names.
-DeepSpeedEngine, _LOGGING = Engine, {"logger": logger, "log_dist": log_dist}
-MODULES = {module.__name__: module for module in (
-    _Names("", sys.modules[__name__]), _Names("accelerator", get_accelerator=get_accelerator),
-    _Names("checkpoint"), _Names("checkpoint.utils", clone_tensors_for_torch_save=clone_tensors_for_torch_save),
-    _Names("checkpointing", recompute, configure=configure),
-    _Names("comm", dist, init_distributed=init_distributed, get_local_rank=partial(dist.get_node_local_rank, 0)),
-    _Names("moe"), _Names("moe.utils", split_params_into_different_moe_groups_for_optimizer=_no_experts),
-    _Names("ops"), _Names("ops.adagrad", DeepSpeedCPUAdagrad=_made_by_name("Adagrad")),
-    _Names("ops.adam", FusedAdam=_made_by_name("Adam"),
-           DeepSpeedCPUAdam=_made_by_name("Adam", adamw_mode="adam_w_mode")), _Names("ops.lamb", FusedLamb=Lamb),
-    _Names("ops.lion", FusedLion=Lion, DeepSpeedCPULion=Lion),
-    _Names("runtime"), _Names("runtime.engine", DeepSpeedEngine=Engine),
-    _Names("runtime.lr_schedules", schedulers, VALID_LR_SCHEDULES=[
-        "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]),
-    _Names("runtime.utils", see_memory_usage=lambda message, force=False: force and log_dist(
-        f"{message}: {get_accelerator().memory_allocated() / 2**30:.2f} GiB", [0])),
-    _Names("runtime.zero", zero), _Names("runtime.zero.partition_parameters", zero, ZeroParamStatus=zero.UnitState,
-                                         zero_wrapper_for_fp_tensor_constructor=None),  # which Transformers replaces
-    _Names("utils", zero, **_LOGGING, RepeatingLoader=repeat), _Names("utils.logging", **_LOGGING),
-    _Names("utils.zero_to_fp32", **{each.__name__: each for each in (
-        get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)}), _Names("zero", zero))}
-for _path, _module in list(MODULES.items())[1:]:
-    setattr(MODULES[_path.rpartition(".")[0]], _path.rpartition(".")[2], _module)
+def see_memory_usage(message: str, force: bool = False) -> None:
+    """With ``force``, log on rank 0 what this rank's GPU holds."""
+    if force:
+        log_dist(f"{message}: {get_accelerator().memory_allocated() / 2**30:.2f} GiB", [0])
 
 
 def as_deepspeed() -> None:
     """Let ``deepspeed`` mean this engine from now on, here and in processes that are started from here.
 
-    Imports find a package in a temporary folder, which has MODULES, and a version. Raises RuntimeError where the real
+    Imports find a file in a temporary folder, which brings MODULES, and a version. Raises RuntimeError where the real
     DeepSpeed is imported. ``python launch.py --as_deepspeed SCRIPT`` does it for a script.
     """
-    there = sys.modules.get("deepspeed", MODULES["deepspeed"])
-    if there is not MODULES["deepspeed"]:
-        place = there.__file__ or list(there.__path__)[0]
-        raise RuntimeError(f"deepspeed is imported already, from {place}; call as_deepspeed() before that")
-    folder, own = tempfile.mkdtemp(prefix="as_deepspeed_"), os.getpid()
+    if sys.modules.get("deepspeed") not in (None, MODULES["deepspeed"]):
+        raise RuntimeError(f"{sys.modules['deepspeed']} is imported already; call as_deepspeed() before that")
+    folder, own = Path(tempfile.mkdtemp(prefix="as_deepspeed_")), os.getpid()
     atexit.register(lambda: os.getpid() == own and shutil.rmtree(folder, ignore_errors=True))  # not from a fork
-    here, facts = str(Path(__file__).parent), f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n"
+    (folder / "deepspeed.dist-info").mkdir()
+    (folder / "deepspeed.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {__version__}\n")
     # engine.py comes from here whatever modules the script has; and what is unpickled later finds its module, too.
-    for name, text in (("deepspeed/__init__.py", f"import sys\nsys.path.insert(0, {here!r})\nimport engine\n"
-                        "sys.path.append(sys.path.pop(0))\nsys.meta_path.insert(0, engine.MODULES['deepspeed'])\n"
-                        "sys.modules.update(engine.MODULES)\n"), ("deepspeed.dist-info/METADATA", facts)):
-        path = Path(folder) / name
-        path.parent.mkdir()
-        path.write_text(text)
-    sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    (folder / "deepspeed.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport engine\n"
+        "sys.path.append(sys.path.pop(0))\nsys.meta_path.insert(0, engine)\n"
+        "sys.modules.update(engine.MODULES)\n")
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+def find_spec(name: str, *_: Any) -> None:
+    """Where as_deepspeed() was called, Python's import calls it for modules that are not in MODULES."""
+    if name.startswith("deepspeed."):
+        raise ModuleNotFoundError(f"there is no {name}{ELSEWHERE}")  # with its name, import would hide the text
+
+
+def _absent(place: str, name: str) -> None:
+    raise AttributeError(f"{place} has no attribute {name!r}{ELSEWHERE}")
+
+
+def _module(path: str, *things: Any) -> types.ModuleType:
+    """``deepspeed.<path>`` with these functions and classes, the public names of modules, and dicts of more names."""
+    module = types.ModuleType(f"deepspeed.{path}".rstrip("."))
+    for thing in things:
+        is_module = isinstance(thing, types.ModuleType)
+        names = vars(thing) if is_module else thing if isinstance(thing, dict) else {thing.__name__: thing}
+        vars(module).update({key: value for key, value in names.items() if not (is_module and key[0] == "_")})
+    vars(module).update(__path__=[], __getattr__=partial(_absent, module.__name__),
+                        __spec__=importlib.machinery.ModuleSpec(module.__name__, None, is_package=True))
+    return module
+
+
+# Where DeepSpeed has what is here: its modules, and what is in them.
+DeepSpeedEngine, _LOGGING = Engine, {"logger": logger, "log_dist": log_dist}
+MODULES = {"deepspeed": _module("", sys.modules[__name__], {"__version__": __version__})}
+for _paths, *_things in (
+        ("checkpoint moe ops runtime runtime.activation_checkpointing",), ("accelerator", get_accelerator),
+        ("checkpoint.utils", clone_tensors_for_torch_save),
+        ("checkpointing runtime.activation_checkpointing.checkpointing", recompute, configure),
+        ("comm comm.comm", dist, init_distributed, {"get_local_rank": partial(dist.get_node_local_rank, 0)}),
+        ("moe.utils", split_params_into_different_moe_groups_for_optimizer),
+        ("ops.adagrad", _kernel("DeepSpeedCPUAdagrad", torch.optim.Adagrad)),
+        ("ops.adam ops.adam.cpu_adam ops.adam.fused_adam", _kernel("FusedAdam", torch.optim.Adam),
+         _kernel("DeepSpeedCPUAdam", torch.optim.Adam, adamw_mode="adam_w_mode")), ("ops.lamb", {"FusedLamb": Lamb}),
+        ("ops.lion", {"FusedLion": Lion}, _kernel("DeepSpeedCPULion", Lion)),
+        ("runtime.dataloader", RepeatingLoader), ("runtime.engine", {"DeepSpeedEngine": Engine}),
+        ("runtime.lr_schedules", schedulers, {"VALID_LR_SCHEDULES": [
+            "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]}),
+        ("runtime.utils", see_memory_usage), ("zero runtime.zero", zero),
+        ("runtime.zero.partition_parameters", zero, {"ZeroParamStatus": zero.UnitState,
+                                                     "zero_wrapper_for_fp_tensor_constructor": None}),  # Transformers'
+        ("utils", zero, _LOGGING, RepeatingLoader), ("utils.logging", _LOGGING),
+        ("utils.zero_to_fp32", get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)):
+    for _name in (f"deepspeed.{_path}" for _path in _paths.split()):
+        MODULES[_name] = _module(_name.removeprefix("deepspeed."), *_things)
+        setattr(MODULES[_name.rpartition(".")[0]], _name.rpartition(".")[2], MODULES[_name])
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ addition:
 - DeepSpeed's launcher options work as they do there, or are refused with another way to do it. Nothing is started on
   other machines, so there is no --hostfile.
 
-A script reads its rank from the variables RANK, LOCAL_RANK and WORLD_SIZE; no --local_rank is passed to it. Without
---nproc_per_node, SCRIPT gets one process per GPU, or one in all without GPUs.
+A script reads its rank from the variables RANK, LOCAL_RANK and WORLD_SIZE. With --as_deepspeed it also gets
+--local_rank, if its text has this option. Without --nproc_per_node, SCRIPT gets one process per GPU, or one in all
+without GPUs.
 """
 
 import argparse
 import os
+import re
 import signal
 import socket
 import struct
@@ -231,6 +233,11 @@ def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
     return code
 
 
+def takes_local_rank(script: Path) -> bool:
+    """Whether a script has the option that DeepSpeed's launcher gives to every script."""
+    return script.is_file() and re.search(r"""["']--local_rank["']""", script.read_text(errors="replace")) is not None
+
+
 def start_processes(options: argparse.Namespace) -> int:
     """Run the script on this machine's processes; returns the exit code that the top of this file describes."""
     # PyTorch would give each process one thread, so that they don't slow each other down; equal shares do so as well.
@@ -241,6 +248,8 @@ def start_processes(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         if options.as_deepspeed:
             deepspeed.as_deepspeed()
+            if not options.no_local_rank and takes_local_rank(Path(options.training_script)):
+                options.training_script_args.insert(0, "--local_rank=${local_rank}")  # PyTorch fills it in
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
         DynamicRendezvousHandler.next_rendezvous = join_with_new_store
@@ -306,7 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
     theirs = parser.add_argument_group("DeepSpeed's options")
     theirs.add_argument("--num_gpus", "--num_accelerators", dest="nproc_per_node", help="as --nproc_per_node")
     theirs.add_argument("--num_nodes", dest="nnodes", help="as --nnodes")
-    theirs.add_argument("--no_ssh", "--no_ssh_check", "--no_local_rank", action="store_true", help="always so here")
+    theirs.add_argument("--no_ssh", "--no_ssh_check", action="store_true", help="always so here")
+    theirs.add_argument("--no_local_rank", action="store_true", help="with --as_deepspeed: pass no --local_rank")
     for names, way in REFUSED.items():
         theirs.add_argument(*names, action=Refused, nargs="*", help=way)
     return parser

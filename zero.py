@@ -1994,6 +1994,8 @@ class ShardedParameter(nn.Parameter):
             return args[0]  # which Module._apply() then assigns to its own data
         if func == Tensor.data.__set__ and args[0] is args[1]:
             return None
+        if func == Tensor.detach and _is_left_out(caller):
+            return args[0]
         if func not in METADATA:
             name = getattr(func, "__name__", str(func))
             name = func.__self__.__name__ if name in ("__get__", "__set__") else name  # of an attribute
@@ -2083,6 +2085,17 @@ def _in_method_of(model: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_left_out(frame: Any) -> bool:
+    """Whether this is for a state dict that Lightning asks for, and that its DeepSpeedStrategy leaves out of the file.
+
+    There a parameter stands for itself, and reading its values stays an error.
+    """
+    while frame is not None and frame.f_code.co_name != "lightning_module_state_dict":
+        frame = frame.f_back
+    owner = type(frame.f_locals["self"]) if frame is not None else object
+    return any(kind.__name__ == "DeepSpeedStrategy" for kind in owner.__mro__)
 
 
 def _saving() -> AbstractContextManager:

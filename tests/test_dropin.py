@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -148,8 +148,9 @@ def test_python_finds_the_engine_by_the_name_deepspeed(own_modules):
 
 
 def test_the_real_deepspeed_is_not_replaced(own_modules):
-    sys.modules["deepspeed"] = SimpleNamespace(initialize=print, __file__="/there/deepspeed/__init__.py")
-    with pytest.raises(RuntimeError, match="imported already, from /there/deepspeed/__init__.py; call as_deepspeed"):
+    there = sys.modules["deepspeed"] = ModuleType("deepspeed")
+    there.__file__ = "/there/deepspeed/__init__.py"
+    with pytest.raises(RuntimeError, match="from '/there/deepspeed/__init__.py'> is imported already; call as_deepsp"):
         deepspeed.as_deepspeed()
     assert "deepspeed.zero" not in sys.modules
 
@@ -164,9 +165,40 @@ def test_kernels_by_deepspeeds_names_are_the_configs_optimizers():
         adam.FusedAdam(weights, beta=0.5)
     assert deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(params=weights, eps=0.5).param_groups[0]["eps"] == 0.5
     assert deepspeed.ops.lion.FusedLion(weights).param_groups[0]["betas"] == (0.9, 0.999), "DeepSpeed's"
+    assert adam.cpu_adam.DeepSpeedCPUAdam(model_params=weights, lr=0.3).param_groups[0]["lr"] == 0.3
     for positional in (deepspeed.ops.lamb.FusedLamb, deepspeed.ops.adagrad.DeepSpeedCPUAdagrad, adam.FusedAdam):
         with pytest.raises(TypeError, match="positional"):  # DeepSpeed's next argument is another one each time
             positional(weights, 0.1, 0.5)
+
+
+def test_kernels_by_deepspeeds_names_are_classes(alone):
+    """They recognize what they make, and a subclass trains as one of PyTorch's."""
+    ops = deepspeed.ops
+    for cls in ops.adam.FusedAdam, ops.adam.DeepSpeedCPUAdam, ops.adagrad.DeepSpeedCPUAdagrad, ops.lion.FusedLion, \
+            ops.lion.DeepSpeedCPULion, ops.lamb.FusedLamb:
+        assert issubclass(cls, torch.optim.Optimizer) and isinstance(cls(Mlp().parameters()), cls)
+        assert not isinstance(torch.optim.SGD(Mlp().parameters()), cls)
+
+    class Counting(ops.adam.FusedAdam):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            return super().step(closure)
+
+    weights, config = [], CONFIG | {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    for kind, options in ((Counting, {}), (torch.optim.AdamW, {"weight_decay": 0.0, "fused": True})):
+        torch.manual_seed(0)
+        model = Mlp()
+        engine, optimizer, *_ = alone(config, model=model, optimizer=kind(model.parameters(), lr=0.1, **options))
+        for _ in range(2):
+            engine.backward(engine(torch.ones(4, 8)).square().mean())
+            engine.step()
+        assert type(optimizer) is kind and isinstance(optimizer, ops.adam.FusedAdam)
+        assert isinstance(optimizer, Counting) is (kind is Counting)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert Counting(model.parameters()).defaults["weight_decay"] == 0.0, "DeepSpeed's"
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_the_accelerator_is_the_current_device_and_its_seeds_count():
@@ -205,6 +237,7 @@ def test_small_names(alone):
     assert (engine.steps_per_print(), engine.config.get("steps_per_print"), engine.config.get("none", 3)) == (7, 7, 3)
     batches = deepspeed.utils.RepeatingLoader([1, 2])
     assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1] and iter(batches) is batches
+    assert isinstance(batches, deepspeed.runtime.dataloader.RepeatingLoader) and len(batches.loader) == 2
     with pytest.raises(StopIteration):
         next(deepspeed.utils.RepeatingLoader([]))
     device = deepspeed.get_accelerator()
@@ -242,6 +275,15 @@ engine.destroy()
 def launch(*arguments: Any) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "launch.py", *map(str, arguments)], capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("option, taken, given", [
+    ("'--local_rank'", (), ["--local_rank=0"]), ("'--rank'", (), []), ("'--local_rank'", ("--no_local_rank",), [])])
+def test_a_script_gets_the_local_rank_that_it_takes(tmp_path, option, taken, given):
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nassert sys.argv[1:] == {given} + ['x'], sys.argv  # takes {option}\n")
+    done = launch("--as_deepspeed", *taken, script, "x")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_script_that_imports_deepspeed_runs_as_it_is(tmp_path):
