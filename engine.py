@@ -2808,12 +2808,6 @@ def split_params_into_different_moe_groups_for_optimizer(*_: Any, **__: Any) -> 
     raise NotImplementedError(f"mixtures of experts are not covered{ELSEWHERE}")
 
 
-def see_memory_usage(message: str, force: bool = False) -> None:
-    """With ``force``, log on rank 0 what this rank's GPU holds."""
-    if force:
-        log_dist(f"{message}: {get_accelerator().memory_allocated() / 2**30:.2f} GiB", [0])
-
-
 def as_deepspeed() -> None:
     """Let ``deepspeed`` mean this engine from now on, here and in processes that are started from here.
 
@@ -2874,9 +2868,11 @@ for _paths, *_things in (
         ("runtime.dataloader", RepeatingLoader), ("runtime.engine", {"DeepSpeedEngine": Engine}),
         ("runtime.lr_schedules", schedulers, {"VALID_LR_SCHEDULES": [
             "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]}),
-        ("runtime.utils", see_memory_usage), ("zero runtime.zero", zero),
-        ("runtime.zero.partition_parameters", zero, {"ZeroParamStatus": zero.UnitState,
-                                                     "zero_wrapper_for_fp_tensor_constructor": None}),  # Transformers'
+        ("runtime.utils", {"see_memory_usage": lambda message, force=False: force and log_dist(
+            f"{message}: {get_accelerator().memory_allocated() / 2**30:.2f} GiB", [0])}), ("zero runtime.zero", zero),
+        ("runtime.zero.partition_parameters", zero, {
+            "ZeroParamStatus": zero.UnitState, "is_zero_param": lambda p: hasattr(p, "ds_id"),
+            "zero_wrapper_for_fp_tensor_constructor": None}),  # which Transformers replaces
         ("utils", zero, _LOGGING, RepeatingLoader), ("utils.logging", _LOGGING),
         ("utils.zero_to_fp32", get_fp32_state_dict_from_zero_checkpoint, load_state_dict_from_zero_checkpoint)):
     for _name in (f"deepspeed.{_path}" for _path in _paths.split()):

@@ -233,9 +233,10 @@ def report_failure(error: ChildFailedError, script: str, run_dir: str) -> int:
     return code
 
 
-def takes_local_rank(script: Path) -> bool:
-    """Whether a script has the option that DeepSpeed's launcher gives to every script."""
-    return script.is_file() and re.search(r"""["']--local_rank["']""", script.read_text(errors="replace")) is not None
+def takes_local_rank(script: str) -> bool:
+    """Whether a script, or the module of --module, has the option that DeepSpeed's launcher gives to all."""
+    files = [path for path in (Path(script), Path(*script.split(".")).with_suffix(".py")) if path.is_file()]
+    return any(re.search(r"""["']--local_rank["']""", path.read_text(errors="replace")) for path in files)
 
 
 def start_processes(options: argparse.Namespace) -> int:
@@ -248,7 +249,7 @@ def start_processes(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         if options.as_deepspeed:
             deepspeed.as_deepspeed()
-            if not options.no_local_rank and takes_local_rank(Path(options.training_script)):
+            if not options.no_local_rank and takes_local_rank(options.training_script):
                 options.training_script_args.insert(0, "--local_rank=${local_rank}")  # PyTorch fills it in
         options.log_dir = options.log_dir or folder
         config, command, arguments = run.config_from_args(options)
