@@ -259,6 +259,7 @@ model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Lin
 data = torch.randn(8, 4)
 engine, *_ = deepspeed.initialize(model=model, optimizer=FusedAdam(model.parameters(), lr=0.1), config={
     "train_batch_size": 8, "gradient_clipping": 0.0, "zero_optimization": {"stage": int(sys.argv[1])}})
+assert deepspeed.runtime.zero.partition_parameters.is_zero_param(model[0].weight)
 for _ in range(5):
     loss = engine(data[engine.global_rank::2]).square().mean()
     engine.backward(loss)
