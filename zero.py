@@ -1010,7 +1010,8 @@ class Slot:
     place: tuple[int, int] = (0, 0)    # start and length within what this rank updates of the bucket
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     version: int = 0                   # the parameter's version when master and shard last had its values
-    taken: "TakenGradient | None" = None  # the parameter's grad once the bucket has the gradient
+    taken: "TakenGradient | None" = None   # the parameter's grad once the bucket has the gradient
+    hidden: "TakenGradient | None" = None  # the piece's grad outside of a step
 
     def enter(self, bucket: "Bucket") -> None:
         """Move into ``bucket``."""
@@ -1226,6 +1227,7 @@ class Bucket:
             state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
             if part.numel() or not slot.shape.numel():
                 slot.piece = nn.Parameter(slot.view(part, slot.offset) if self.whole else part)
+                slot.piece.grad = slot.hidden = TakenGradient(slot, slot.piece)
             if slot.piece is not None and state:
                 optimizer.state[slot.piece] = {
                     key: slot.own_values(value) if _is_like(key, value, slot.shape) else value
@@ -1290,7 +1292,7 @@ class Bucket:
         What autograd saves is no such view, see _pack.
         """
         self.gather.wait()
-        self.note_versions()
+        self.keep_writes(uncounted=False)  # of a hook in backward, for example
         if self.is_viewed:  # Gatherer.free_unused tries again
             return
         try:
@@ -1313,16 +1315,17 @@ class Bucket:
         """Whether the whole parameters have memory now."""
         return self.flat.untyped_storage().nbytes() > 0
 
-    def keep_writes(self) -> None:
+    def keep_writes(self, uncounted: bool = True) -> None:
         """Take over in-place writes to the parameters, such as a clamp between steps.
 
-        All ranks must write the same: what is written in a forward pass of stage 3 counts in the digest of gathers, and
-        the rest is compared by ``Zero.step``. PyTorch counts no version for writes through ``p.data``: they are seen in
-        sharded parameters, where the old values are on the same device; elsewhere only where the parameter itself is
-        the master.
+        All ranks must write the same: what is written to gathered parameters counts in the digest of gathers, and the
+        rest is compared by ``Zero.step``. PyTorch counts no version for writes through ``p.data``: they are seen if
+        ``uncounted`` in sharded parameters, where the old values are on the same device; elsewhere only where the
+        parameter itself is the master.
         """
         written = any(slot.parameter._version != slot.version for slot in self.slots)
-        comparable = self.unit is not None and self.finest[0].device == self.shard.device == self.flat.device
+        comparable = uncounted and self.unit is not None and (
+            self.finest[0].device == self.shard.device == self.flat.device)
         if written and self.unit is not None:
             self.communicator.note(self.checksum())
         elif written:
@@ -1585,21 +1588,29 @@ class Gradients:
         for piece in self.bucket.pieces:
             piece.grad = None
 
+    def hide(self) -> None:
+        """The step is over: from now on who uses a piece's gradient, to clip it for example, is refused."""
+        for slot in self.bucket.slots:
+            if slot.piece is not None:
+                slot.piece.grad = slot.hidden
+
 
 class TakenGradient(Tensor):
     """A parameter's ``grad`` once its bucket has taken the gradient: a shape without numbers.
 
     With it PyTorch's own calls do what they say. ``zero_grad()``, of the model or a part of it, and ``p.grad = None``
     remove it, and ``Zero`` then drops the gradient. Autograd's next gradient of the window is added to the bucket. Any
-    other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them.
+    other operation raises: the numbers are elsewhere, and at stages 2 and 3 no rank has all of them. So does any
+    operation on the ``grad`` of the optimizer's ``piece`` of a parameter.
     """
 
     @staticmethod
-    def __new__(cls, slot: Slot) -> "TakenGradient":
-        p = slot.parameter
-        return Tensor._make_wrapper_subclass(cls, p.shape, strides=slot.stride, dtype=p.dtype, device=p.device)
+    def __new__(cls, slot: Slot, piece: nn.Parameter | None = None) -> "TakenGradient":
+        p = slot.parameter if piece is None else piece
+        return Tensor._make_wrapper_subclass(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
 
-    def __init__(self, slot: Slot):
+    def __init__(self, slot: Slot, piece: nn.Parameter | None = None):
+        self.is_whole = piece is None
         self.slot = weakref.ref(slot)  # weak: the garbage collector does not see what a tensor keeps
 
     @classmethod
@@ -1609,6 +1620,8 @@ class TakenGradient(Tensor):
             return args[0]
         taken = [t for t in tensors_in(args) if isinstance(t, TakenGradient)]
         slot = taken[0].slot()
+        if not all(each.is_whole for each in taken):
+            raise cls._refusal(packet.__name__, slot)
         if slot is not None and packet in (torch.ops.aten.zero_, torch.ops.aten._foreach_zero_):
             for each in taken:
                 each.slot().bucket.zero.reducer.drop(each.slot())
@@ -1626,8 +1639,11 @@ class TakenGradient(Tensor):
             "backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
             "config's gradient_clipping clips it, and zero_grad() drops it")
 
-    def share_memory_(self) -> "TakenGradient":
-        raise self._refusal("share_memory_", self.slot())  # it has no memory: PyTorch would end the process
+    def _refuse(self, *_: Any) -> None:
+        raise self._refusal("use", self.slot())
+
+    share_memory_ = numpy = tolist = __reduce_ex__ = _refuse  # where PyTorch would end the process, or not say why
+    data = property(lambda self: self, _refuse)  # what is assigned would be lost
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -1755,6 +1771,11 @@ def check_memory(model: nn.Module) -> None:
 
     A tied weight, one Parameter under several names, is one parameter.
     """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if any(not isinstance(t, nn.Parameter) and isinstance(t._base, nn.Parameter) for t in tensors_in(value)):
+                raise ValueError(f"{f'{path}.{name}'.lstrip('.')} is a view of a parameter, and would keep its present "
+                                 "values; make the view in forward")
     spans = []
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.layout == torch.strided and t.numel() and t.untyped_storage().nbytes():
@@ -2628,7 +2649,7 @@ class Updater:
             "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
             "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
         refuse = self._refusal("step", "engine.step() updates the weights, whose gradients lie in buckets")
-        self.hook = optimizer.register_step_pre_hook(lambda *_: None if here() and here().updating else refuse())
+        optimizer.register_step_pre_hook(lambda *_: None if here() and here().updating else refuse())
 
     @staticmethod
     def _refusal(call: str, instead: str) -> Callable:
@@ -2637,8 +2658,7 @@ class Updater:
         return refused
 
     def remove(self) -> None:
-        """Restore the optimizer's own calls."""
-        self.hook.remove()
+        """Restore the optimizer's own calls, except step(): it has pieces in place of the parameters."""
         for name in ("zero_grad", "add_param_group", "load_state_dict"):
             vars(self.optimizer).pop(name, None)
 
@@ -2651,16 +2671,17 @@ class Updater:
         fused = not hooked and 2.0 ** -126 < factor != 1.0 and all(  # else float32 does not have room for 1 / factor
             b.master.dtype == torch.float32 and b.gradients.predivide == 1 for b in self.zero.trained
         ) and type(optimizer) in ELEMENTWISE and getattr(optimizer, "_step_supports_amp_scaling", False)
-        if hooked:
-            for gradients in every:
+        for gradients in every:
+            gradients.disarm()
+            if hooked:
                 gradients.arm(factor)
         self.updating = True
         try:
             Optimizer.profile_hook_step(lambda _: self._step_waves(None if hooked else factor, fused))(optimizer)
         finally:
             self.updating = False
-            for gradients in every if hooked else ():
-                gradients.disarm()
+            for gradients in every:
+                gradients.hide()
             vars(optimizer).pop("grad_scale", None)
         optimizer._opt_called = True  # PyTorch's schedulers check that a step came before theirs
 
@@ -3031,8 +3052,8 @@ def check_alike(zero: Zero, gathered: float, gathered_squares: float, dropped: f
         raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
                            "over all already; drop them on every rank")
     if gathered ** 2 != gathered_squares * ranks:
-        raise RuntimeError("ranks used the units of stage 3 in different orders, or wrote different weights in "
-                           "forward, so that their weights were mixed up; name the module that chooses among units in "
+        raise RuntimeError("ranks used the units of stage 3 in different orders, or wrote different weights "
+                           "there, so that their weights were mixed up; name the module that chooses among units in "
                            "zero_optimization.leaf_module, and write the same on all ranks")
     if zero.written and ranks > 1:
         agree(lambda: [f"values of checksum {bucket.checksum()} in {bucket.label()}, which was written to"
@@ -3336,6 +3357,7 @@ class GatheredParameters:
             self._keep_changes()
         lost = self._changed() if error is None and self.modifier_rank is None and self.sharded else []
         for slot in self.sharded:
+            slot.bucket.note_versions()  # what the modifier rank wrote is kept, and nothing else
             slot.bucket.unit.release(self)
         if value is not None and "support saved tensor hooks" in str(value):
             raise RuntimeError(NO_TRANSFORMS) from value

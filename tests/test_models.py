@@ -1051,7 +1051,10 @@ def test_calls_that_move_nothing_raise_and_name_the_one_that_does(stage):
         "safe_get_full_grad": [
             lambda: clip_grad_norm_(model.parameters(), 1.0), lambda: clip_grad_value_(model.parameters(), 1.0),
             lambda: p.grad.mul_(0.5), lambda: p.grad + 1, lambda: float(p.grad.norm()), lambda: p.grad.clone(),
-            lambda: p.grad.copy_(torch.ones(WIDTH, WIDTH)), lambda: torch._foreach_mul_([p.grad], 2.0)],
+            lambda: p.grad.copy_(torch.ones(WIDTH, WIDTH)), lambda: torch._foreach_mul_([p.grad], 2.0),
+            lambda: setattr(p.grad, "data", torch.ones(WIDTH, WIDTH)), p.grad.tolist, lambda: pickle.dumps(p.grad),
+            lambda: clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0),
+            lambda: optimizer.param_groups[0]["params"][0].sum().backward()],
     }
     for name, some in calls.items():
         for call in some:
@@ -1066,7 +1069,9 @@ def test_calls_that_move_nothing_raise_and_name_the_one_that_does(stage):
     pair.train(0)
     pair.check()
     engine.destroy()
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # it is the caller's again
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # it is the caller's again, but for
+    with pytest.raises(RuntimeError, match="engine.step"):
+        optimizer.step()
 
 
 CHANGES = {
@@ -1138,20 +1143,23 @@ def test_assigning_data_inside_gathered_parameters_is_an_error():
             model[0][0].weight.data = torch.ones(WIDTH, WIDTH).double()
 
 
-@pytest.mark.parametrize("share", ["a parameter", "a buffer", "a part"])
+@pytest.mark.parametrize("share", ["a parameter", "a buffer", "a part", "a view"])
 def test_parameters_over_one_memory_are_refused(share):
     model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     if share == "a parameter":
         model["head"].weight = nn.Parameter(model["emb"].weight.data)
     elif share == "a buffer":
         model["head"].register_buffer("table", model["emb"].weight.data[1:3])
-    else:
+    elif share == "a part":
         model["head"].weight = nn.Parameter(model["emb"].weight.data[2:])
-    with pytest.raises(ValueError, match="emb.weight and head.* share memory"):
+    else:
+        model["head"].parts = [model["emb"].weight[2:]]
+    with pytest.raises(ValueError, match="emb.weight and head.* share memory|head.parts is a view"):
         start(model, 0)
     parts = torch.ones(9, 4)  # parts that don't overlap are parameters like others
     model["emb"].weight, model["head"].weight = nn.Parameter(parts[:5]), nn.Parameter(parts[5:])
     model["head"]._buffers.clear()
+    vars(model["head"]).pop("parts", None)
     start(model, 0).destroy()
 
 
@@ -1293,6 +1301,20 @@ def test_what_was_written_just_before_is_saved_and_a_state_dict_that_is_loaded_s
     model.load_state_dict({name: torch.full_like(p, 0.125) for name, p in model.state_dict().items()})
     take_steps(engine)
     assert all(bool((value == 0.125).all()) for value in whole(model).values())
+
+
+@on_ranks(2, stage=STAGES)
+def test_what_a_hook_writes_in_backward_stays(stage):
+    pair = Pair(net, stage)
+
+    def halve(module, *_):
+        with torch.no_grad():
+            module[0].weight.mul_(0.5)
+
+    pair.model[1].register_full_backward_hook(halve)
+    before = whole(pair.model)["1.0.weight"]
+    pair.backward(0)
+    assert_close(whole(pair.model)["1.0.weight"], before / 2, "the weight")
 
 
 def bounded() -> Model:

@@ -384,7 +384,7 @@ def test_parameters_gradients_and_states_are_read_and_written_whole(stage):
     assert not zero.safe_get_full_grad(bias).any(), "dropped"
     with pytest.raises(RuntimeError, match="p.grad: the gradient of blocks.0.0.weight is in its bucket"):
         p.grad.norm()
-    with pytest.raises(RuntimeError, match="share_memory_ of p.grad: the gradient of .* is in its bucket"):
+    with pytest.raises(RuntimeError, match="use of p.grad: the gradient of .* is in its bucket"):
         p.grad.share_memory_()
     refused = [(lambda: write(frozen, counted, "exp_avg"), "blocks.1.2.weight is not trained"),
                (lambda: read(p, "exp_avg"), "'exp_avg' .has: none before an update"),
