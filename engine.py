@@ -2148,14 +2148,11 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
     """Put back counters, rates, schedule, loss scale, random state, and the place in the data."""
     for key, value in state["training"].items():
         setattr(engine, key, value)
-    # The rate belongs to the schedule, if there is one: some of PyTorch's go on from the rate itself.
-    scheduler = engine.lr_scheduler
-    with_rate = scheduler is None or with_schedule and state["scheduler"] == type(scheduler).__name__
     with_schedule = with_schedule and state["schedule"] is not None
     for group, saved in zip(engine.optimizer.param_groups, state["groups"]) if with_optimizer or with_schedule else ():
-        group.update((saved if with_optimizer else {}) | {"lr": saved["lr"] if with_rate else group["lr"]})
+        group.update(saved if with_optimizer else {"lr": saved["lr"]})  # from which some of PyTorch's schedules go on
     if with_schedule:
-        scheduler.load_state_dict(state["schedule"])
+        engine.lr_scheduler.load_state_dict(state["schedule"])
     if state["scaler"].keys() == engine.scaler.state_dict().keys():
         engine.scaler.load_state_dict(state["scaler"])
     if len(state["random"]) == engine.world_size:

@@ -245,7 +245,7 @@ def test_an_engine_without_optimizer_is_saved_and_loaded(tmp_path):
 
 
 @on_ranks(1)
-def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_or_begins_anew_by_itself(tmp_path):
+def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_without_the_optimizers_state(tmp_path):
     decay = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
     for step, (precision, scale) in enumerate((("bf16", 1), ("fp16", 64), ("fp16", 128), ("bf16", 1))):
         engine = make(1, precision, scheduler=decay, fp16={
@@ -254,9 +254,9 @@ def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_or_begins_anew
         assert engine.loss_scale() == scale and engine.get_lr() == [0.01 * 0.5 ** step]
         train(engine)
         engine.save_checkpoint(tmp_path)
-    anew = make(1, scheduler=decay)
+    rate, anew = engine.get_lr(), make(1, scheduler=decay)
     anew.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
-    assert anew.get_lr() == [0.01]
+    assert anew.get_lr() == rate  # as in PyTorch, whose callers load the schedule's state themselves
 
 
 @on_ranks(1)
