@@ -421,17 +421,18 @@ def test_the_command_line_prints_the_papers_table_and_draws_it(capsys, tmp_path)
             assert printed[stage] + (shard16 if stage == 3 else 0) == pytest.approx(expected, rel=0.01, abs=0.01)
 
 
-def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, tmp_path):
+def test_the_command_line_takes_a_config_and_the_largest_unit(capsys, caplog, tmp_path):
+    """All that the config offloads counts at the stages that can offload it, whatever stage it names."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"train_batch_size": 8, "fp16": {"enabled": True}, "zero_optimization": {
-        "stage": 1, "offload_optimizer": CPU}}))
+        "stage": 1, "offload_optimizer": CPU, "offload_param": CPU}}))
     assert deepspeed.main(["estimate", "--params", "1e9", "--world", "4", "--config", str(path),
                            "--largest-unit", "1e8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "float16" in lines[0]
     tables = {line.split("  ")[0]: lines[index + 1].split() for index, line in enumerate(lines) if "stage 0" in line}
-    assert tables["ranks, device"] == ["4", "2.00", "/24", "2.00", "/24", "2.00", "/24", "0.50", "/24"]
-    assert tables["ranks, cpu"] == ["4", "16.00", "4.00", "4.00", "4.00"]
+    assert tables["ranks, device"] == ["4", "2.00", "/24", "2.00", "/24", "2.00", "/24", "0", "/24"]
+    assert tables["ranks, cpu"] == ["4", "16.00", "4.00", "4.00", "4.50"] and "no effect" not in caplog.text
     # Where a unit's backward ends, three are whole, in 16 bits; there are two gradients in 32, and where one lands.
     assert tables["units in use"][4] == "1.50"
     assert deepspeed.main(["estimate", "--params", "5e10", "--world", "1"]) == 0

@@ -429,6 +429,9 @@ CASES = {
     "recurrent": Case(recurrent), "sparse embeddings": Case(sparse_embeddings),
     "channels_last convolutions": Case(convolutions), "parametrized": Case(parametrized),
     "spectral norm": Case(spectral, whole=True), "parameter lists": Case(listed),
+    "a weight cast into another order in memory": Case(lambda: Model(
+        lambda m, x: m.layer(x).float() @ m.turned.to(torch.float32, memory_format=torch.contiguous_format),
+        layer=linear(), turned=nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64).t()))),
     "complex parameters": Case(lambda: Model(
         lambda m, x: (torch.fft.fft(m.layer(x)) @ m.filters * m.phases).abs(), layer=linear(),
         filters=nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex128) / 4),
@@ -771,6 +774,8 @@ def test_a_copy_trains_alone(stage, how):
             optimizer.zero_grad()
             square(network, mine(batches(100 + step))).backward()
             optimizer.step()
+        if dist.get_rank() == 0:
+            square(copied, mine(batches(step)))  # alone: the copy has the engine's hooks, and they do nothing
         pair.train(step)
     assert_alike(*(dict(net.named_parameters()) for net, _ in networks), "the copy", TOLERANCE)
     pair.check()

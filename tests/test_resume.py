@@ -186,12 +186,16 @@ def test_a_checkpoint_loads_at_any_stage_number_of_ranks_and_precision(run_ranks
 def test_after_a_weights_only_load_a_step_at_rate_0_keeps_the_loaded_weights(stage, tmp_path):
     state = everything(saved(tmp_path))
     engine = make(stage, "bf16", seed=1)
+    train(engine)
+    average = partial(zero.safe_get_full_optimizer_state, engine.module.token.weight, "exp_avg")
+    own = average()
     engine.load_checkpoint(tmp_path, load_module_only=True)
+    assert torch.equal(average(), own)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     with mock.patch.object(engine.lr_scheduler, "step"):
         train(engine)
-    assert engine.global_steps == 1
+    assert engine.global_steps == 2
     for name, p in engine.module.named_parameters():
         assert name in FROZEN or torch.equal(zero.safe_get_full_fp32_param(p), state[name]), name
 

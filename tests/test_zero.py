@@ -966,12 +966,17 @@ def test_views_of_a_model_in_shards_keep_it_whole_only_as_long_as_they_are_there
 @on_ranks()
 def test_a_model_that_was_built_in_shards_trains_like_one_built_as_usual(ranks, kind, stage, how):
     ends = []
+    gc.collect()
     for sharded in (False, True):
         model = build(kind, sharded=sharded and how == "with")
         if sharded and how == "module":
             zero.Init(module=model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if how == "with" else None
         engine = start(model, stage, optimizer, optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+        weights = {id(p) for p in model.parameters()}
+        left = [each for each in gc.get_objects() if isinstance(each, zero.Bucket) and each.zero is None
+                and weights >= {id(slot.parameter) for slot in each.slots}]
+        assert not left, "shards that the engine has taken over, until the garbage collector comes"
         for step in range(3):
             ids = torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(step + dist.get_rank()))
             engine.backward(engine(ids).square().mean())
