@@ -1434,7 +1434,8 @@ class Engine(_Training):
         gradients so far are not saved, and a warning says so.
 
         tag            a folder name, or a number; default: ``global_step`` and the step
-        client_state   the caller's plain data (numbers, text, tensors, containers), which load_checkpoint() returns
+        client_state   the caller's plain data (numbers, text, tensors, containers), which load_checkpoint() returns to
+                       this rank; on another number of ranks rank 0's to all
         save_latest    make it the one that load_checkpoint() takes without a tag
         exclude_frozen_parameters   leave them out; such a checkpoint loads with ``load_module_strict=False``
 
@@ -1502,7 +1503,7 @@ class Engine(_Training):
             _restore(self, reader.state, with_optimizer, with_schedule)
         self.zero_grad()  # last, as the number of micro-batches that it has restored also sets the place in a window
         self._show_scale()
-        return str(folder), reader.state["client_state"]
+        return str(folder), _own_client_state(self, reader.state)
 
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
@@ -2162,7 +2163,7 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain data of all ranks: rank 0's, each rank's generators, and each rank's buffers that differ."""
+    """The plain data of all ranks: rank 0's, each rank's generators, and each rank's buffers and data that differ."""
     buffers, kept = states[0]["buffers"], {}
     for name, entries in (item for state in states for item in state["optimizer_state"].items()):
         known = kept.setdefault(name, entries)
@@ -2170,13 +2171,21 @@ def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
             if not _same(known.get(key), entries.get(key)):
                 raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
                                       "has a part of the parameter; it can be saved at stage 0")
+    client, *others = (_to_bytes(state["client_state"]) for state in states)
+    differing = {rank: states[rank]["client_state"] for rank, data in enumerate(others, 1) if data != client}
     return states[0] | {"random": [state["random"] for state in states], "optimizer_state": kept, "rank_buffers": [
         {name: buffer for name, buffer in state["buffers"].items() if not torch.equal(buffer, buffers[name])}
-        for state in states]}
+        for state in states], "rank_client_states": differing}
+
+
+def _own_client_state(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse: this rank's if the number of ranks is the same, else rank 0's."""
+    differing = state.get("rank_client_states", {}) if len(state["random"]) == engine.world_size else {}
+    return differing.get(engine.global_rank, state["client_state"])
 
 
 def _own_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The inverse: this rank's buffers if the number of ranks is the same, else rank 0's; each once."""
+    """The same of buffers; each once."""
     mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
     again = _persistent_buffers(engine.module, shared=True).keys() - _persistent_buffers(engine.module).keys()
     return {name: buffer for name, buffer in (state["buffers"] | mine).items() if name not in again}

@@ -132,7 +132,7 @@ def saved(folder: Path, stage: int = 1, precision: str = "fp32", groups: bool = 
     engine = make(stage, precision, groups, **more)
     torch.manual_seed(dist.get_rank() + 1)
     train(engine, steps)
-    engine.save_checkpoint(folder, client_state={"note": ["text", 1, torch.ones(2)]})
+    engine.save_checkpoint(folder, client_state={"note": ["text", 1, torch.ones(2)], "rank": dist.get_rank()})
     return engine
 
 
@@ -142,6 +142,8 @@ def resumed(folder: Path, stage: int = 1, precision: str = "fp32", groups: bool 
     train(engine)
     path, client = engine.load_checkpoint(folder)
     assert path.endswith(f"global_step{engine.global_steps}") and client["note"][:2] == ["text", 1]
+    ranks = json.loads(Path(path, "meta.json").read_text())["content"]["ranks"]
+    assert client["rank"] == (engine.global_rank if ranks == engine.world_size else 0)
     engine.batches = (batch for _ in iter(int, 1) for batch in engine.loader)
     return engine
 
