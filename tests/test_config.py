@@ -470,6 +470,9 @@ def test_a_refused_call_gives_model_and_optimizer_back_as_they_were():
     refused = error_of(deepspeed.initialize, model=model, optimizer=optimizer, config=config | {
         "activation_checkpointing": {"modules": ["Tanh", "Nothing"]}})
     assert "'Nothing'" in refused
+    nowhere = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}  # once the schedule is made
+    assert "/nowhere" in error_of(deepspeed.initialize, model=model, optimizer=optimizer, config=config | {
+        "zero_optimization": nowhere})
     first, *_ = deepspeed.initialize(model=model, config=CONFIG)
     hooks = [dict(module._forward_hooks) for module in model.modules()]
     with pytest.raises(ValueError, match="another engine already trains this model; call its destroy"):

@@ -1062,8 +1062,10 @@ def test_finished_modules_can_be_written_after_the_context():
 @on_ranks(ranks=[1, 2])
 def test_a_dtype_can_be_given_and_the_whole_switched_off(ranks):
     with zero.Init(dtype=torch.bfloat16):
-        model = nn.Linear(4, 4)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.register_module("nothing", None)
+        model.ids = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    assert [p.dtype for p in model.parameters()] == [torch.int64, torch.bfloat16, torch.bfloat16]
     with zero.Init(enabled=False):
         assert type(nn.Linear(4, 4).weight) is nn.Parameter
 
