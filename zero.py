@@ -3531,19 +3531,22 @@ def shares(zero: Zero, with_frozen: bool = True, whole: bool = False) -> Iterato
     """
     rank = zero.communicator.rank
     for bucket in zero.buckets:
-        if not (bucket.trained or with_frozen):
-            continue
         if bucket.unit is None and not whole:
             bucket.keep_writes()
         mine = (0, bucket.numel) if whole else (bucket.bounds[rank], bucket.bounds[rank + 1])
         held, start = bucket.finest
-        for slot in bucket.slots:
+        for slot in bucket.slots if with_frozen else filter(_asks_for_gradients, bucket.slots):
             yield from _cut(slot, "", held, start, mine)
             for key, value in _state_of(slot).items():
                 if _is_like(key, value, slot.piece.shape):
                     yield from _cut(slot, key, slot.in_order(value), max(slot.offset, bucket.own.start), mine)
                 elif _is_whole(slot, value) and (whole or bucket.sharded.optimizer or rank == 0):
                     yield slot.name, key, 0, value[None]
+
+
+def _asks_for_gradients(slot: Slot) -> bool:
+    """Whether the parameter is not frozen; the optimizer need not have it."""
+    return slot.bucket.trained or slot.parameter.requires_grad
 
 
 def _cut(slot: Slot, key: str, held: Tensor, start: int, mine: tuple[int, int]) -> Iterator[Share]:
@@ -3579,9 +3582,9 @@ def describe(zero: Zero, with_frozen: bool = True) -> dict[str, dict[str, Any]]:
     slots = {known[0]: (_slot_of(p), known[1:]) for p, known in names.items()}
     for name, (slot, _) in slots.items():
         slot.name = name  # pruning, for example, has renamed it
-    return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": slot.bucket.trained,
+    return {name: {"shape": list(slot.shape), "stride": list(slot.stride), "trained": _asks_for_gradients(slot),
                    "dtype": str(slot.bucket.dtypes.compute)[6:], "group": slot.group, "aliases": aliases}
-            for name, (slot, aliases) in slots.items() if slot.bucket.trained or with_frozen}
+            for name, (slot, aliases) in slots.items() if with_frozen or _asks_for_gradients(slot)}
 
 
 def check_fits(own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]], source: str,
