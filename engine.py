@@ -2749,6 +2749,13 @@ def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logg
         logger.log(level, "[rank %d] %s", rank, message)
 
 
+def log_summary(show_straggler: bool = False) -> None:
+    """Print on rank 0 what each engine has sent, as the section ``comms_logger`` does."""
+    _check("show_straggler", show_straggler, show_straggler is False, "False; wall_clock_breakdown prints waiting")
+    for communicator in zero.Groups.current().communicators if dist.is_initialized() and dist.get_rank() == 0 else ():
+        print(zero.traffic_table(communicator.traffic), flush=True)
+
+
 class RepeatingLoader:
     """A loader's batches, which begin anew when they end; ``loader`` is the loader, ``data_iter`` its current round."""
 
@@ -2773,9 +2780,9 @@ def _current_device() -> torch.device:
 def get_accelerator() -> types.ModuleType:
     """The current device: its names, and PyTorch's functions for it; a CPU also has CUDA's, which count 0."""
     device = _current_device()
-    of_a_cpu = {"is_bf16_supported": lambda: True, "reset_peak_memory_stats": lambda *_: None,
-                "manual_seed_all": torch.manual_seed} | {name: getattr(torch, name) for name in (
-                    "manual_seed", "initial_seed", "get_rng_state", "set_rng_state")}
+    of_a_cpu = {"is_bf16_supported": lambda: True, "is_fp16_supported": lambda: True, "reset_peak_memory_stats": (
+        lambda *_: None), "manual_seed_all": torch.manual_seed} | {name: getattr(torch, name) for name in (
+            "manual_seed", "initial_seed", "get_rng_state", "set_rng_state")}
     return _module("accelerator.get_accelerator()", torch.cuda, of_a_cpu, torch.get_device_module(device), {
         "device_name": lambda index=None: device.type if index is None or device.index is None else
         f"{device.type}:{index}", "current_device_name": lambda: str(device),
@@ -2865,7 +2872,8 @@ for _paths, *_things in (
         ("checkpoint moe ops runtime runtime.activation_checkpointing",), ("accelerator", get_accelerator),
         ("checkpoint.utils", clone_tensors_for_torch_save),
         ("checkpointing runtime.activation_checkpointing.checkpointing", recompute, configure),
-        ("comm comm.comm", dist, init_distributed, {"get_local_rank": partial(dist.get_node_local_rank, 0)}),
+        ("comm comm.comm", dist, init_distributed, log_summary, {
+            "get_local_rank": partial(dist.get_node_local_rank, 0)}),
         ("moe.utils", split_params_into_different_moe_groups_for_optimizer),
         ("ops.adagrad", _kernel("DeepSpeedCPUAdagrad", torch.optim.Adagrad)),
         ("ops.adam ops.adam.cpu_adam ops.adam.fused_adam", _kernel("FusedAdam", torch.optim.Adam),

@@ -313,11 +313,13 @@ class Groups:
     abandoned    collectives that nobody waits for, with their memory; see Handle
     reductions   gives reductions an order of their own, see Reducer.launch_ready; all-gathers use the default group
     host         gloo: objects and barriers take no GPU memory there, and do not disturb the order of NCCL's collectives
+    communicators   the engines' own, as long as they live
     """
     reductions: Any = None
     host: Any = None
     users: int = 0  # engines that have the groups; the last one to leave ends them
     abandoned: list[Any] = field(default_factory=list)
+    communicators: Any = field(default_factory=weakref.WeakSet)
 
     @classmethod
     def current(cls) -> "Groups":
@@ -516,6 +518,7 @@ class Communicator:
 
     def join(self, timeout: float | None) -> None:
         """On GPUs, use further groups until ``leave``."""
+        Groups.current().communicators.add(self)
         if self.device.type == "cuda" and self.world_size > 1:
             self.groups = Groups.current()
             self.groups.join(self.device, None if timeout is None else timedelta(seconds=timeout))

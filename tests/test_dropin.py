@@ -490,6 +490,19 @@ def test_dump_state_prints_the_whole_config(alone, capsys):
 
 
 @on_ranks(2)
+def test_log_summary_prints_what_the_engines_have_sent():
+    engine, *_ = deepspeed.initialize(model=Mlp(), config=CONFIG)
+    engine.backward(engine(torch.ones(2, 8)).square().mean())
+    engine.step()
+    with mock.patch("builtins.print") as print_:
+        deepspeed.comm.log_summary()
+    table = deepspeed.zero.traffic_table(engine.zero.communicator.traffic)
+    assert [call.args for call in print_.mock_calls] == ([(table,)] if dist.get_rank() == 0 else []) and "all-" in table
+    with pytest.raises(ValueError, match="show_straggler is True; allowed: False"):
+        deepspeed.comm.log_summary(show_straggler=True)
+
+
+@on_ranks(2)
 def test_comm_speaks_to_all_ranks():
     comm = deepspeed.comm
     value = torch.tensor(comm.get_rank() + 1.0)

@@ -6,6 +6,7 @@
 
 import copy
 import gc
+import io
 import itertools
 import os
 from contextlib import contextmanager, nullcontext
@@ -427,6 +428,26 @@ def test_a_gradient_that_is_set_trains_a_parameter_that_has_none(stage):
     zero.safe_set_full_grad(model[1].weight, torch.ones(2, 2))
     engine.step()
     assert (zero.safe_get_full_fp32_param(model[1].weight) < before).all()
+
+
+@on_ranks(2)
+def test_lightning_gets_a_state_dict_that_it_can_only_leave_out():
+    """Its DeepSpeedStrategy asks every rank for one, and saves nothing of it."""
+    class Strategy:
+        def lightning_module_state_dict(self) -> dict:
+            return model.state_dict()
+
+    class DeepSpeedStrategy(Strategy):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    start(model, 3)
+    state = DeepSpeedStrategy().lightning_module_state_dict()
+    assert {name: value.shape for name, value in state.items()} == {n: p.shape for n, p in model.named_parameters()}
+    for use in (lambda: torch.save(state, io.BytesIO()), lambda: state["0.weight"].sum(), model.state_dict,
+                Strategy().lightning_module_state_dict, lambda: nn.Linear(8, 8).weight.data.copy_(state["0.weight"])):
+        with pytest.raises(RuntimeError, match="sharded over 2 ranks"):
+            use()
 
 
 @on_ranks(2)
