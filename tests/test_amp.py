@@ -399,6 +399,9 @@ def test_where_two_dtypes_meet_the_error_says_what_to_do(name):
             engine(x.to(amp.NAMES[name]) if isinstance(kind, nn.BatchNorm1d) else x)
         for way_out in (f"{name}.auto_cast", "data_types.buffer_dtype", f"{name}.keep_fp32"):
             assert way_out in str(error.value), f"{kind}: {error.value}"
+    with pytest.raises(RuntimeError) as error:  # another one is left as it is
+        began(nn.Linear(4, 4), **{name: {"enabled": True}})(torch.ones(2, 3, dtype=amp.NAMES[name]))
+    assert "keep_fp32" not in str(error.value)
 
 
 @on_ranks(2, stage=STAGES)

@@ -1087,6 +1087,11 @@ def test_a_dtype_can_be_given_and_the_whole_switched_off(ranks):
         model.register_module("nothing", None)
         model.ids = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
     assert [p.dtype for p in model.parameters()] == [torch.int64, torch.bfloat16, torch.bfloat16]
+    if ranks == 1:
+        assert model[0](torch.ones(1, 4).bfloat16()).shape == (1, 4), "one process has nothing to shard"
+    with zero.Init(), torch.device("meta"):
+        late = nn.Linear(4, 4)
+    assert late.weight.is_meta and zero.Init(module=late) and not late.weight.is_meta
     with zero.Init(enabled=False):
         assert type(nn.Linear(4, 4).weight) is nn.Parameter
 
