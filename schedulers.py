@@ -143,11 +143,15 @@ class Schedule(LRScheduler):
         super().step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the optimizer's initial rates; everything else comes from the constructor."""
-        return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs)}
+        """The position, the optimizer's initial rates, and those in force, where another schedule around this one, or
+        the caller, has set others since; everything else comes from the constructor."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        own = all(math.isclose(rate, float(mine), rel_tol=1e-6) for rate, mine in zip(rates, self.get_lr()))
+        return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs),
+                "rates": None if own else rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position and set its rates at once; states of DeepSpeed have only the position."""
+        """Go to a saved position and set the rates at once; states of DeepSpeed have only the position."""
         if "last_batch_iteration" not in state_dict:
             raise ValueError(f"the saved schedule has {', '.join(map(str, state_dict)) or 'no keys'}; needed: "
                              f"last_batch_iteration, as in the states of this class and of DeepSpeed's")
@@ -157,6 +161,8 @@ class Schedule(LRScheduler):
         self.last_batch_iteration = state_dict["last_batch_iteration"]
         self.base_lrs, self._step_count = base_lrs, 0  # 0: or PyTorch would warn that no optimizer step came before
         self.step(self.last_batch_iteration)
+        for group, rate in zip(self.optimizer.param_groups, state_dict.get("rates") or ()):
+            group["lr"] = rate
 
 
 # --- DeepSpeed's five -------------------------------------------------------------------------------------------------

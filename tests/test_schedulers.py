@@ -277,6 +277,24 @@ def test_torch_schedulers_go_by_name_and_ours_go_into_torchs_own():
     assert [row[0] for row in expected[:4]] == [0.0, 0.0, 0.05, 0.1]
 
 
+@pytest.mark.parametrize("before", range(6))
+def test_a_schedule_inside_of_pytorchs_and_a_rate_that_the_caller_set_are_resumed(before):
+    def joined(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [
+            schedulers.WarmupLR(optimizer, warmup_num_steps=2, warmup_type="linear"),
+            torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)], milestones=[3])
+
+    whole, half, resumed = adam((0.1,)), adam((0.1,)), adam((0.1,))
+    straight, first, second = rates(whole, joined(whole), before + 4), joined(half), joined(resumed)
+    rates(half, first, before)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert rates(resumed, second, 4) == straight[before:]
+    schedule, other = schedulers.WarmupLR(half), schedulers.WarmupLR(resumed)
+    half.param_groups[0]["lr"] = 0.75
+    other.load_state_dict(schedule.state_dict())
+    assert resumed.param_groups[0]["lr"] == 0.75
+
+
 def test_one_cycle_moves_sgds_momentum_only_where_it_has_one():
     weights = [torch.nn.Parameter(torch.zeros(1))]
     params = {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0, "cycle_first_step_size": 2}
