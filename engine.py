@@ -2514,6 +2514,8 @@ def _choose_scheduler(client: Any, section: SchedulerConfig | None, optimizer: O
     if not hasattr(scheduler, "step"):
         raise ValueError(f"lr_scheduler is, or makes, {scheduler!r}; allowed: an object with step(), or a callable "
                          "that makes one from the optimizer")
+    if not hasattr(scheduler, "state_dict"):
+        _warn("lr_scheduler %r has no state_dict(): a resumed run begins it anew", scheduler)
     _tell_unused("scheduler", section, scheduler)
     return scheduler
 

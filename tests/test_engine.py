@@ -72,6 +72,9 @@ def test_the_callers_optimizer_and_scheduler_win_as_objects_and_as_callables(alo
         engine.backward(engine(torch.ones(4, 5)).mean())
         engine.step(lr_kwargs={"metrics": 1.0})
     assert optimizer is given and schedule is plateau and engine.get_lr() == [pytest.approx(0.005)]
+    with caplog.at_level(logging.WARNING):
+        alone(lr_scheduler=lambda optimizer: mock.Mock(spec=["step"]))
+    assert "has no state_dict(): a resumed run begins it anew" in caplog.text
 
 
 def test_param_groups_keep_their_own_rates(alone):
