@@ -281,7 +281,7 @@ EXPENSIVE = {getattr(torch.ops.aten, name).default for name in (
 
 def _is_kept(operation: Any, args: tuple, kwargs: dict) -> bool:
     """Whether to keep the result. Not with dropout: skipping that operation would shift the random state after it."""
-    names = (argument.name for argument in operation._schema.arguments) if operation in EXPENSIVE else ()
+    names = (argument.name for argument in operation._schema.arguments)
     return operation in EXPENSIVE and not (dict(zip(names, args)) | kwargs).get("dropout_p")
 
 

@@ -566,7 +566,8 @@ def flaky(first, later):
     (lambda x: x.exp(), lambda x: x.double().exp(), "was .*float32.* is .*float64"),
     (lambda x: x.exp(), lambda x: x.to("meta").exp(), "was .*cpu.* is .*meta"),
     (lambda x: x.mm(x).exp(), lambda x: torch.addmm(x, x, x).exp(), "was aten.mm.default .* is aten.addmm.default"),
-], ids=["fewer", "shape", "dtype", "device", "an operation whose result is kept"])
+    (lambda x: x.mm(x).exp().exp().exp(), lambda x: x.mm(x).mm(x).exp(), "was None .* is aten.mm.default"),
+], ids=["fewer", "shape", "dtype", "device", "an operation whose result is kept", "one more of these"])
 def test_a_function_that_does_not_do_the_same_twice_is_an_error(first, later, told):
     checkpointing.configure(CheckpointingConfig(mode="selective" if "aten" in told else "full"))
     y = checkpoint(flaky(first, later), torch.ones(3, 3, requires_grad=True))
