@@ -350,6 +350,9 @@ def test_chosen_modules_stay_in_fp32(name):
     assert inside == [torch.float32] and out.dtype == half and engine.skipped_steps == 0
     assert [p.dtype for p in model.blocks[0].parameters()] == [half] * 2 + [torch.float32] * 2
     assert model.head.weight.dtype == torch.float32
+    norms = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    began(norms, data_types={"buffer_dtype": name}, **{name: {"enabled": True, "keep_fp32": ["0"]}})
+    assert (norms[0].running_mean.dtype, norms[1].running_mean.dtype) == (torch.float32, half)
 
 
 @on_ranks(2, stage=(0, 3))

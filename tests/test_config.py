@@ -470,7 +470,7 @@ def test_a_refused_call_gives_model_and_optimizer_back_as_they_were():
     refused = error_of(deepspeed.initialize, model=model, optimizer=optimizer, config=config | {
         "activation_checkpointing": {"modules": ["Tanh", "Nothing"]}})
     assert "'Nothing'" in refused
-    nowhere = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}  # once the schedule is made
+    nowhere = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}  # seen after the schedule
     assert "/nowhere" in error_of(deepspeed.initialize, model=model, optimizer=optimizer, config=config | {
         "zero_optimization": nowhere})
     first, *_ = deepspeed.initialize(model=model, config=CONFIG)

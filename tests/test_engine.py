@@ -498,7 +498,7 @@ def test_uneven_data_raises_on_every_rank_with_the_counts(stage):
     """Rank 1 runs out of data one step early."""
     rank = dist.get_rank()
     engine = start(nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))), stage)
-    with pytest.raises(RuntimeError, match="numbers of micro-batches: rank 0 is in its micro-batch 3, rank 1 ended.after"):
+    with pytest.raises(RuntimeError, match="numbers of micro-batches: rank 0 is in its micro-batch 3, rank 1 ended"):
         for _ in range(3 - rank):
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()

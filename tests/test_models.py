@@ -1090,6 +1090,9 @@ CHANGES = {
     "remove a layer": (lambda model, optimizer: model[2].__setitem__(0, nn.Identity()), "2.0.bias has left the model"),
     "assign data": (lambda model, optimizer: setattr(model[0][0].weight, "data", torch.ones(WIDTH, WIDTH).double()),
                     "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded"),
+    "assign another's data": (
+        lambda model, optimizer: setattr(model[0][0].weight, "data", model[1][0].weight.data),
+        "0.0.weight no longer lies|data: the parameter 1.0.weight is sharded"),
     "cast": (lambda model, optimizer: (model.zero_grad(), model.half()),
              r"no longer lies where initialize\(\) put it|is sharded over 2 ranks \(stage 3\)"),
     "cast, and go on": (

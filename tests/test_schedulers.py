@@ -78,7 +78,7 @@ def test_a_step_to_a_position_and_a_state_from_deepspeed_go_there(trace):
         trace["lr_before_step"][-1][0]), "a refused step changes nothing"
 
 
-def test_one_cycle_tells_its_momentum():
+def test_one_cycle_tells_its_momentum_and_may_come_down_in_stairs():
     params = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1, "cycle_first_step_size": 4}
     optimizer = adam()
     schedule = schedulers.build(optimizer, "OneCycle", params)
@@ -87,6 +87,8 @@ def test_one_cycle_tells_its_momentum():
     schedule.step(1)
     assert schedule.get_mom() == [(pytest.approx(0.85), 0.99)]
     assert schedulers.build(adam(), "OneCycle", params | {"cycle_momentum": False}).get_mom() is None
+    stairs = schedulers.preview({"type": "OneCycle", "params": params | {"cycle_second_stair_count": 2}}, 9)
+    assert stairs[5:] == [[pytest.approx(rate)] for rate in (0.0505, 0.0505, 0.001, 0.001)]
 
 
 def test_warmup_keeps_each_groups_own_rate_unless_told_otherwise():
