@@ -1819,7 +1819,8 @@ def find_units(model: nn.Module, leaf: LeafModules | None) -> dict[str, nn.Modul
     """
     units = _found_units(model) if leaf is None else _named_units(model, leaf)
     marked = {name: module for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)}
-    return {name: module for name, module in (units | marked).items() if name and not _is_inside(name, marked)}
+    return {name: module for name, module in (units | marked).items() if name and not _is_inside(name, marked)
+            and not isinstance(module, torch.jit.ScriptModule)}  # which takes no hooks
 
 
 def _found_units(model: nn.Module) -> dict[str, nn.Module]:
@@ -2239,7 +2240,8 @@ def _in_backward() -> bool:
 # --- Stage 3: parameters come before each use and go after it ---------------------------------------------------------
 
 
-RECOMPUTED = "recomputed activations"  # a user of a unit, besides its calls
+RECOMPUTED = "recomputed activations"  # users of a unit, besides its calls
+DIFFERENTIABLE = "a backward with create_graph, which the next backward may differentiate"
 
 
 class Trace:
@@ -2347,18 +2349,20 @@ class Gatherer:
 
     def _after_backward(self, unit: Unit, call: "weakref.ref[Call]", grads: Any) -> None:
         """The gradients of all of a call's inputs are complete."""
-        if torch.is_grad_enabled():
-            return  # create_graph: the backward of this backward reads the parameters again; end_backward frees them
+        if torch.is_grad_enabled():  # create_graph: the backward of this backward reads the parameters again
+            unit.users.add(DIFFERENTIABLE)
+            return
         unit.users.discard(RECOMPUTED)
         self._release(unit, call())
         if unit is not self.root:  # the root shares its inputs with its first block, and ends with the backward
             self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
         self.zero.reducer.launch_ready()
 
-    def end_backward(self) -> None:
-        """The backward pass is over: free the units that it used."""
+    def end_backward(self, came: bool = True) -> None:
+        """The backward pass is over: free the units that it used. ``came``: weights have got gradients in it."""
         for unit in self.units:
-            unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)}
+            unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)
+                          or not came and user is DIFFERENTIABLE}
         self.free_unused()
 
     def call_of(self, unit: Unit) -> Any:
@@ -2884,9 +2888,10 @@ class Zero:
         """The backward pass is over: reduce the rest. Every rank must call this, with gradients or without."""
         self.reducer.begin_backward()
         self.thaw()
+        came = self.reducer.foreseen
         self.reducer.finish()
         if self.gatherer is not None:
-            self.gatherer.end_backward()
+            self.gatherer.end_backward(came)
 
     def thaw(self) -> None:
         """Train the optimizer's frozen parameters that now require grad, from the gradients of this backward on.

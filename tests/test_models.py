@@ -398,11 +398,12 @@ def penalized(model, x):
 
 @torch.enable_grad()
 def gradient_penalized(model, x):
-    """With the norm of a gradient in it: backward differentiates twice."""
+    """With the norm of a gradient in it, and a Jacobian: backward differentiates twice, after another forward."""
     x = x.detach().requires_grad_()
     loss = square(model, x)
     gradient, = torch.autograd.grad(loss, x, create_graph=True)
-    return loss + (gradient.norm() - 1).square()
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x).sum((0, 1))[:2], x, create_graph=True)
+    return loss + (gradient.norm() - 1).square() + jacobian.square().mean() + square(model, -x)
 
 
 def hooked_by_the_caller(model, x):
@@ -463,6 +464,17 @@ CASES = {
 @on_ranks(2, name=CASES, stage=STAGES)
 def test_training_and_evaluation_equal_plain_pytorch(name, stage):
     train(CASES[name], stage)
+
+
+@on_ranks(2)
+def test_a_scripted_layer_belongs_to_the_unit_around_it():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(linear(), torch.jit.script(linear())).double())
+    pair = Pair.of(*models, 3)
+    pair.train(0)
+    pair.check()
 
 
 # --- Buffers, hooks and inputs ----------------------------------------------------------------------------------------
