@@ -3365,7 +3365,7 @@ class GatheredParameters:
             self._keep_changes()
         lost = self._changed() if error is None and self.modifier_rank is None and self.sharded else []
         for slot in self.sharded:
-            slot.bucket.note_versions()  # what the modifier rank wrote is kept, and nothing else
+            slot.version = slot.parameter._version  # what is to stay of these is kept; the rest is for free() to see
             slot.bucket.unit.release(self)
         if value is not None and "support saved tensor hooks" in str(value):
             raise RuntimeError(NO_TRANSFORMS) from value

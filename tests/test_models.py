@@ -1337,6 +1337,17 @@ def test_what_a_hook_writes_in_backward_stays(stage):
     assert_close(whole(pair.model)["1.0.weight"], before / 2, "the weight")
 
 
+@on_ranks(2)
+def test_what_one_rank_writes_to_a_neighbour_that_was_gathered_along_is_an_error_on_all():
+    pair = Pair(net, 3)
+    with torch.no_grad(), zero.GatheredParameters(pair.model[0][0].weight, modifier_rank=0):
+        if dist.get_rank() == 0:
+            pair.model[0][0].bias.fill_(1.0)
+    pair.backward(0)
+    with pytest.raises(RuntimeError, match="wrote different weights"):
+        pair.engine.step()
+
+
 def bounded() -> Model:
     """Forward shortens the rows that it takes, which each rank chooses."""
     return Model(lambda m, rows: m.table(rows), table=nn.Embedding(8, WIDTH, max_norm=0.1))
