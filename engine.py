@@ -2698,7 +2698,7 @@ ELSEWHERE = "; if DeepSpeed has it, tutorials/coming_from_deepspeed.md says what
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(MODULES["deepspeed"], name)
+    return _absent(__name__, name) if name.startswith("_") else getattr(MODULES["deepspeed"], name)
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:

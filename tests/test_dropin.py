@@ -111,6 +111,7 @@ def test_a_misspelt_name_is_named(alone):
     for place, name in ((deepspeed, "initialise"), (deepspeed.utils, "loger"), (engine, "backwards")):
         with pytest.raises(AttributeError, match=f"attribute '{name}'"):
             getattr(place, name)
+    assert not hasattr(deepspeed, "__path__"), "engine.py is no package"
 
 
 # --- The name itself --------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_small_names(alone):
     device = deepspeed.get_accelerator()
     assert (device.device_name(), device.device_name(0), device.current_device_name()) == ("cpu", "cpu", "cpu")
     assert device.communication_backend_name() == "gloo" and device.memory_allocated() == 0
-    assert device.is_bf16_supported() and "safe_get_full_grad" in dir(deepspeed.utils)
+    assert device.is_bf16_supported() and device.is_fp16_supported() and "safe_get_full_grad" in dir(deepspeed.utils)
     with pytest.raises(NotImplementedError, match="mixtures of experts are not covered"):
         deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer({})
 
