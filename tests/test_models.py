@@ -1103,8 +1103,8 @@ CHANGES = {
     "assign data": (lambda model, optimizer: setattr(model[0][0].weight, "data", torch.ones(WIDTH, WIDTH).double()),
                     "0.0.weight no longer lies|data: the parameter 0.0.weight is sharded"),
     "assign another's data": (
-        lambda model, optimizer: setattr(model[0][0].weight, "data", model[1][0].weight.data),
-        "0.0.weight no longer lies|data: the parameter 1.0.weight is sharded"),
+        lambda model, optimizer: setattr(model[0][0].bias, "data", model[0][0].weight.data[0]),  # of the same bucket
+        "0.0.bias no longer lies|data: the parameter 0.0.weight is sharded"),
     "cast": (lambda model, optimizer: (model.zero_grad(), model.half()),
              r"no longer lies where initialize\(\) put it|is sharded over 2 ranks \(stage 3\)"),
     "cast, and go on": (

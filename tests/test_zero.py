@@ -450,15 +450,21 @@ def test_lightning_gets_a_state_dict_that_it_can_only_leave_out():
             use()
 
 
+class Clipped(nn.Linear):
+    def clip(self) -> None:
+        self.weight.data.clamp_(-1, 1)
+
+
 @on_ranks(2)
 def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nn.Sequential(Clipped(8, 8), nn.Linear(8, 8))
     model.clip = lambda: [p.data.clamp_(-1, 1) for p in model.parameters()]  # what would be written to unseen
     start(model, 3)
     p = model[0].weight
     assert (p.shape, p.numel(), p.dtype, p.requires_grad) == ((8, 8), 64, torch.float32, True) and "8, 8" in repr(p)
     assert isinstance(p, nn.Parameter) and sum(q.numel() for q in model.parameters()) == 144
-    for touch in (lambda: p.sum(), model.state_dict, lambda: p[0], lambda: float(p.max()), model.clip, lambda: p + 1):
+    for touch in (lambda: p.sum(), model.state_dict, model[0].clip, lambda: p[0], lambda: float(p.max()), model.clip,
+                  lambda: p + 1):
         with pytest.raises(RuntimeError, match="the parameter 0.weight is sharded over 2 ranks"):
             touch()
     with pytest.raises(ValueError, match=r"inside GatheredParameters\(0.weight\) without a modifier_rank"), \
