@@ -68,6 +68,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map_only  # have no public names
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -2364,6 +2365,10 @@ def _check_arguments(args: Any, model: Any, mpu: Any, mesh_param: Any, collate_f
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ValueError(f"{lazy[0]} has no shape yet; run a lazy model once, on any input, before initialize()")
+    wrapped = [f"{name} is a {type(p).__name__}" for name, p in model.named_parameters()
+               if is_traceable_wrapper_subclass(p)]
+    if wrapped:
+        raise ValueError(f"{wrapped[0]}, whose memory can't be placed anew; allowed: parameters of plain tensors")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has tensors on the meta device, without values; zero.Init(module=model) gives them "
                          "values and shards them")

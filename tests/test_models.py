@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, parametrize, prune, rnn, \
     vector_to_parameters
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import zero
@@ -1185,8 +1186,10 @@ def test_parameters_over_one_memory_are_refused(share):
 
 @pytest.mark.parametrize("make, told", [
     (lambda: torch.jit.script(nn.Linear(3, 1)), "model is a ScriptModule"),
-    (lambda: nn.LazyLinear(3), "weight has no shape yet; run a lazy model once")], ids=["script", "lazy"])
-def test_scripted_and_lazy_models_are_refused_by_name(make, told):
+    (lambda: nn.LazyLinear(3), "weight has no shape yet; run a lazy model once"),
+    (lambda: nn.ParameterList([TwoTensor(torch.ones(2), torch.ones(2))]), "0 is a TwoTensor, whose memory"),
+    ], ids=["script", "lazy", "wrapped"])
+def test_models_whose_parameters_cannot_be_placed_are_refused_by_name(make, told):
     with pytest.raises(ValueError, match=told):
         start(make(), 0, make_optimizer=None)
 
