@@ -2576,13 +2576,16 @@ class Reducer:
         if self.zero.offload.optimizer is not None:
             self.zero.offload.optimizer.settle()
 
-    def reduce_late(self, gradients: Gradients) -> None:
-        """Reduce gradients that came, on any rank, after their bucket's reduction had begun; all ranks must call it."""
-        late = _numbers([bool(gradients.late)], self.zero.device)
-        self.zero.communicator.all_reduce(late, "scalars", what=lambda: "which gradients came late").wait()
+    def any_rank_has(self, slot: Slot) -> bool:
+        """Whether any rank has a gradient of the parameter; reduces those that came late. All ranks must call it."""
+        gradients = slot.bucket.gradients
+        flags = _numbers([bool(gradients.late), slot in gradients.used], self.zero.device)
+        self.zero.communicator.all_reduce(flags, "scalars", what=lambda: f"who has a gradient of {slot.name}").wait()
+        late, found = flags.tolist()
         if late:
             gradients.reduce_late()
         self.settle()
+        return found > 0
 
     def first_not_finite(self) -> str | None:
         """The first parameter, in the model's order, whose summed gradient has infinity or NaN on any rank."""
@@ -3435,15 +3438,15 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     zero.end_if_pending()
     if slot in gradients.used and slot.parameter.grad is None:
         zero.reducer.drop(slot)
-    zero.reducer.reduce_late(gradients)
+    if not zero.reducer.any_rank_has(slot):
+        return None
     if gradients.reduced:
         return gradients.whole(slot) / zero.divisor
     own = torch.zeros(slot.end - slot.offset, dtype=bucket.dtypes.gradient, device=bucket.flat.device)
     if slot in gradients.filled:
         slot.view(own, slot.offset).copy_(slot.view(gradients.buffer))
-    message = torch.cat([own, own.new_tensor([float(slot in gradients.filled)])])
-    bucket.communicator.all_reduce(message, "scalars").wait()
-    return slot.view(message[:-1] / zero.divisor, slot.offset) if message[-1] else None
+    bucket.communicator.all_reduce(own, "scalars").wait()
+    return slot.view(own / zero.divisor, slot.offset)
 
 
 @torch.no_grad()
