@@ -887,7 +887,7 @@ def _check_data(dataset: Any) -> None:
                          "If yours shards itself, put it in a DataLoader of your own")
     if dataset is None or isinstance(dataset, IterableDataset):
         return
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):  # as a DataLoader has not
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):  # a DataLoader has no __getitem__
         raise ValueError(f"training_data is a {type(dataset).__name__}; allowed: a dataset with __len__ and "
                          "__getitem__, from which the engine makes the loader, or on one rank an IterableDataset")
     if len(dataset) == 0:
@@ -1221,13 +1221,13 @@ class _State(nn.Module):
             raise RuntimeError(f"{caller} needs an optimizer; give initialize() one, or its config a section for it")
         return self.optimizer.param_groups
 
-    def _show_scale(self) -> None:
-        """Show the loss scale where DeepSpeed shows it, for reading only."""
+    def _tell_boundary(self) -> None:
+        """Set in ``zero`` whether the next backward pass ends its accumulation window, and what makes sums means.
+
+        The optimizer shows the loss scale, as in DeepSpeed, for reading only.
+        """
         if self.optimizer is not None:
             self.optimizer.loss_scale = self.optimizer.cur_scale = self.scaler.scale
-
-    def _tell_boundary(self) -> None:
-        """Set in ``zero`` whether the next backward pass ends its accumulation window, and what makes sums means."""
         self.zero.boundary = self.is_gradient_accumulation_boundary() and not self._in_no_sync
         ranks = 1 if self.config.gradient_allreduce_op == "sum" else self.world_size
         steps = self.gradient_accumulation_steps() if self.scaler.scale == 1 else 1  # see scale()
@@ -1355,7 +1355,7 @@ class _Training(_State):
             return
         before, self.skipped_steps = self.scaler.scale, self.skipped_steps + result.overflow
         self.scaler.update(result.overflow, result.culprit)
-        self._show_scale()
+        self._tell_boundary()
         if result.overflow:
             _warn("step skipped, nothing was changed: the gradient of %s is not finite%s (%d skipped so far)",
                   result.culprit or "a parameter", self.scaler.outcome(before), self.skipped_steps)
@@ -1477,7 +1477,8 @@ class Engine(_Training):
         tag                        default: the one that the file ``latest`` names
         load_module_strict         False: parameters and buffers that the model or the checkpoint lacks are left alone
         load_optimizer_states      False: the optimizer starts anew, from the loaded weights
-        load_lr_scheduler_states   False: the schedule goes on where it is
+        load_lr_scheduler_states   False: the schedule goes on where it is, from its next step; until then the saved
+                                   rates hold, unless the optimizer starts anew
         load_module_only           only the weights and buffers
 
         Returns the folder and the saved ``client_state``; ``(None, None)``, with a warning, where nothing was saved.
@@ -1503,8 +1504,7 @@ class Engine(_Training):
         if not load_module_only:
             _restore(self, reader.state, with_optimizer, with_schedule)
         self.zero_grad()  # last, as the number of micro-batches that it has restored also sets the place in a window
-        self._show_scale()
-        return str(folder), _own_client_state(self, reader.state)
+        return str(folder), _own(self, reader.state, "client_state")
 
     @_by_all_ranks()
     def consolidated_fp32_state_dict(self) -> dict[str, Tensor]:
@@ -1538,10 +1538,9 @@ class Engine(_Training):
                 whole |= {id(p): value.cpu()} if self.global_rank == 0 else {}
         named = {name: whole[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)
                  if id(p) in whole}
-        if self.global_rank != 0:
-            return {}
-        extra = {key: module.get_extra_state() for key, module in _with_extra_state(self.module).items()}
-        return named | _copies(_persistent_buffers(self.module, shared=True)) | extra
+        extra: dict[str, Any] = {}
+        _agreed(lambda: extra.update(_extra_state(self.module)))  # on every rank, as it may need the others
+        return named | _copies(_persistent_buffers(self.module, shared=True)) | extra if self.global_rank == 0 else {}
 
     # Its memory, and its end.
 
@@ -1726,6 +1725,7 @@ def _write_pieces(shares: Iterable[zero.Share], path: Path) -> list[dict]:
 
 def _write_whole(whole: dict[str, Tensor], path: Path) -> None:
     """Write a state dict as a file, which replaces another one only when it is complete."""
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -1793,7 +1793,7 @@ def _checkpoint_folder(directory: str | os.PathLike, tag: Any = None) -> Path:
     """The folder of ``tag``, or of the tag that ``latest`` names."""
     latest = Path(directory) / "latest"
     try:
-        return Path(directory) / _folder_name(latest.read_text('utf-8').strip() if tag is None else tag)
+        return Path(directory) / _folder_name(latest.read_text("utf-8").strip() if tag is None else tag)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"there is no checkpoint in {directory}, which has no file latest; give a tag") from None
     except ValueError as error:
@@ -2099,9 +2099,10 @@ def _take_over(engine: Engine, reader: _Reader, with_optimizer: bool) -> None:
     for name, buffer in _persistent_buffers(engine.module).items():
         if name in saved:
             buffer.copy_(saved[name])
+    extra = _own(engine, reader.state, "extra")
     for key, module in _with_extra_state(engine.module).items():
-        if key in reader.state.get("extra", ()):  # not in a checkpoint of an earlier version
-            module.set_extra_state(reader.state["extra"][key])
+        if key in extra:
+            module.set_extra_state(extra[key])
 
 
 def consolidate(folder: Path, dtype: torch.dtype | None = None, with_frozen: bool = True) -> dict[str, Tensor]:
@@ -2141,7 +2142,7 @@ def _state_of(engine: Engine) -> dict[str, Any]:
             "scheduler": type(scheduler).__name__,
             "data": None if engine.loader is None else engine.loader.state_dict(),
             "random": _random_state(), "buffers": _copies(_persistent_buffers(engine.module, shared=True)),
-            "extra": {key: module.get_extra_state() for key, module in _with_extra_state(engine.module).items()},
+            "extra": _extra_state(engine.module),
             "optimizer_state": {name: {key: entry(value) for key, value in kept.items()}
                                 for name, kept in zero.scalars(engine.zero).items()}}
 
@@ -2164,32 +2165,29 @@ def _restore(engine: Engine, state: dict[str, Any], with_optimizer: bool, with_s
 
 
 def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plain data of all ranks: rank 0's, each rank's generators, and each rank's buffers and data that differ."""
-    buffers, kept = states[0]["buffers"], {}
+    """The plain data of all ranks: rank 0's, each rank's generators, and what else differs from rank to rank."""
+    first, kept = states[0], {}
     for name, entries in (item for state in states for item in state["optimizer_state"].items()):
         known = kept.setdefault(name, entries)
         for key in known.keys() | entries.keys():
             if not _same(known.get(key), entries.get(key)):
                 raise CheckpointError(f"the optimizer's state {key!r} of {name} differs from rank to rank, since each "
                                       "has a part of the parameter; it can be saved at stage 0")
-    client, *others = (_to_bytes(state["client_state"]) for state in states)
-    differing = {rank: states[rank]["client_state"] for rank, data in enumerate(others, 1) if data != client}
-    return states[0] | {"random": [state["random"] for state in states], "optimizer_state": kept, "rank_buffers": [
-        {name: buffer for name, buffer in state["buffers"].items() if not torch.equal(buffer, buffers[name])}
-        for state in states], "rank_client_states": differing}
+    return first | {"random": [state["random"] for state in states], "optimizer_state": kept} | {f"rank_{part}": [
+        {key: value for key, value in state[part].items() if not _same(value, first[part].get(key, first))}
+        for state in states] for part in ("buffers", "extra", "client_state")}
 
 
-def _own_client_state(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse: this rank's if the number of ranks is the same, else rank 0's."""
-    differing = state.get("rank_client_states", {}) if len(state["random"]) == engine.world_size else {}
-    return differing.get(engine.global_rank, state["client_state"])
+def _own(engine: Engine, state: dict[str, Any], part: str) -> dict[str, Any]:
+    """The inverse for one part: rank 0's, and over it this rank's, where the number of ranks is the same."""
+    every = state.get(f"rank_{part}", ())  # a checkpoint may be older than the part
+    return state.get(part, {}) | (every[engine.global_rank] if len(every) == engine.world_size else {})
 
 
 def _own_buffers(engine: Engine, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The same of buffers; each once."""
-    mine = state["rank_buffers"][engine.global_rank] if len(state["rank_buffers"]) == engine.world_size else {}
+    """The buffers for this rank, those of a shared module by its first name alone."""
     again = _persistent_buffers(engine.module, shared=True).keys() - _persistent_buffers(engine.module).keys()
-    return {name: buffer for name, buffer in (state["buffers"] | mine).items() if name not in again}
+    return {name: buffer for name, buffer in _own(engine, state, "buffers").items() if name not in again}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -2224,10 +2222,16 @@ def _persistent_buffers(model: nn.Module, shared: bool = False) -> dict[str, Ten
 
 
 def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose ``get_extra_state()`` adds to a state dict, by the key that it has there."""
+    """The modules that save and load more than tensors, by the key that this has in a state dict."""
     return {f"{prefix}{'.' if prefix else ''}_extra_state": module
             for prefix, module in model.named_modules(remove_duplicate=False)
-            if type(module).get_extra_state is not nn.Module.get_extra_state}
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+            and type(module).set_extra_state is not nn.Module.set_extra_state}
+
+
+def _extra_state(model: nn.Module) -> dict[str, Any]:
+    """What they save."""
+    return {key: module.get_extra_state() for key, module in _with_extra_state(model).items()}
 
 
 def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2430,7 +2434,6 @@ def _equip(engine: Engine, training_data: Dataset | None, collate_fn: Callable |
     if recomputed is not None:
         engine.checkpointing = recompute.apply(recomputed, settings.activation_checkpointing)
     engine._tell_boundary()
-    engine._show_scale()
     if engine.global_rank == 0:
         logger.info("precision:\n%s", table)
         if settings.dump_state:
@@ -2796,17 +2799,14 @@ def get_accelerator() -> types.ModuleType:
         "communication_backend_name": lambda: dist.get_default_backend_for_device(device)})
 
 
-class _Kernel(type):
-    """The class of DeepSpeed's names for optimizers, whose base is the class of what they make, and recognize."""
-
-    def __call__(cls, *args: Any, **options: Any) -> Optimizer:
-        return cls.make(*args, **options) if "make" in vars(cls) else super().__call__(*args, **options)
+class _OtherName(type):
+    """The class of DeepSpeed's names for optimizers: isinstance() also accepts what they make, of their base class."""
 
     def __instancecheck__(cls, one: Any) -> bool:
-        return super().__instancecheck__(one) or "make" in vars(cls) and isinstance(one, cls.__base__)
+        return super().__instancecheck__(one) or type(cls.__base__) is type and isinstance(one, cls.__base__)
 
 
-def _kernel(name: str, base: type[Optimizer], **renamed: str) -> type[Optimizer]:
+def _other_name(name: str, base: type[Optimizer], **renamed: str) -> type[Optimizer]:
     """The class ``name``, which makes the optimizer of a config's section for ``base``. Its subclasses make their own.
 
     ``renamed``: the section's key, by the argument's. DeepSpeed calls the first argument params or model_params.
@@ -2816,11 +2816,14 @@ def _kernel(name: str, base: type[Optimizer], **renamed: str) -> type[Optimizer]
         return build_optimizer(OptimizerConfig(base.__name__, options), model_params if params is None else params,
                                _current_device())
 
+    def new(cls: type[Optimizer], *args: Any, **options: Any) -> Optimizer:
+        return make(*args, **options) if type(cls.__base__) is type else base.__new__(cls)
+
     def init(self: Optimizer, *args: Any, **options: Any) -> None:
         made = make(*args, **options)
         base.__init__(self, made.param_groups, **made.defaults)
 
-    return _Kernel(name, (base,), {"make": staticmethod(make), "__init__": init})
+    return _OtherName(name, (base,), {"__new__": new, "__init__": init})
 
 
 def split_params_into_different_moe_groups_for_optimizer(*_: Any, **__: Any) -> Any:
@@ -2882,10 +2885,10 @@ for _paths, *_things in (
         ("comm comm.comm", dist, init_distributed, log_summary, {
             "get_local_rank": partial(dist.get_node_local_rank, 0)}),
         ("moe.utils", split_params_into_different_moe_groups_for_optimizer),
-        ("ops.adagrad", _kernel("DeepSpeedCPUAdagrad", torch.optim.Adagrad)),
-        ("ops.adam ops.adam.cpu_adam ops.adam.fused_adam", _kernel("FusedAdam", torch.optim.Adam),
-         _kernel("DeepSpeedCPUAdam", torch.optim.Adam, adamw_mode="adam_w_mode")), ("ops.lamb", {"FusedLamb": Lamb}),
-        ("ops.lion", {"FusedLion": Lion}, _kernel("DeepSpeedCPULion", Lion)),
+        ("ops.adagrad", _other_name("DeepSpeedCPUAdagrad", torch.optim.Adagrad)),
+        ("ops.adam ops.adam.cpu_adam ops.adam.fused_adam", _other_name("FusedAdam", torch.optim.Adam),
+         _other_name("DeepSpeedCPUAdam", torch.optim.Adam, adamw_mode="adam_w_mode")), ("ops.lamb", {"FusedLamb": Lamb}),
+        ("ops.lion", {"FusedLion": Lion}, _other_name("DeepSpeedCPULion", Lion)),
         ("runtime.dataloader", RepeatingLoader), ("runtime.engine", {"DeepSpeedEngine": Engine}),
         ("runtime.lr_schedules", schedulers, {"VALID_LR_SCHEDULES": [
             "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]}),

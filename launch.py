@@ -28,7 +28,7 @@ addition:
   other machines, so there is no --hostfile.
 
 A script reads its rank from the variables RANK, LOCAL_RANK and WORLD_SIZE. With --as_deepspeed it also gets
---local_rank, if its text has this option. Without --nproc_per_node, SCRIPT gets one process per GPU, or one in all
+--local_rank, if its own text has this option. Without --nproc_per_node, SCRIPT gets one process per GPU, or one in all
 without GPUs.
 """
 

@@ -143,8 +143,10 @@ class Schedule(LRScheduler):
         super().step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the optimizer's initial rates, and those in force, where another schedule around this one, or
-        the caller, has set others since; everything else comes from the constructor."""
+        """The position and the optimizer's initial rates; everything else comes from the constructor.
+
+        ``rates`` are those in force, where another schedule around this one, or the caller, has set others since.
+        """
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         own = all(math.isclose(rate, float(mine), rel_tol=1e-6) for rate, mine in zip(rates, self.get_lr()))
         return {"last_batch_iteration": self.last_batch_iteration, "base_lrs": list(self.base_lrs),

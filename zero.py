@@ -2119,7 +2119,7 @@ def _is_left_out(frame: Any) -> bool:
     """
     while frame is not None and frame.f_code.co_name != "lightning_module_state_dict":
         frame = frame.f_back
-    owner = type(frame.f_locals["self"]) if frame is not None else object
+    owner = object if frame is None else type(frame.f_locals.get("self"))
     return any(kind.__name__ == "DeepSpeedStrategy" for kind in owner.__mro__)
 
 

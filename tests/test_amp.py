@@ -5,6 +5,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -405,6 +406,20 @@ def test_where_two_dtypes_meet_the_error_says_what_to_do(name):
     with pytest.raises(RuntimeError) as error:  # another one is left as it is
         began(nn.Linear(4, 4), **{name: {"enabled": True}})(torch.ones(2, 3, dtype=amp.NAMES[name]))
     assert "keep_fp32" not in str(error.value)
+
+
+@on_ranks(1)
+def test_gradients_know_the_new_scale_where_the_scheduler_raises():
+    engine = began(nn.Linear(4, 1, bias=False), fp16={"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1,
+                                                      "auto_cast": True}, gradient_clipping=0.0)
+    engine.lr_scheduler = mock.Mock(step=lambda: None)
+    for step in range(3):
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        assert zero.safe_get_full_grad(engine.module.weight).tolist() == [[1.0] * 4], f"step {step}"
+        engine.lr_scheduler.step = [lambda: None, lambda: 1 / 0, lambda: None][step]
+        with pytest.raises(ZeroDivisionError) if step == 1 else nullcontext():
+            engine.step()
+    assert engine.loss_scale() > 16
 
 
 @on_ranks(2, stage=STAGES)

@@ -498,7 +498,8 @@ def test_log_summary_prints_what_the_engines_have_sent():
     with mock.patch("builtins.print") as print_:
         deepspeed.comm.log_summary()
     table = deepspeed.zero.traffic_table(engine.zero.communicator.traffic)
-    assert [call.args for call in print_.mock_calls] == ([(table,)] if dist.get_rank() == 0 else []) and "all-" in table
+    printed = [call.args for call in print_.mock_calls]  # former engines may live on
+    assert (printed.count((table,)) == 1 if dist.get_rank() == 0 else not printed) and "all-" in table
     with pytest.raises(ValueError, match="show_straggler is True; allowed: False"):
         deepspeed.comm.log_summary(show_straggler=True)
 

@@ -265,6 +265,32 @@ def test_a_fixed_loss_scale_is_the_configs_and_a_schedule_goes_on_without_the_op
     assert anew.get_lr() == rate  # as in PyTorch, whose callers load the schedule's state themselves
 
 
+class Counting(nn.Linear):
+    """Its extra state is its own rank's, and takes a collective to make; that of its child can't be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.child, self.rank = type("Child", (nn.Module,), {"get_extra_state": lambda _: 1})(), dist.get_rank()
+
+    def get_extra_state(self) -> list[int]:
+        return [self.rank, *zero.gather(self.rank)]
+
+    def set_extra_state(self, state: list[int]) -> None:
+        self.loaded = state
+
+
+@on_ranks(2, stage=[1, 3])
+def test_each_rank_has_its_extra_state_back_and_what_rank_0_alone_gave(stage, tmp_path):
+    engine, *_ = deepspeed.initialize(model=Counting(), config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage}})
+    rank = engine.global_rank
+    engine.save_checkpoint(tmp_path, client_state=None if rank else {"epoch": 3})
+    _, client = engine.load_checkpoint(tmp_path)
+    assert client == {"epoch": 3} and engine.module.loaded == [rank, 0, 1]
+    whole = engine.consolidated_fp32_state_dict()
+    assert whole.keys() == ({"weight", "bias", "_extra_state"} if rank == 0 else set())
+
+
 @on_ranks(1)
 def test_a_checkpoint_without_extra_state_and_a_shared_modules_second_buffers_loads(tmp_path):
     """As earlier versions wrote it."""
