@@ -281,8 +281,10 @@ EXPENSIVE = {getattr(torch.ops.aten, name).default for name in (
 
 def _is_kept(operation: Any, args: tuple, kwargs: dict) -> bool:
     """Whether to keep the result. Not with dropout: skipping that operation would shift the random state after it."""
+    if operation not in EXPENSIVE:
+        return False
     names = (argument.name for argument in operation._schema.arguments)
-    return operation in EXPENSIVE and not (dict(zip(names, args)) | kwargs).get("dropout_p")
+    return not (dict(zip(names, args)) | kwargs).get("dropout_p")
 
 
 def _alias(result: Any) -> Any:

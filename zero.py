@@ -625,7 +625,7 @@ class Communicator:
 
     def note(self, number: int) -> None:
         """A unit's gather begins, or it was written to. All ranks must do so alike, which ``Zero.step`` checks."""
-        self.gathered = (31 * self.gathered + number + 1) % 2**20
+        self.gathered = (31 * self.gathered + number + 1) % (2**20 - 3)  # a prime, so that all bits of a checksum count
 
     def _parts(self, flat: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The slices that are not empty, each with the rank that owns it."""
@@ -1322,9 +1322,9 @@ class Bucket:
         """Take over in-place writes to the parameters, such as a clamp between steps.
 
         All ranks must write the same: what is written to gathered parameters counts in the digest of gathers, and the
-        rest is compared by ``Zero.step``. PyTorch counts no version for writes through ``p.data``: they are seen if
-        ``uncounted`` in sharded parameters, where the old values are on the same device; elsewhere only where the
-        parameter itself is the master.
+        rest is compared by ``Zero.step``. Writes through ``p.data`` are not compared, as PyTorch counts no version for
+        them. With ``uncounted`` they are seen in sharded parameters whose old values are on the same device; elsewhere
+        only where the parameter itself is the master.
         """
         written = any(slot.parameter._version != slot.version for slot in self.slots)
         comparable = uncounted and self.unit is not None and (
@@ -1642,11 +1642,15 @@ class TakenGradient(Tensor):
             "backward(). zero.safe_get_full_grad(p) and zero.safe_set_full_grad(p, value) read and write it; the "
             "config's gradient_clipping clips it, and zero_grad() drops it")
 
-    def _refuse(self, *_: Any) -> None:
+    def _refuse(self, *_: Any, **__: Any) -> None:
         raise self._refusal("use", self.slot())
 
+    def _set_data(self, value: Tensor) -> None:
+        if value is not self:  # as a module's to() does that changes nothing
+            self._refuse()
+
     share_memory_ = numpy = tolist = __reduce_ex__ = _refuse  # where PyTorch would end the process, or not say why
-    data = property(lambda self: self, _refuse)  # what is assigned would be lost
+    data = property(lambda self: self, _set_data)  # what is assigned would be lost
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -1776,7 +1780,9 @@ def check_memory(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if any(not isinstance(t, nn.Parameter) and isinstance(t._base, nn.Parameter) for t in tensors_in(value)):
+            several = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+            if any(isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and isinstance(t._base, nn.Parameter)
+                   for t in several if name != "_buffers"):  # others' containers may be long, or compute their values
                 raise ValueError(f"{f'{path}.{name}'.lstrip('.')} is a view of a parameter, and would keep its present "
                                  "values; make the view in forward")
     spans = []
@@ -2274,6 +2280,10 @@ class Gatherer:
 
     def __init__(self, zero: "Zero", model: nn.Module):
         self.zero, self.config = zero, zero.config
+        scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+        if scripted:
+            logger.warning("%s is scripted, so it takes no hooks: at stage 3 its weights come and go with the module "
+                           "around it", scripted[0])
         self.root = Unit("", model, 0, self)
         self.units, self.unit_of = assign_units(self.root, self.config.leaf_module)
         self.numel = sum(p.numel() for p in model.parameters())
@@ -2358,12 +2368,23 @@ class Gatherer:
             self.zero.reducer.enqueue(bucket.gradients for bucket in unit.buckets)
         self.zero.reducer.launch_ready()
 
-    def end_backward(self, came: bool = True) -> None:
-        """The backward pass is over: free the units that it used. ``came``: weights have got gradients in it."""
+    def end_backward(self, over: bool = True) -> None:
+        """The backward pass is over: free the units that it used. ``over``: also its own backward."""
         for unit in self.units:
             unit.users = {user for user in unit.users if user in unit.calls or isinstance(user, GatheredParameters)
-                          or not came and user is DIFFERENTIABLE}
+                          or not over and user is DIFFERENTIABLE}
         self.free_unused()
+
+    def may_be_differentiated(self, came: bool) -> bool:
+        """Whether a backward of this backward may follow: on no rank weights got gradients (``came``), and on some rank
+        a graph still has weights. All ranks must decide alike, since they gather together."""
+        kept = [bucket for unit in self.units if DIFFERENTIABLE in unit.users for bucket in unit.buckets]
+        if not kept:
+            return False
+        flags = _numbers([came, any(bucket.is_viewed for bucket in kept)], self.zero.device)
+        self.zero.communicator.all_reduce(flags, "scalars", what=lambda: "whether a second backward may follow").wait()
+        came, viewed = flags.tolist()
+        return not came and viewed > 0
 
     def call_of(self, unit: Unit) -> Any:
         """The innermost forward call that uses a unit now."""
@@ -2659,7 +2680,7 @@ class Updater:
             "the state lies in shards. engine.load_checkpoint() loads it, and zero.safe_set_full_optimizer_state() "
             "sets it; a state dict of plain PyTorch can be loaded before initialize()"))
         refuse = self._refusal("step", "engine.step() updates the weights, whose gradients lie in buckets")
-        optimizer.register_step_pre_hook(lambda *_: None if here() and here().updating else refuse())
+        self.hook = optimizer.register_step_pre_hook(lambda *_: None if here() and here().updating else refuse())
 
     @staticmethod
     def _refusal(call: str, instead: str) -> Callable:
@@ -2668,7 +2689,8 @@ class Updater:
         return refused
 
     def remove(self) -> None:
-        """Restore the optimizer's own calls, except step(): it has pieces in place of the parameters."""
+        """Restore the optimizer's own calls; its pieces' gradients refuse to be used."""
+        self.hook.remove()
         for name in ("zero_grad", "add_param_group", "load_state_dict"):
             vars(self.optimizer).pop(name, None)
 
@@ -2894,10 +2916,10 @@ class Zero:
         came = self.reducer.foreseen
         self.reducer.finish()
         if self.gatherer is not None:
-            self.gatherer.end_backward(came)
+            self.gatherer.end_backward(not self.gatherer.may_be_differentiated(came))
 
     def thaw(self) -> None:
-        """Train the optimizer's frozen parameters that now require grad, from the gradients of this backward on.
+        """Train the optimizer's frozen parameters that now require grad, from the current gradients on.
 
         These have no hooks yet, so their gradients are where autograd leaves them, in ``p.grad``.
         """
@@ -2916,6 +2938,8 @@ class Zero:
                 slot.bucket.gradients.take(slot, slot.parameter.grad)
                 slot.parameter.grad = slot.taken
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def clear_gradients(self) -> None:
         """Drop the window's gradients. Every rank must call it."""
         self.thaw()  # else gradients of what was thawed stay in p.grad
@@ -2964,9 +2988,9 @@ class Zero:
         self.reducer.settle()
 
     def _agree(self, exact: bool = False) -> float:
-        """Agree, in one all-reduce, on the norm, on which parameters have a gradient, and on ``spoiled``.
+        """Agree, in one all-reduce, on the norm, on which parameters have a gradient, ``spoiled`` and ``written``.
 
-        Returns the norm of the summed gradients. Raises on all ranks where they have gone apart.
+        Returns the norm of the summed gradients. Raises on all ranks where their digests have gone apart.
         """
         every, communicator = self.reducer.every, self.communicator
         places = [(gradients, slot) for gradients in every for slot in gradients.bucket.slots]
@@ -3063,11 +3087,12 @@ def check_alike(zero: Zero, gathered: float, gathered_squares: float, dropped: f
         raise RuntimeError("zero_grad(), or p.grad = None, dropped gradients on some ranks alone, which were summed "
                            "over all already; drop them on every rank")
     if gathered ** 2 != gathered_squares * ranks:
-        raise RuntimeError("ranks used the units of stage 3 in different orders, or wrote different weights "
-                           "there, so that their weights were mixed up; name the module that chooses among units in "
-                           "zero_optimization.leaf_module, and write the same on all ranks")
+        raise RuntimeError("ranks used the units of stage 3 in different orders, or wrote different weights, so that "
+                           "these were mixed up. Name a module that chooses among units in zero_optimization."
+                           "leaf_module; write the same on all ranks. What differs between ranks can be a buffer")
     if zero.written and ranks > 1:
-        agree(lambda: [f"values of checksum {bucket.checksum()} in {bucket.label()}, which was written to"
+        agree(lambda: [f"values of checksum {bucket.checksum()} in {bucket.label()} (written in place, as max_norm of "
+                       "an embedding does; what differs between ranks can be a buffer)"
                        for bucket in zero.buckets if bucket.unit is None], same=True)
         zero.written = False
 
@@ -3368,7 +3393,8 @@ class GatheredParameters:
             self._keep_changes()
         lost = self._changed() if error is None and self.modifier_rank is None and self.sharded else []
         for slot in self.sharded:
-            slot.version = slot.parameter._version  # what is to stay of these is kept; the rest is for free() to see
+            slot.version = slot.parameter._version  # their values are kept, or lost on purpose; free() sees the others
+        for slot in self.sharded:  # after all versions: the first release frees the whole unit
             slot.bucket.unit.release(self)
         if value is not None and "support saved tensor hooks" in str(value):
             raise RuntimeError(NO_TRANSFORMS) from value
@@ -3432,10 +3458,12 @@ def safe_get_full_grad(parameter: nn.Parameter) -> Tensor | None:
     None if no rank has one.
     """
     slot = _slot_of(parameter)
-    bucket, gradients, zero = slot.bucket, slot.bucket.gradients, slot.bucket.zero
+    bucket, zero = slot.bucket, slot.bucket.zero
+    if zero is not None:
+        zero.end_if_pending()  # which may thaw it
+    gradients = bucket.gradients
     if gradients is None:
         return None
-    zero.end_if_pending()
     if slot in gradients.used and slot.parameter.grad is None:
         zero.reducer.drop(slot)
     if not zero.reducer.any_rank_has(slot):
