@@ -477,6 +477,16 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
     with pytest.warns(UserWarning, match="stay on cpu, and do not go to meta"):
         model.to("meta")
     assert float(zero.safe_get_full_fp32_param(p).max()) < 1
+    images = start(nn.Sequential(nn.Conv2d(8, 8, 1)), 3).module
+    with pytest.raises(RuntimeError, match=r"to: the parameter 0.weight is sharded over 2 ranks \(stage 3\)"):
+        images.to(memory_format=torch.channels_last)
+
+
+@on_ranks(2)
+def test_what_an_engine_that_is_gone_leaves_sharded_says_so():
+    model = nn.Sequential(nn.Linear(8, 8))
+    p = model[0].weight
+    start(model, 3)
     with zero.GatheredParameters(p):
         loss = p.square().sum()
     zero._slot_of(p).bucket.zero.release()
@@ -486,9 +496,6 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
                        (loss.backward, "backward needs the parameter 0.weight, whose engine is gone")):
         with pytest.raises(RuntimeError, match=told):
             call()
-    images = start(nn.Sequential(nn.Conv2d(8, 8, 1)), 3).module
-    with pytest.raises(RuntimeError, match=r"to: the parameter 0.weight is sharded over 2 ranks \(stage 3\)"):
-        images.to(memory_format=torch.channels_last)
 
 
 @on_ranks(2, stage=STAGES)
