@@ -2232,11 +2232,14 @@ def _return_free_memory() -> None:
 
 
 def _keep_memory_that_is_freed() -> None:
-    """Free a block of 32 MiB: glibc then returns to the system only what is free beyond twice that.
+    """With glibc, keep freed blocks of up to 32 MiB, its limit, for the next ones: up to 1 GiB of them.
 
     Otherwise each backward gets its gradients' memory anew, page by page.
     """
-    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+    mallopt = getattr(C_LIBRARY, "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of <malloc.h>
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _in_backward() -> bool:
