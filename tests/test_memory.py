@@ -653,9 +653,10 @@ def limited(device: str, folder: str) -> str:
     libc = ctypes.CDLL(None)  # holes that are free would count too: large tensors go back to the system
     assert libc.mallopt(-8, 1) and libc.mallopt(-3, 2**20)  # M_ARENA_MAX, M_MMAP_THRESHOLD of <malloc.h>
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB of fp32
-    engine, *_ = deepspeed.initialize(model=model, config={
-        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": folder}}})
+    with mock.patch.object(zero, "_keep_memory_that_is_freed"):  # which sets other thresholds
+        engine, *_ = deepspeed.initialize(model=model, config={
+            "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": folder}}})
     # From here on it may have, beside files: its gradients (96 MiB) and some buffers, but no Adam (192 more).
     resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + 270 * 2**20, -1))
     try:
