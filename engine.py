@@ -1007,10 +1007,12 @@ CHECKED = {bool: "True or False", str | os.PathLike: "the path of a folder"}  # 
 def _by_all_ranks(*own: str) -> Callable:
     """A call that every rank must make, with the same arguments except ``own``; otherwise all ranks raise."""
     def decorate(method: Callable) -> Callable:
+        """``method``, with the checks before it."""
         signature, name = inspect.signature(method), f"{method.__name__}()"
 
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            """Meet, agree on the arguments, check their types, and run the method."""
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -49,6 +49,7 @@ import logging
 import math
 import mmap
 import os
+import runpy
 import shutil
 import socket
 import sys
@@ -1014,7 +1015,7 @@ class Slot:
     piece: nn.Parameter | None = None  # this rank's part of the master, as the optimizer knows it; None: it has none
     version: int = 0                   # the parameter's version when master and shard last had its values
     taken: "TakenGradient | None" = None   # the parameter's grad once the bucket has the gradient
-    hidden: "TakenGradient | None" = None  # the piece's grad outside of a step
+    closed: "TakenGradient | None" = None  # the piece's grad outside of a step: every use of it raises
 
     def enter(self, bucket: "Bucket") -> None:
         """Move into ``bucket``."""
@@ -1230,7 +1231,7 @@ class Bucket:
             state, part = optimizer.state.pop(slot.parameter, {}), slot.own(self.master)
             if part.numel() or not slot.shape.numel():
                 slot.piece = nn.Parameter(slot.view(part, slot.offset) if self.whole else part)
-                slot.piece.grad = slot.hidden = TakenGradient(slot, slot.piece)
+                slot.piece.grad = slot.closed = TakenGradient(slot, slot.piece)
             if slot.piece is not None and state:
                 optimizer.state[slot.piece] = {
                     key: slot.own_values(value) if _is_like(key, value, slot.shape) else value
@@ -1591,11 +1592,11 @@ class Gradients:
         for piece in self.bucket.pieces:
             piece.grad = None
 
-    def hide(self) -> None:
-        """The step is over: from now on who uses a piece's gradient, to clip it for example, is refused."""
+    def close(self) -> None:
+        """The step is over: from now on every use of a piece's gradient, such as clipping it, raises."""
         for slot in self.bucket.slots:
             if slot.piece is not None:
-                slot.piece.grad = slot.hidden
+                slot.piece.grad = slot.closed
 
 
 class TakenGradient(Tensor):
@@ -1774,9 +1775,9 @@ def _is_like(key: str, value: Any, shape: torch.Size) -> bool:
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raise ValueError where a parameter shares memory with another one or with a buffer: each gets its own place.
+    """Raise ValueError where a parameter shares memory with another one, a buffer or a view that a module keeps.
 
-    A tied weight, one Parameter under several names, is one parameter.
+    Each gets its own place. A tied weight, one Parameter under several names, is one parameter.
     """
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -2234,10 +2235,10 @@ def _return_free_memory() -> None:
 def _keep_memory_that_is_freed() -> None:
     """With glibc, keep freed blocks of up to 32 MiB, its limit, for the next ones: up to 1 GiB of them.
 
-    Otherwise each backward gets its gradients' memory anew, page by page.
+    Otherwise each backward gets its gradients' memory anew, page by page. The caller's environment may say otherwise.
     """
     mallopt = getattr(C_LIBRARY, "mallopt", None)
-    if mallopt is not None:
+    if mallopt is not None and not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of <malloc.h>
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
@@ -2716,7 +2717,7 @@ class Updater:
         finally:
             self.updating = False
             for gradients in every:
-                gradients.hide()
+                gradients.close()
             vars(optimizer).pop("grad_scale", None)
         optimizer._opt_called = True  # PyTorch's schedulers check that a step came before theirs
 
@@ -2783,7 +2784,7 @@ class Zero:
     boundary   whether the current backward pass is the last of its accumulation window; stages 0 and 1 reduce only then
     spoiled    whether a backward pass of the window raised, and left gradients of only a part of the model
     written    whether parameters that stay whole were written to, which ranks have not compared yet
-    divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean, without a loss scale
+    divisor    turns a window's gradients, summed over ranks and micro-batches, into their mean; includes the loss scale
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, config: ZeroConfig, device: torch.device,
@@ -3986,6 +3987,4 @@ def estimate_zero3_model_states_mem_needs_all_cold(total_params: int, largest_la
 
 
 if __name__ == "__main__":
-    import engine  # only here: it reads configs and the files of checkpoints; the features import no sibling
-
-    sys.exit(engine.main())
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "engine.py"), run_name="__main__")  # has the commands

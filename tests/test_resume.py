@@ -448,6 +448,11 @@ def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_
             pytest.raises(zero.CheckpointError, match="rank 0: .*/file can't be written .stream"):
         engine.save_16bit_model(tmp_path, "file")
     assert not rank or torch.load(tmp_path / "file")
+    if rank == 0:
+        Path(tmp_path, "link").symlink_to("file")
+        Path(tmp_path, "file").write_text("")
+    engine.save_16bit_model(tmp_path, "link")
+    assert Path(tmp_path, "link").is_symlink() and torch.load(tmp_path / "file")
     with ExitStack() as patches:
         group = patches.enter_context(mock.patch.object(dist, "new_group", wraps=dist.new_group))
         if rank:
@@ -460,7 +465,7 @@ def test_whatever_fails_on_one_rank_raises_on_all_and_an_asynchronous_save_says_
 
         assert any("was not saved" in line for line in warnings_of(save_and_wait))
         assert group.call_args.kwargs["timeout"].seconds == 20
-    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "old"]
 
 
 @pytest.mark.usefixtures("fresh_ranks")

@@ -482,6 +482,13 @@ def test_touching_a_sharded_parameter_is_an_error_and_not_garbage():
         images.to(memory_format=torch.channels_last)
 
 
+def test_the_c_library_is_left_alone_where_the_environment_says_how_it_keeps_memory():
+    for there, calls in (({}, 2), ({"MALLOC_MMAP_THRESHOLD_": "8388608"}, 0)):
+        with mock.patch.object(zero, "C_LIBRARY") as library, mock.patch.dict(os.environ, there):
+            zero._keep_memory_that_is_freed()
+        assert library.mallopt.call_count == calls, there
+
+
 @on_ranks(2)
 def test_what_an_engine_that_is_gone_leaves_sharded_says_so():
     model = nn.Sequential(nn.Linear(8, 8))
